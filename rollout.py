@@ -1,0 +1,213 @@
+"""Sample groups of responses from the policy, in process, with any decoder that transformers loads.
+
+The sampled distribution is softmax(logits / temperature) over the whole vocabulary and nothing else: no
+top-p, top-k or repetition penalty, whatever the model's generation_config says. Scoring can then use the
+same distribution, without which an importance ratio has no meaning.
+
+How it is fast: a prompt runs once per group, and its keys and values are repeated for the G responses;
+finished rows leave the batch. How it is reproducible: every response draws its uniforms from a generator of
+its own, so a sample depends on the seed and its prompt, not on how many rows happen to share the batch.
+
+Shapes: Q prompts, G group size, B = Q * G rows still sampling, P padded prompt length, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+# Rows sampled at a time: bounds the key-value cache when an evaluation hands over hundreds of prompts.
+MAX_ROWS = 128
+# Finished rows leave the batch when they make up this share of it; leaving one by one would copy the
+# key-value cache at almost every step.
+COMPACT_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: prompt i of a call draws from the random stream seed + i."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0: greedy, every log-probability 0
+    max_length: int | None = None  # bound on prompt + response tokens, besides max_new_tokens
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response. The end-of-sequence token, where one was sampled, is the last of response_ids."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    log_probs: list[float]  # of response_ids, nats, under the distribution sampled
+    text: str  # decoded without special tokens
+    finished: bool  # False: cut by max_new_tokens or max_length
+
+
+def encode_prompt(tokenizer, text: str) -> list[int]:
+    """The ids of a user's message: through the chat template where there is one, else question and answer."""
+    if tokenizer.chat_template is None:
+        return tokenizer(f"Question: {text}\nAnswer:")["input_ids"]
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+    )
+    return tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+class TransformersEngine:
+    """Samples with the model object that is being trained: its weights are never stale."""
+
+    def __init__(self, model, tokenizer):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.end_ids = _end_token_ids(model, tokenizer)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], group_size: int, sampling: Sampling
+    ) -> list[Rollout]:
+        """Sample group_size responses to each prompt (token ids); groups are contiguous.
+
+        Raises:
+            ValueError: an empty prompt, or one that leaves no room for a token under sampling.max_length.
+        """
+        budgets = [_response_budget(prompt, sampling) for prompt in prompts]
+        prompts_at_a_time = max(1, MAX_ROWS // group_size)
+        rollouts = []
+        with _evaluating(self.model), torch.no_grad():
+            for start in range(0, len(prompts), prompts_at_a_time):
+                chunk = slice(start, start + prompts_at_a_time)
+                uniforms = _uniforms(sampling.seed + start, len(prompts[chunk]), group_size, max(budgets))
+                rollouts += self._generate_chunk(
+                    prompts[chunk], budgets[chunk], group_size, sampling.temperature, uniforms
+                )
+        return rollouts
+
+    def _generate_chunk(self, prompts, budgets, group_size, temperature, uniforms) -> list[Rollout]:
+        device = self.model.get_input_embeddings().weight.device
+        uniforms = uniforms.to(device)  # (B, T) float64
+        end_ids = torch.tensor(self.end_ids, device=device)
+        budget = torch.tensor(budgets, device=device).repeat_interleave(group_size)  # (B,)
+        tokens = torch.zeros(len(budget), max(budgets), dtype=torch.long, device=device)  # (B, T)
+        log_probs = torch.zeros(len(budget), max(budgets), device=device)  # (B, T)
+        lengths = torch.zeros_like(budget)  # (B,)
+
+        logits, cache, attention_mask = self._prefill(prompts, group_size)
+        live = torch.arange(len(budget), device=device)  # responses in the batch; logits, cache in this order
+        done = torch.zeros_like(live, dtype=torch.bool)  # those among them that have ended
+        for step in range(max(budgets)):
+            token, log_prob = _sample(logits, temperature, uniforms[live, step])
+            tokens[live, step], log_probs[live, step] = token, log_prob
+            lengths[live[~done]] = step + 1
+            done = done | torch.isin(token, end_ids) | (budget[live] == step + 1)
+            if done.all():
+                break
+            if done.float().mean() >= COMPACT_SHARE:
+                kept = (~done).nonzero().squeeze(1)
+                cache.batch_select_indices(kept)
+                live, token, attention_mask, done = (x[kept] for x in (live, token, attention_mask, done))
+            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(live), 1)], dim=1)
+            logits = self.model(
+                input_ids=token[:, None],
+                attention_mask=attention_mask,
+                position_ids=attention_mask.sum(1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+
+        rollouts = []
+        for row, length in enumerate(lengths.tolist()):
+            response_ids = tokens[row, :length].tolist()
+            rollouts.append(
+                Rollout(
+                    prompt_ids=list(prompts[row // group_size]),
+                    response_ids=response_ids,
+                    log_probs=log_probs[row, :length].tolist(),
+                    text=self.tokenizer.decode(response_ids, skip_special_tokens=True),
+                    finished=response_ids[-1] in self.end_ids,
+                )
+            )
+        return rollouts
+
+    def _prefill(self, prompts, group_size):
+        """Run each prompt once and repeat its state for its group: logits (B, V), cache, mask (B, P)."""
+        device = self.model.get_input_embeddings().weight.device
+        width = max(len(prompt) for prompt in prompts)
+        input_ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (Q, P), left-padded
+        attention_mask = torch.zeros(len(prompts), width, dtype=torch.long)  # (Q, P)
+        for i, prompt in enumerate(prompts):
+            input_ids[i, width - len(prompt) :] = torch.tensor(prompt)
+            attention_mask[i, width - len(prompt) :] = 1
+        attention_mask = attention_mask.to(device)
+        cache = DynamicCache(config=self.model.config)
+        logits = self.model(
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]  # (Q, V)
+        cache.batch_repeat_interleave(group_size)
+        return (
+            logits.repeat_interleave(group_size, dim=0),
+            cache,
+            attention_mask.repeat_interleave(group_size, dim=0),
+        )
+
+
+def _uniforms(seed: int, num_prompts: int, group_size: int, length: int) -> torch.Tensor:
+    """Uniforms (B, T) in [0, 1): a stream for each response, so that none depends on its neighbours."""
+    streams = [[seed + i, g] for i in range(num_prompts) for g in range(group_size)]
+    return torch.from_numpy(np.stack([np.random.default_rng(stream).random(length) for stream in streams]))
+
+
+def _sample(logits, temperature, uniform):
+    """Draw by inverting the cumulative distribution at uniform (B,): tokens and log-probabilities (B,).
+
+    The sum runs in float64: in float32 its error over a 150k vocabulary is larger than many tokens'
+    probabilities. A token of probability 0 is never drawn.
+    """
+    logits = logits.float()  # (B, V)
+    if temperature == 0:
+        token = logits.argmax(-1)
+        return token, torch.zeros_like(token, dtype=torch.float32)
+    log_probs = torch.log_softmax(logits / temperature, dim=-1)
+    cumulative = log_probs.double().exp().cumsum(-1)
+    threshold = uniform * cumulative[:, -1]
+    token = torch.searchsorted(cumulative, threshold[:, None], right=True)  # (B, 1)
+    return token.squeeze(1), log_probs.gather(1, token).squeeze(1)
+
+
+def _response_budget(prompt, sampling: Sampling) -> int:
+    """Tokens that a response to this prompt may have."""
+    if not prompt:
+        raise ValueError("a prompt has no tokens: there is nothing to continue")
+    room = sampling.max_length - len(prompt) if sampling.max_length is not None else sampling.max_new_tokens
+    if min(room, sampling.max_new_tokens) < 1:
+        raise ValueError(
+            f"a prompt of {len(prompt)} tokens leaves no room for a response (max_length "
+            f"{sampling.max_length}, max_new_tokens {sampling.max_new_tokens})"
+        )
+    return min(room, sampling.max_new_tokens)
+
+
+def _end_token_ids(model, tokenizer) -> list[int]:
+    """Every id that ends a response: the tokenizer's, and the generation config's (often a list)."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({i for i in (tokenizer.eos_token_id, *configured) if i is not None})
+
+
+@contextmanager
+def _evaluating(model):
+    """Evaluation mode (no dropout, no gradient checkpointing) within; every module's mode as found after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

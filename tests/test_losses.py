@@ -1,0 +1,189 @@
+"""Every loss against a float64 loop, value and gradient; and what must never matter."""
+
+import functools
+
+import pytest
+import reference
+import torch
+
+from gspo_implementation import (
+    MAX_LOG_RATIO,
+    group_advantages,
+    grpo_loss,
+    gspo_loss,
+    gspo_token_loss,
+    kl_penalty,
+)
+
+LOSSES = {"gspo": gspo_loss, "gspo_token": gspo_token_loss, "grpo": grpo_loss}
+RANGES = {"gspo": (3e-4, 4e-4), "gspo_token": (3e-4, 4e-4), "grpo": (0.2, 0.27)}
+
+
+def example(kind, seed, rows=12, width=9, dtype=torch.float64):
+    """Ragged rows whose ratios fall on both sides of the clip range; both signs and a zero of advantage."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = 0.4 if kind == "grpo" else 1.5e-3
+    old = -torch.rand(rows, width, generator=generator, dtype=dtype) * 3 - 0.1
+    log_probs = old + spread * torch.randn(rows, width, generator=generator, dtype=dtype)
+    lengths = torch.randint(1, width + 1, (rows,), generator=generator)
+    mask = torch.arange(width) < lengths[:, None]
+    advantages = torch.randn(rows, generator=generator, dtype=dtype)
+    advantages[0] = 0.0
+    return log_probs.requires_grad_(), old, advantages, mask
+
+
+def value_and_gradient(loss_fn, log_probs, *rest):
+    log_probs = log_probs.detach().clone().requires_grad_()
+    loss = loss_fn(log_probs, *rest)
+    loss = loss[0] if isinstance(loss, tuple) else loss
+    loss.backward()
+    return loss.item(), log_probs.grad
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", LOSSES)
+def test_value_gradient_and_clip_fraction_match_the_loop(kind, seed):
+    log_probs, old, advantages, mask = example(kind, seed)
+    slow = functools.partial(reference.loss, kind)
+    expected, expected_gradient = value_and_gradient(slow, log_probs, old, advantages, mask, *RANGES[kind])
+    value, gradient = value_and_gradient(LOSSES[kind], log_probs, old, advantages, mask)
+    assert value == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-15)
+
+    _, metrics = LOSSES[kind](log_probs, old, advantages, mask)
+    share = reference.clip_fraction(kind, log_probs, old, advantages, mask, *RANGES[kind])
+    assert 0.05 < share < 0.95, "the example must have clipped and unclipped tokens"
+    assert metrics["clip_fraction"] == pytest.approx(share, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["gspo_token", "grpo"])
+def test_token_advantages_match_the_loop(kind):
+    log_probs, old, _, mask = example(kind, 5)
+    advantages = torch.randn(mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    slow = functools.partial(reference.loss, kind)
+    expected, expected_gradient = value_and_gradient(slow, log_probs, old, advantages, mask, *RANGES[kind])
+    value, gradient = value_and_gradient(LOSSES[kind], log_probs, old, advantages, mask)
+    assert value == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-15)
+
+
+def test_gspo_token_equals_gspo_for_equal_advantages():
+    inputs = example("gspo", 7)
+    (value, gradient), (token_value, token_gradient) = (
+        value_and_gradient(loss, *inputs) for loss in (gspo_loss, gspo_token_loss)
+    )
+    assert token_value == pytest.approx(value, rel=1e-12)
+    torch.testing.assert_close(token_gradient, gradient, rtol=1e-10, atol=1e-15)
+    metrics, token_metrics = gspo_loss(*inputs)[1], gspo_token_loss(*inputs)[1]
+    assert metrics == pytest.approx(token_metrics)
+
+
+def test_gspo_gradient_is_the_closed_form():
+    # -1/B s_i A_i / |y_i| at every token of a row that is not clipped, 0 where it is
+    log_probs, old, advantages, mask = example("gspo", 3)
+    _, gradient = value_and_gradient(gspo_loss, log_probs, old, advantages, mask)
+    lengths = mask.sum(1)
+    s = torch.exp(((log_probs - old) * mask).sum(1) / lengths).detach()
+    clipped = ((advantages > 0) & (s > 1 + 4e-4)) | ((advantages < 0) & (s < 1 - 3e-4))
+    closed = torch.where(clipped, 0.0, -s * advantages / (lengths * len(mask)))[:, None] * mask
+    torch.testing.assert_close(gradient, closed, rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_on_policy_nothing_clips_and_the_ratio_is_exactly_one(kind):
+    log_probs, _, advantages, mask = example(kind, 2, dtype=torch.float32)
+    _, metrics = LOSSES[kind](log_probs, log_probs.detach(), advantages, mask)
+    assert metrics["clip_fraction"] == metrics["importance_ratio_std"] == 0
+    assert metrics["importance_ratio_min"] == metrics["importance_ratio_max"] == 1
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), -1e30])
+def test_masked_positions_never_matter(kind, junk):
+    log_probs, old, advantages, mask = example(kind, 4)
+    spoiled = [torch.where(mask, x, junk) for x in (log_probs.detach(), old)]
+    value, gradient = value_and_gradient(LOSSES[kind], log_probs, old, advantages, mask)
+    spoiled_value, spoiled_gradient = value_and_gradient(LOSSES[kind], *spoiled, advantages, mask)
+    assert spoiled_value == value and torch.equal(spoiled_gradient, gradient)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_row_without_tokens_contributes_nothing(kind):
+    log_probs, old, advantages, mask = example(kind, 6)
+    mask[3] = False
+    value, gradient = value_and_gradient(LOSSES[kind], log_probs, old, advantages, mask)
+    kept = [i for i in range(len(mask)) if i != 3]
+    other, _ = value_and_gradient(LOSSES[kind], log_probs[kept], old[kept], advantages[kept], mask[kept])
+    assert value == pytest.approx(other * len(kept) / len(mask), rel=1e-12)
+    assert gradient[3].abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_micro_batches_padding_and_order_never_matter(kind):
+    log_probs, old, advantages, mask = example(kind, 8)
+    value, gradient = value_and_gradient(LOSSES[kind], log_probs, old, advantages, mask)
+    rows = len(mask)
+    for size in (1, 2, 5, rows):
+        parts = [
+            value_and_gradient(LOSSES[kind], *(x[i : i + size] for x in (log_probs, old, advantages, mask)),
+                               *RANGES[kind], rows)
+            for i in range(0, rows, size)
+        ]  # fmt: skip
+        assert sum(part[0] for part in parts) == pytest.approx(value, rel=1e-12)
+        torch.testing.assert_close(torch.cat([part[1] for part in parts]), gradient, rtol=1e-12, atol=1e-16)
+    padded = [torch.nn.functional.pad(x, (0, 4)) for x in (log_probs, old)]
+    padded_value, _ = value_and_gradient(
+        LOSSES[kind], *padded, advantages, torch.nn.functional.pad(mask, (0, 4), value=False)
+    )
+    assert padded_value == pytest.approx(value, rel=1e-12)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+    shuffled, _ = value_and_gradient(LOSSES[kind], *(x[order] for x in (log_probs, old, advantages, mask)))
+    assert shuffled == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("shift", [-1e4, -100, 100, 1e4])
+@pytest.mark.parametrize("advantage", [-1.0, 1.0])
+def test_runaway_ratios_stay_finite(kind, shift, advantage):
+    old = torch.full((2, 3), -1.0)
+    value, gradient = value_and_gradient(
+        LOSSES[kind], old + shift, old, torch.full((2,), advantage), torch.ones(2, 3, dtype=torch.bool)
+    )
+    assert torch.isfinite(torch.tensor(value)) and gradient.isfinite().all()
+    if advantage > 0 and shift > 0:
+        assert gradient.abs().max() == 0
+
+
+def test_bound_is_out_of_sight():
+    # Below the bound the loss is the unbounded one, far past the largest ratio that any rule looks at (100).
+    old = torch.zeros(1, 1, dtype=torch.float64)
+    value, _ = value_and_gradient(
+        gspo_loss, old + 0.9 * MAX_LOG_RATIO, old, -torch.ones(1), torch.ones(1, 1, dtype=torch.bool)
+    )
+    assert value == pytest.approx(torch.tensor(0.9 * MAX_LOG_RATIO, dtype=torch.float64).exp().item())
+
+
+def test_kl_penalty_gradient_vanishes_at_the_reference():
+    log_probs, _, _, mask = example("gspo", 9)
+    value, gradient = value_and_gradient(kl_penalty, log_probs, log_probs.detach(), mask, len(mask))
+    assert value == 0 and gradient.abs().max() == 0
+
+
+def test_advantages_match_the_loop():
+    rewards = [0.0, 1.0, 0.25, 1.0, None, 0.5, 0.5, 0.0, 0.3, 0.3, 0.3, 0.3, None, None, None, 1.0]
+    tensor = torch.tensor([float("nan") if r is None else r for r in rewards], dtype=torch.float64)
+    assert group_advantages(tensor, 4).tolist() == pytest.approx(reference.advantages(rewards, 4), rel=1e-12)
+
+
+def test_bad_shapes_and_ranges_are_refused():
+    log_probs, old, advantages, mask = example("gspo", 0)
+    with pytest.raises(ValueError):
+        gspo_loss(log_probs, old[:, :-1], advantages, mask)
+    with pytest.raises(ValueError):
+        gspo_loss(log_probs, old, advantages[:-1], mask)
+    with pytest.raises(ValueError):
+        gspo_loss(log_probs, old, mask.double(), mask)  # GSPO has one advantage a response
+    with pytest.raises(ValueError):
+        gspo_loss(log_probs, old, advantages, mask.double())
+    with pytest.raises(ValueError):
+        grpo_loss(log_probs, old, advantages, mask, left_clip_range=0.0)

@@ -1,0 +1,100 @@
+"""Scoring against one naive float64 row at a time, value and gradient, for every family of decoder."""
+
+import pytest
+import reference
+import torch
+from conftest import VOCABULARY
+
+import policy_scoring
+from policy_scoring import micro_batches, token_log_probs
+
+
+def ragged_rows(seed=0, rows=7):
+    """Prompts of 1 to 12 tokens and responses of 0 to 15, one of each extreme included."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(length):
+        return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+    lengths = [(1, 15), (12, 1), (3, 0)]
+    lengths += [tuple(torch.randint(1, 13, (2,), generator=generator).tolist()) for _ in range(rows - 3)]
+    return [ids(p) for p, _ in lengths], [ids(r) for _, r in lengths]
+
+
+def gradient_of(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+
+
+def test_values_and_gradients_match_the_naive_forward(any_model):
+    prompts, responses = ragged_rows()
+    weights = [torch.linspace(-1, 1, len(r)) for r in responses]
+    scored = token_log_probs(any_model, prompts, responses, temperature=0.7)
+    naive = [
+        reference.token_log_probs(any_model, p, r, 0.7) if r else torch.zeros(0)
+        for p, r in zip(prompts, responses, strict=True)
+    ]
+    for fast, slow, response in zip(scored, naive, responses, strict=True):
+        assert fast.dtype == torch.float32 and fast.shape == (len(response),)
+        torch.testing.assert_close(fast.double(), slow.double(), rtol=1e-5, atol=1e-5)
+    fast = gradient_of(any_model, sum((w * x).sum() for w, x in zip(weights, scored, strict=True)))
+    slow = gradient_of(any_model, sum((w * x).sum() for w, x in zip(weights, naive, strict=True)))
+    assert (fast - slow).norm() / slow.norm() < 1e-5
+
+
+def test_rows_do_not_depend_on_their_company(any_model):
+    prompts, responses = ragged_rows(1)
+    together = token_log_probs(any_model, prompts, responses)
+    for i in range(len(prompts)):
+        alone = token_log_probs(any_model, [prompts[i]], [responses[i]])[0]
+        torch.testing.assert_close(together[i], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_scoring_twice_gives_the_same_bits(llama):
+    rows = ragged_rows(2)
+    with torch.no_grad():
+        first = token_log_probs(llama, *rows)
+    second = token_log_probs(llama, *rows)  # the forward of an update, with gradients
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_small_token_budget_changes_nothing_but_the_passes(llama, monkeypatch):
+    rows = ragged_rows(3)
+    whole = token_log_probs(llama, *rows)
+    monkeypatch.setattr(policy_scoring, "MAX_FORWARD_TOKENS", 20)
+    for a, b in zip(whole, token_log_probs(llama, *rows), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_micro_batches_hold_every_row_once_within_the_budget():
+    prompts, responses = ragged_rows(4, rows=20)
+    batches = micro_batches(prompts, responses, 40)
+    assert sorted(i for batch in batches for i in batch) == list(range(20))
+    for batch in batches:
+        longest = max(len(prompts[i]) + len(responses[i]) for i in batch)
+        assert longest * len(batch) <= 40 or len(batch) == 1
+
+
+def test_logits_are_made_at_response_positions_only(llama):
+    seen = []
+    handle = llama.lm_head.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].shape[1]))
+    prompts, responses = ragged_rows(5)
+    token_log_probs(llama, prompts, responses)
+    handle.remove()
+    assert sum(seen) == sum(len(response) for response in responses)
+    # and the model is whole again afterwards
+    assert llama(input_ids=torch.tensor([[3, 4, 5]])).logits.shape == (1, 3, VOCABULARY)
+
+
+def test_only_empty_responses(llama):
+    assert [x.shape for x in token_log_probs(llama, [[3], [4]], [[], []])] == [(0,), (0,)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "responses", "temperature"),
+    [([[]], [[3]], 1.0), ([[3]], [[3], [4]], 1.0), ([[3]], [[4]], 0.0), ([[3] * 60], [[4] * 5], 1.0)],
+)
+def test_bad_rows_are_refused(llama, prompts, responses, temperature):
+    with pytest.raises(ValueError):
+        token_log_probs(llama, prompts, responses, temperature)

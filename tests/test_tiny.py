@@ -1,0 +1,117 @@
+"""The algorithm in numbers that can be worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from gspo_implementation import (
+    group_advantages,
+    grpo_loss,
+    gspo_loss,
+    gspo_token_loss,
+    kl_penalty,
+    sequence_importance_ratio,
+)
+from intervals import paired_interval, wilson_interval
+
+log = math.log
+
+
+def rows(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def ones(*shape):
+    return torch.ones(*shape, dtype=torch.bool)
+
+
+def test_advantages_of_one_success_in_four():
+    # mean 1/4, unbiased std sqrt((9/16 + 3/16) / 3) = 1/2
+    assert group_advantages(rows(1, 0, 0, 0), 4).tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], rel=1e-5)
+
+
+def test_advantages_do_not_cross_groups():
+    assert group_advantages(rows(1, 0, 5, 5), 2).tolist() == pytest.approx([0.7071, -0.7071, 0, 0], abs=1e-4)
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.3, 0.7, 1 / 3])
+def test_ties_are_exactly_zero(reward):
+    assert group_advantages(torch.full((7,), reward), 7).abs().max() == 0
+
+
+def test_unjudged_response_stays_out_of_its_group():
+    assert group_advantages(rows(1, math.nan, 0, math.nan), 4).tolist() == pytest.approx(
+        [0.7071, 0, -0.7071, 0], abs=1e-4
+    )
+    assert group_advantages(rows(1, math.nan), 2).tolist() == [0, 0]
+
+
+def test_advantages_refuse_what_cannot_be_grouped():
+    for rewards, size in ((rows(1, 0, 1), 2), (rows(1, 0), 1), (rows([1, 0]), 2)):
+        with pytest.raises(ValueError):
+            group_advantages(rewards, size)
+
+
+def test_sequence_ratio_is_the_geometric_mean():
+    # token ratios 2 and 8: sqrt(16) = 4; then one token of ratio 3, the second masked
+    ratio = sequence_importance_ratio(
+        rows([log(2), log(8)], [log(3), 9]), rows([0, 0], [0, 0]), torch.tensor([[True, True], [True, False]])
+    )
+    assert ratio.tolist() == pytest.approx([4, 3])
+
+
+def test_response_repeated_twice_has_the_same_ratio():
+    once = sequence_importance_ratio(rows([0.1, 0.3]), rows([0, 0]), ones(1, 2))
+    twice = sequence_importance_ratio(rows([0.1, 0.3, 0.1, 0.3]), rows([0, 0, 0, 0]), ones(1, 4))
+    assert once.item() == pytest.approx(twice.item())
+
+
+def test_gspo_loss_by_hand():
+    # s = 1.1 with A = 2 is cut to 1.0004 * 2; s = 1.1 with A = -1 is not: -1.1. Mean .4504, loss -.4504
+    loss, metrics = gspo_loss(rows([log(1.1)], [log(1.1)]), rows([0], [0]), rows(2, -1), ones(2, 1))
+    assert loss.item() == pytest.approx(-(1.0004 * 2 - 1.1) / 2)
+    assert metrics["clip_fraction"] == 0.5 and metrics["clip_fraction_sequences"] == 0.5
+    assert metrics["importance_ratio_mean"] == pytest.approx(1.1)
+
+
+def test_clip_fraction_is_per_token_and_per_sequence():
+    # the clipped response has 3 of 4 tokens
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    _, metrics = gspo_loss(rows([0.3, 0, 0], [0, 0, 0]), torch.zeros(2, 3), rows(1, 1), mask)
+    assert (metrics["clip_fraction"], metrics["clip_fraction_sequences"]) == (0.75, 0.5)
+
+
+def test_gspo_averages_sequences_not_tokens():
+    # A long failure and a short success weigh the same: on-policy objective (1 - 1) / 2 = 0
+    mask = torch.tensor([[True] * 5, [True] + [False] * 4])
+    loss, _ = gspo_loss(torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([-1.0, 1.0]), mask)
+    assert loss.item() == 0
+
+
+def test_grpo_clips_each_token():
+    # token ratios 1.5 (cut to 1.27) and 1.0
+    loss, metrics = grpo_loss(rows([log(1.5), 0]), rows([0, 0]), rows(1), ones(1, 2))
+    assert loss.item() == pytest.approx(-(1.27 + 1) / 2)
+    assert metrics["clip_fraction"] == 0.5
+    assert metrics["importance_ratio_max"] == pytest.approx(1.5)
+
+
+def test_gspo_token_takes_an_advantage_per_token():
+    # on policy every s_it is 1: the objective is the mean of the advantages
+    loss, _ = gspo_token_loss(rows([0, 0]), rows([0, 0]), rows([3.0, -1.0]), ones(1, 2))
+    assert loss.item() == pytest.approx(-1.0)
+
+
+def test_kl_penalty_by_hand():
+    # r = pi_ref / pi = 1/2: 1/2 - 1 + log 2
+    assert kl_penalty(rows([log(2)]), rows([0]), ones(1, 1), 1).item() == pytest.approx(log(2) - 0.5)
+
+
+def test_intervals():
+    assert wilson_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-3)
+    assert wilson_interval(0.0, 50)[1] == pytest.approx(0.0714, abs=1e-3)
+    # differences 0, 1, 2 and t(2) = 4.303: 1 +- 4.303 / sqrt(3)
+    assert paired_interval([0, 0, 0], [0, 1, 2]) == pytest.approx((1, 1 - 2.4843, 1 + 2.4843), abs=1e-3)
+    # differences 0 .. 9: t(9) = 2.2622, standard error .9574
+    assert paired_interval([0] * 10, range(10))[2] == pytest.approx(4.5 + 2.2622 * 0.9574, abs=2e-3)

@@ -1,0 +1,219 @@
+"""The command line, through subprocess: exit codes, one-line errors, what is printed and written."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import make_model
+
+from gspo_config import GSPOConfig
+from run_log import GLOSSARY
+from train_gspo import difficulty_for, parse, resolve
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--model_name", "tiny", "--dataset", "sort", "--num_train_samples", "6", "--num_eval_samples", "4",
+        "--num_epochs", "1", "--max_new_tokens", "26", "--device", "cpu"]  # fmt: skip
+
+
+def command(*flags):
+    return [sys.executable, str(ROOT / "train_gspo.py"), *map(str, flags)]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+
+
+def run(*flags, cwd=None):
+    return subprocess.run(command(*flags), capture_output=True, text=True, cwd=cwd, env=environment(), timeout=300)
+
+
+def test_a_run_from_the_command_line(tmp_path):
+    done = run(*TINY, "--output_dir", tmp_path, "--run_name", "r", "--batch_size", 3, "--use_wandb")
+    assert done.returncode == 0, done.stderr
+    for said in ("clipped to [1 - 0.0003, 1 + 0.0004]", "3 optimizer updates", "held-out pass@1 before", "gain"):
+        assert said in done.stdout
+    metrics = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 2 and set(metrics[0]) == {"step", *GLOSSARY} - {"kl"}
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert config["learning_rate"] == 1e-5 and config["difficulty"] == "easy"
+    assert config["environment"]["command_line"][1:] == done.args[2:]
+    for name in ("best_model", "final_model", "checkpoints/step-2"):
+        assert (tmp_path / "r" / name / "model.safetensors").exists()
+    assert list((tmp_path / "r" / "wandb").glob("offline-run-*"))
+
+
+def test_dry_run_loads_and_writes_nothing(tmp_path):
+    done = run("--model_name", "smollm2-135m", "--dry_run", "--mini_batch_size", 4, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "ratio is 1 by construction" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_file_dataset_and_resume(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(f'{{"question": "{i} + {i}?", "answer": "#### {2 * i}"}}\n' for i in range(12)))
+    flags = [*TINY[:2], *TINY[4:], "--dataset_path", path, "--output_dir", tmp_path, "--max_length", 200]
+    first = run(*flags, "--run_name", "r", "--num_epochs", 1)
+    assert first.returncode == 0, first.stderr
+    longer = run(*flags, "--num_epochs", 2, "--resume", "latest")
+    assert longer.returncode == 0, longer.stderr
+    steps = [json.loads(line)["step"] for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+    assert json.loads((tmp_path / "r" / "samples.jsonl").read_text().splitlines()[0])["answer"].isdigit()
+
+
+def test_interrupt_leaves_a_checkpoint_and_exit_code_130(tmp_path):
+    flags = [*TINY, "--num_epochs", 500, "--output_dir", tmp_path, "--run_name", "r"]
+    process = subprocess.Popen(command(*flags), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    metrics = tmp_path / "r" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert b"--resume" in stdout and b"Traceback" not in stderr
+    steps = len(metrics.read_text().splitlines())
+    assert (tmp_path / "r" / "checkpoints" / f"step-{steps}" / "training_state.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--algorithm", "ppo"], "gspo"),
+        (["--dataset", "maths"], "math"),
+        (["--dataset", "code"], "code"),
+        (["--group_size", "1"], "group_size must be at least 2"),
+        (["--batch_size", "4", "--mini_batch_size", "3"], "does not divide"),
+        (["--left_clip_range", "0"], "left_clip_range must be positive"),
+        (["--right_clip_range", "-0.1"], "right_clip_range must be positive"),
+        (["--learning_rate", "nan"], "learning_rate must be positive"),
+        (["--temperature", "0"], "temperature must be positive"),
+        (["--learning_rate", "fast"], "learning_rate"),
+        (["--no_such_flag"], "no_such_flag"),
+        (["--max_length", "5"], "--max_length 5 is shorter than every training prompt"),
+        (["--dataset_path", "missing.jsonl", "--dataset", "file"], "missing.jsonl"),
+        (["--model_name", "tinny"], "tiny"),
+        (["--model_name", "Qwen/Qwen2.5-MoE-A2.7B-Instruct"], "Qwen/Qwen1.5-MoE-A2.7B-Chat"),
+        (["--model_name", "Qwen/Qwen2.5-7B-Instruct", "--dataset", "gsm8k"], "hub"),
+        (["--dataset", "gsm8k"], "--dataset_path"),
+        (["--rollout_engine", "vllm"], "vllm"),
+        (["--resume", "latest"], "no checkpoint"),
+        (["--run_name", "../elsewhere"], "run_name"),
+        (["--num_train_samples", "0"], "num_train_samples"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, words, tmp_path, monkeypatch, capsys):
+    # In this process: twenty interpreters with torch would take a minute.
+    import train_gspo
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gspo.signal, "signal", lambda *_: pytest.fail("training started"))
+    try:
+        code = train_gspo.main([*TINY, *flags])
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr().err.splitlines()
+    assert code == 2
+    assert len(said) == 1 and words in said[0], said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_model_and_a_broken_line(tmp_path):
+    (tmp_path / "not_a_model").mkdir()
+    done = run(*TINY, "--model_name", tmp_path / "not_a_model", "--output_dir", tmp_path / "out")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "not_a_model" in done.stderr
+    (tmp_path / "bad.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n{"question": \n')
+    done = run(*TINY[:2], *TINY[4:], "--dataset_path", tmp_path / "bad.jsonl", "--output_dir", tmp_path / "out")
+    assert done.returncode == 2 and "line 2" in done.stderr and "Traceback" not in done.stderr
+
+
+COMMANDS = """
+--dataset mixed --num_train_samples 50 --num_epochs 3
+--dataset math --num_train_samples 200 --num_epochs 5
+--model_name Qwen/Qwen2.5-7B-Instruct --dataset gsm8k --num_train_samples 1000 --num_epochs 10 --use_wandb
+--dataset gsm8k --batch_size 4 --learning_rate 1e-6
+--dataset code --num_train_samples 500 --num_epochs 8 --group_size 6
+--left_clip_range 2e-4 --right_clip_range 5e-4 --update_frequency 3
+--max_length 1024 --batch_size 8 --mini_batch_size 2
+--batch_size 2 --group_size 2
+--learning_rate 5e-7
+--model_name microsoft/DialoGPT-medium
+--model_name Qwen/Qwen2.5-7B-Instruct --dataset gsm8k --group_size 4 --left_clip_range 3e-4 \
+--right_clip_range 4e-4 --learning_rate 1e-6 --num_train_samples 2000 --num_epochs 15 --update_frequency 5 --use_wandb
+"""
+
+
+@pytest.mark.parametrize("line", COMMANDS.strip().splitlines())
+def test_commands_that_people_type_parse(line):
+    given = line.split()
+    config = parse(given)
+    for flag, value in zip(given[::2], given[1::2], strict=False):
+        if flag != "--use_wandb" and not value.startswith("--"):
+            assert str(getattr(config, flag[2:])) == value or float(getattr(config, flag[2:])) == float(value)
+
+
+def test_flags_resolve_by_model_size_and_data():
+    config = resolve(parse(["--model_name", "smollm2-135m", "--dataset", "math"]))
+    assert (config.difficulty, config.learning_rate, config.max_new_tokens) == ("easy", 1e-5, 32)
+    assert (config.left_clip_range, config.right_clip_range) == (3e-4, 4e-4)
+    config = resolve(parse(["--model_name", "tiny", "--dataset_path", "x.jsonl", "--algorithm", "grpo"]))
+    assert (config.dataset, config.max_new_tokens) == ("file", config.max_length)
+    assert (config.left_clip_range, config.right_clip_range) == (0.2, 0.27)
+    assert GSPOConfig(model_name="x").resolve(7_000_000_000).learning_rate == 1e-6
+    assert [difficulty_for(n * 1e9) for n in (0.135, 1.5, 7)] == ["easy", "medium", "hard"]
+
+
+def test_help_groups_every_flag():
+    shown = run("--help").stdout
+    assert all(f"--{name}" in shown for name in GSPOConfig.__dataclass_fields__)
+    assert all(f"\n{group}:" in shown for group in ("model", "data", "objective", "training", "sampling", "run"))
+
+
+def test_readme_glossary_is_the_one_in_use():
+    readme = (ROOT / "README.md").read_text()
+    for name, (unit, meaning) in GLOSSARY.items():
+        assert f"| `{name}` | {unit} | {meaning} |" in readme
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path):
+    flags = [*TINY, "--num_train_samples", 8, "--batch_size", 4, "--mini_batch_size", 2, "--learning_rate", 1e-4]
+    one = run(*flags, "--output_dir", tmp_path, "--run_name", "one")
+    assert one.returncode == 0, one.stderr
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    two = subprocess.run(
+        [*launch, *command(*flags, "--output_dir", tmp_path, "--run_name", "two")[1:]],
+        capture_output=True, text=True, env=environment(), timeout=300,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    for name, tolerance in (("metrics", 1e-3), ("eval", 0.2)):
+        lines = [
+            [json.loads(line) for line in (tmp_path / r / f"{name}.jsonl").read_text().splitlines()]
+            for r in ("one", "two")
+        ]
+        assert len(lines[0]) == len(lines[1]) > 0
+        for a, b in zip(*lines, strict=True):
+            key = "reward_mean"
+            assert a[key] == pytest.approx(b[key], abs=tolerance)
+
+
+def test_dialogpt_shape_without_a_chat_template_trains(tmp_path):
+    """GPT-2 with learned positions, dropout and a plain prompt, from a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model = make_model("gpt2")
+    vocabulary = {character: i + 3 for i, character in enumerate("0123456789=QuestionAwr: \n+?.")}
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "<e>": 2, **vocabulary}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<e>")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    done = run(*TINY, "--model_name", tmp_path / "model", "--output_dir", tmp_path / "out", "--max_length", 60)
+    assert done.returncode == 0, done.stderr

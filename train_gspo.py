@@ -1,0 +1,143 @@
+"""Train a causal language model with GSPO on problems whose answers a rule can check.
+
+    python train_gspo.py                                          the embedded model, on a CPU
+    python train_gspo.py --model_name Qwen/Qwen2.5-7B-Instruct --dataset gsm8k --use_wandb
+    python train_gspo.py --dataset math --algorithm grpo          the baseline, same everything else
+    accelerate launch --num_processes 4 train_gspo.py ...         several processes
+
+Exit codes: 0 done; 1 failure; 2 bad input (one line: what, why, what to do); 3 emergency stop;
+130 interrupted. Whenever it stops, what was learnt is on disk and --resume continues.
+"""
+
+import argparse
+import json
+import signal
+import sys
+from dataclasses import asdict, fields, replace
+from types import NoneType
+from typing import get_args, get_type_hints
+
+from transformers.utils.logging import disable_progress_bar
+
+from data_loader import compute_rewards, default_max_new_tokens, load_problems
+from gspo_implementation import EmergencyStop, GSPOConfig, GSPOTrainer
+from intervals import paired_interval
+from model_loader import count_parameters, load_model, resolve_model_name
+from run_log import run_folder
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        config = resolve(parse(arguments))
+        print(json.dumps({k: v for k, v in asdict(config).items() if v is not None}, indent=2))
+        print(f"\n{config.describe_objective()}\n")
+        if config.dry_run:
+            return 0
+        trainer, train_problems, eval_problems = prepare(config)
+    except ValueError as error:
+        print(f"train_gspo.py: {error}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGINT, lambda *_: interrupt(trainer))
+    signal.signal(signal.SIGTERM, lambda *_: interrupt(trainer))
+    try:
+        result = trainer.train(train_problems, eval_problems)
+    except EmergencyStop as stop:
+        print(f"train_gspo.py: emergency stop before rollout batch {trainer.step + 1}'s bad update: {stop}. "
+              f"The last good state is in {trainer.run_log.folder}/checkpoints; lower --learning_rate, then "
+              f"start again", file=sys.stderr)
+        return 3
+    if trainer.accelerator.is_main_process:
+        report(trainer, result)
+    return 130 if trainer.stop_requested else 0
+
+
+def parse(arguments: list[str] | None) -> GSPOConfig:
+    """The flags as a configuration; bad values end the program with one line and exit code 2."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    types = get_type_hints(GSPOConfig)
+    groups = {}
+    for f in fields(GSPOConfig):
+        group = groups.setdefault(f.metadata["group"], None) or parser.add_argument_group(f.metadata["group"])
+        groups[f.metadata["group"]] = group
+        kind = next(t for t in get_args(types[f.name]) or (types[f.name],) if t is not NoneType)
+        shown = "" if f.default is None or kind is bool else f" (default: {f.default})"
+        options = {"action": "store_true"} if kind is bool else {"type": kind, "choices": f.metadata["choices"]}
+        group.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"] + shown, **options)
+    return GSPOConfig(**vars(parser.parse_args(arguments)))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, without the usage that argparse puts before it."""
+        print(f"{self.prog}: {message}; see --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def resolve(config: GSPOConfig) -> GSPOConfig:
+    """Decide what depends on the machine, the model's size and the data set."""
+    model_name, reason = resolve_model_name(config.model_name)
+    if config.model_name != model_name:
+        print(f"model: {model_name} ({reason})")
+    parameters = count_parameters(model_name)
+    if config.dataset_path and config.dataset == GSPOConfig.dataset:
+        config = replace(config, dataset="file")
+    difficulty = config.difficulty if config.difficulty != "auto" else difficulty_for(parameters)
+    config = replace(
+        config,
+        model_name=model_name,
+        difficulty=difficulty,
+        max_new_tokens=config.max_new_tokens or default_max_new_tokens(config.dataset, difficulty),
+    )
+    return config.resolve(parameters)
+
+
+def difficulty_for(parameters: int) -> str:
+    """The level of generated problems on which a model of this size has something to learn."""
+    if parameters < 0.4e9:
+        return "easy"
+    return "medium" if parameters < 4e9 else "hard"
+
+
+def prepare(config: GSPOConfig):
+    """Problems, model and trainer; ValueError where the user's input cannot work. What is quick comes first."""
+    run_folder(asdict(config))
+    train_problems, eval_problems = (
+        load_problems(config.dataset, split, count, config.seed, config.difficulty, config.dataset_path)
+        for split, count in (("train", config.num_train_samples), ("eval", config.num_eval_samples))
+    )
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of loading the weights
+    model, tokenizer = load_model(config.model_name, device=config.device)
+    trainer = GSPOTrainer(model, tokenizer, config, compute_rewards)
+    train_problems = trainer.that_fit(train_problems, "training")
+    eval_problems = trainer.that_fit(eval_problems, "evaluation")
+    trainer.run_log = trainer.open_run_log()
+    return trainer, train_problems, eval_problems
+
+
+def interrupt(trainer: GSPOTrainer) -> None:
+    """First signal: stop after the rollout batch in progress, with a checkpoint. Second: at once."""
+    if trainer.stop_requested:
+        sys.exit(130)
+    trainer.stop_requested = True
+    print("\nstopping after this rollout batch; once more to stop at once", file=sys.stderr)
+
+
+def report(trainer: GSPOTrainer, result: dict) -> None:
+    """What came of it: pass@1 before and after, the paired gain, and where everything is."""
+    before, after, folder = result["before"], result["after"], trainer.run_log.folder
+    for name, figures in (("before", before), ("after", after)):
+        low, high = figures["interval_95"]
+        print(f"held-out pass@1 {name}: {figures['pass_at_1']:.3f}  (95 % interval {low:.3f} to {high:.3f})")
+    if len(before["pass_by_problem"]) > 1:
+        gain, low, high = paired_interval(before["pass_by_problem"], after["pass_by_problem"])
+        print(f"gain, paired by problem: {gain:+.3f}  (95 % interval {low:+.3f} to {high:+.3f})")
+    print(f"run folder: {folder}  (metrics.jsonl, eval.jsonl, samples.jsonl, checkpoints, best_model)")
+    if trainer.stop_requested:
+        print(f"interrupted after rollout batch {trainer.step}; continue with --resume {folder}")
+    else:
+        print(f"trained model: {folder / 'final_model'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
