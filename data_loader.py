@@ -47,7 +47,6 @@ GSM8K = "openai/gsm8k"
 
 NUMBER_ONLY = " Answer with only the final number."
 YES_OR_NO = " Answer with only Yes or No."
-TRUE_OR_FALSE = " Answer with only True or False."
 STEP_BY_STEP = '\nReason step by step, then give the final answer alone after "####".'
 
 
@@ -88,9 +87,10 @@ WHAT_IS = "What is {expression}?"
 WHAT_IS_EASY = WHAT_IS + NUMBER_ONLY
 WHAT_IS_LONG = WHAT_IS + STEP_BY_STEP
 COUNT_LETTERS = 'How many times does the letter "{target_letter}" appear in "{span[0]}"?'
-ISOMORPHIC = "Are the strings {words[0]} and {words[1]} isomorphic?"
-RANSOM_NOTE = "Can {ransom_note} be written with the letters of {magazine}?"
-SPELL_BACKWARD = "Spell the word {word} backward. Answer with only the word."
+# Not every generator will do: ransom_note and isomorphic_strings depend on Python's hash seed, time_intervals
+# on today's date; countdown and color_cube_rotation pay 0.01 for any text, which a group's small std blows
+# up, and spell_backward pays for a letter in the right place ("I do not know." has 1/3 for "ton");
+# fraction_simplification, judged as math, would pay for the question itself.
 SOURCES = {
     # Easy is for models of a hundred million parameters: SmolLM2-135M-Instruct, sampled, has some right.
     ("math", "easy"): [
@@ -121,9 +121,6 @@ SOURCES = {
         Source("letter_counting", dict(min_words=1, max_words=1), COUNT_LETTERS + NUMBER_ONLY),
         Source("calendar_arithmetic", dict(tasks=["is_leap_year"]), "Is {year} a leap year?" + YES_OR_NO),
         Source("syllogism", dict(), "{premise1}. {premise2}. Does it follow that {conclusion}?" + YES_OR_NO),
-        Source("isomorphic_strings", dict(max_string_length=4), ISOMORPHIC + TRUE_OR_FALSE),
-        Source("ransom_note", dict(max_note_length=3, max_magazine_length=8), RANSOM_NOTE + TRUE_OR_FALSE),
-        Source("spell_backward", dict(min_word_len=3, max_word_len=4), SPELL_BACKWARD),
     ],
     ("reasoning", "medium"): [
         Source("letter_counting", dict()),
@@ -132,7 +129,6 @@ SOURCES = {
         Source("needle_haystack", dict(min_num_statements=5, max_num_statements=15)),
         Source("aiw", dict()),
         Source("word_sorting", dict(max_words=5)),
-        Source("color_cube_rotation", dict()),
     ],
     ("reasoning", "hard"): [
         Source("knights_knaves", dict(n_people=3)),
@@ -290,8 +286,8 @@ def _gsm8k_split(split: str) -> list[Problem]:
         rows = datasets.load_dataset(GSM8K, "main", split="train" if split == "train" else "test")
     except Exception as error:
         raise ValueError(
-            f"cannot load {GSM8K} from the hub ({type(error).__name__}); without network, give its jsonl file "
-            "with --dataset_path PATH.jsonl"
+            f"cannot load {GSM8K} from the hub ({type(error).__name__}); without network, give its jsonl "
+            "file with --dataset_path PATH.jsonl"
         ) from error
     return _checked([(f"{GSM8K} {split} {n}", row) for n, row in enumerate(rows, start=1)])
 

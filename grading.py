@@ -165,11 +165,11 @@ def value(number: re.Match) -> Fraction:
 
 
 def same_number(answer: re.Match, reference: re.Match) -> bool:
-    """Equal after rounding to six decimals, as math-verify does; of small numbers, to six digits."""
+    """Equal after rounding to six decimals, as math-verify does; of small numbers, to five digits."""
     if answer["denominator"] and value(reference).denominator == 1:
         return False  # 84/7 is the question, 12 the answer
     return any(
-        abs(a - r) <= min(Fraction(1, 2_000_000), abs(r) / 500_000)
+        abs(a - r) <= min(Fraction(1, 2_000_000), abs(r) / 100_000)
         for a in (value(answer), value(answer) / (100 if answer["percent"] else 1))
         for r in (value(reference), value(reference) / (100 if reference["percent"] else 1))
     )
@@ -239,7 +239,7 @@ def final_text(response: str, expected: str) -> str:
     texts = {re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).strip(" \t*`\"'$").rstrip(".") for text in answers}
     answer = texts.pop() if len(texts) == 1 else ""
     if VERDICT.fullmatch(expected):
-        verdicts = {verdict.casefold() for verdict in VERDICT.findall(answer)}
+        verdicts = {verdict.capitalize() for verdict in VERDICT.findall(answer)}
         return verdicts.pop() if len(verdicts) == 1 else ""
     if NUMBER.fullmatch(expected):
         number = committed_number(plain(answer), 0 if marked_answers(response) else -1)

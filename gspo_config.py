@@ -29,6 +29,10 @@ PRESETS = {
 }
 
 
+# Parameters under which bfloat16 does not pay on a CPU: its matrices are too small for the casts around them.
+SMALL_MODEL = 20e6
+
+
 def flag(default, group: str, help: str, choices: Sequence[str] | None = None):
     """A configuration field, which is also a command-line flag."""
     return field(default=default, metadata={"group": group, "help": help, "choices": choices})
@@ -41,18 +45,18 @@ class GSPOConfig:
     None means "decided from the rest": resolve() fills it in. ValueError for a value that cannot work.
     """
 
-    model_name: str = flag("auto", "model", "hub id, folder, smollm2-135m, tiny, tiny-moe, or auto: by GPU memory")
-    dtype: str = flag("auto", "model", "compute type over float32 master weights", ("auto", "float32", "bfloat16"))
-    device: str | None = flag(None, "model", "cuda or cpu (default: cuda where there is one)", ("cuda", "cpu"))
-    gradient_checkpointing: bool = flag(False, "model", "recompute activations in the backward pass: less memory")
+    model_name: str = flag("auto", "model", "hub id, folder, smollm2-135m, tiny, tiny-moe; auto: by GPU")
+    dtype: str = flag("auto", "model", "compute type over float32 weights", ("auto", "float32", "bfloat16"))
+    device: str | None = flag(None, "model", "default: cuda where there is one", ("cuda", "cpu"))
+    gradient_checkpointing: bool = flag(False, "model", "recompute activations in backward: less memory")
 
     dataset: str = flag("mixed", "data", "mixed, math, code, reasoning, gsm8k, sort, or file")
-    dataset_path: str | None = flag(None, "data", "jsonl with question and answer (ending in #### N for gsm8k)")
+    dataset_path: str | None = flag(None, "data", "jsonl with question and answer (ending in #### N)")
     difficulty: str = flag("auto", "data", "of generated problems", ("auto", "easy", "medium", "hard"))
     num_train_samples: int = flag(100, "data", "training problems")
     num_eval_samples: int = flag(50, "data", "held-out problems, never shared with training")
 
-    algorithm: str = flag("gspo", "objective", "a whole preset: ratio, aggregation, clip ranges", tuple(PRESETS))
+    algorithm: str = flag("gspo", "objective", "a whole preset: ratio and clip ranges", tuple(PRESETS))
     left_clip_range: float | None = flag(None, "objective", "clip below 1 - this (default: the algorithm's)")
     right_clip_range: float | None = flag(None, "objective", "clip above 1 + this (default: the algorithm's)")
     kl_coef: float = flag(0.0, "objective", "weight of a KL term to the starting model; the paper has none")
@@ -66,13 +70,13 @@ class GSPOConfig:
     warmup_steps: int = flag(0, "training", "optimizer updates of linear warm-up")
     weight_decay: float = flag(0.0, "training", "AdamW's decoupled weight decay")
     max_grad_norm: float = flag(1.0, "training", "gradient norm is clipped to this")
-    micro_batch_tokens: int = flag(4096, "training", "padded tokens a forward pass; changes memory, not results")
+    micro_batch_tokens: int = flag(4096, "training", "tokens of a forward pass; changes memory, not results")
     seed: int = flag(0, "training", "of data, order and sampling")
 
     max_length: int = flag(512, "sampling", "prompt + response tokens")
-    max_new_tokens: int | None = flag(None, "sampling", "response tokens (default: what the data set needs)")
-    temperature: float = flag(1.0, "sampling", "sampling temperature; scoring uses the same distribution")
-    rollout_engine: str = flag("transformers", "sampling", "what samples the responses", ("transformers", "vllm"))
+    max_new_tokens: int | None = flag(None, "sampling", "response tokens (default: by data set)")
+    temperature: float = flag(1.0, "sampling", "of sampling, and of scoring with it")
+    rollout_engine: str = flag("transformers", "sampling", "what samples", ("transformers", "vllm"))
 
     output_dir: str = flag("gspo_outputs", "run", "run folders are made in it")
     run_name: str | None = flag(None, "run", "the run folder's name (default: model, algorithm and time)")
@@ -117,7 +121,7 @@ class GSPOConfig:
             learning_rate=self.learning_rate or (1e-5 if num_parameters < 0.5e9 else 1e-6),
             max_new_tokens=self.max_new_tokens or self.max_length,
             device=device,
-            dtype=("bfloat16" if device == "cuda" else "float32") if self.dtype == "auto" else self.dtype,
+            dtype=choose_dtype(device, num_parameters)[0] if self.dtype == "auto" else self.dtype,
         )
 
     @property
@@ -131,8 +135,8 @@ class GSPOConfig:
         kl = f", plus {self.kl_coef} x KL to the starting model" if self.kl_coef else ", no KL term"
         if updates * self.update_frequency == 1:
             clipping = (
-                "With one optimizer update per rollout batch the ratio is 1 by construction: nothing can clip, "
-                "and every algorithm here is the same. Lower --mini_batch_size for more updates."
+                "With one optimizer update per rollout batch the ratio is 1 by construction: nothing can "
+                "clip, and every algorithm here is the same. Lower --mini_batch_size for more updates."
             )
         else:
             clipping = (
@@ -141,9 +145,21 @@ class GSPOConfig:
             )
         return (
             f"{self.algorithm}: {preset.ratio}, clipped to [1 - {self.left_clip_range:g}, "
-            f"1 + {self.right_clip_range:g}] per {preset.clip_unit}; mean over each response's tokens, then "
-            f"over responses{kl}. {self.batch_size} queries x {self.group_size} responses a rollout batch, "
-            f"{updates} optimizer update{'s' * (updates != 1)} of {self.mini_batch_size} x {self.group_size} "
-            f"responses each; pi_old is refreshed every {self.update_frequency} rollout "
+            f"1 + {self.right_clip_range:g}] per {preset.clip_unit}; mean over each response's tokens, "
+            f"then over responses{kl}. {self.batch_size} queries x {self.group_size} responses a rollout "
+            f"batch, {updates} optimizer update{'s' * (updates != 1)} of {self.mini_batch_size} x "
+            f"{self.group_size} responses each; pi_old is refreshed every {self.update_frequency} rollout "
             f"batch{'es' * (self.update_frequency != 1)}. {clipping}"
         )
+
+
+def choose_dtype(device: str, num_parameters: int) -> tuple[str, str]:
+    """The compute type that --dtype auto stands for, and why."""
+    if device == "cuda":
+        return "bfloat16", "the GPU multiplies it many times faster"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+        return "float32", "this CPU has no bfloat16 multiplication"
+    if num_parameters < SMALL_MODEL:
+        return "float32", "for a model this small, casting costs more than bfloat16 saves"
+    return "bfloat16", "this CPU multiplies it about twice as fast"

@@ -8,7 +8,8 @@ The algorithm, for one rollout batch:
     1. sample G responses a query from the current policy, which thereby is pi_old;
     2. reward them; A_i = (r_i - mean) / std over the group of its query;
     3. log pi_old of every response;
-    4. for each minibatch: s_i = exp(mean_t[log pi - log pi_old]), maximise mean_i min(s_i A_i, clip(s_i) A_i).
+    4. for each minibatch, with s_i = exp(mean_t[log pi - log pi_old]): maximise
+       mean_i min(s_i A_i, clip(s_i) A_i).
 
 Where this departs from the paper:
 
@@ -49,6 +50,8 @@ MAX_LOG_RATIO = 60.0
 # Random stream of evaluations: far from every training stream, and the same in every run, so that two
 # evaluations of the same problems are paired.
 EVALUATION_STREAM = 1 << 100
+# Problems evaluated at a time: a step of the progress bar.
+EVALUATION_CHUNK = 16
 # Checkpoints kept on disk: with float32 weights and AdamW's moments, one takes three times the model.
 CHECKPOINTS_KEPT = 2
 
@@ -70,7 +73,7 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
         ValueError: a group size under 2, or B no multiple of it.
     """
     if group_size < 2:
-        raise ValueError(f"group_size must be at least 2, got {group_size}: one response has no group to beat")
+        raise ValueError(f"group_size must be at least 2, got {group_size}: one response has no group")
     if rewards.dim() != 1 or len(rewards) % group_size:
         raise ValueError(f"rewards of shape {tuple(rewards.shape)} do not split into groups of {group_size}")
     groups = rewards.view(-1, group_size)  # (Q, G)
@@ -239,8 +242,8 @@ def _check_shapes(log_probs, old_log_probs, advantages, mask, advantages_per_tok
     allowed = [shape[:1], shape] if advantages_per_token else [shape[:1]]
     if mask.dim() != 2 or log_probs.shape != mask.shape or old_log_probs.shape != mask.shape:
         raise ValueError(
-            f"log_probs {tuple(log_probs.shape)}, old_log_probs {tuple(old_log_probs.shape)} and mask {shape} "
-            "must all be (B, T)"
+            f"log_probs {tuple(log_probs.shape)}, old_log_probs {tuple(old_log_probs.shape)} and mask "
+            f"{shape} must all be (B, T)"
         )
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool, got {mask.dtype}")
@@ -267,7 +270,7 @@ class RolloutBatch:
     rewards: torch.Tensor  # (B,); NaN: not judged
     advantages: torch.Tensor  # (B,)
     old_log_probs: list[torch.Tensor] = field(default_factory=list)  # (B,) of (|y|,)
-    reference_log_probs: list[torch.Tensor] = field(default_factory=list)  # likewise, under the starting model
+    reference_log_probs: list[torch.Tensor] = field(default_factory=list)  # of the starting model
     metrics: dict = field(default_factory=dict)  # what is known before the updates
 
     def best_and_worst(self, group_size: int) -> list[dict]:
@@ -381,7 +384,13 @@ class GSPOTrainer:
             comparisons. A response that could not be judged counts as not passed.
         """
         size = self.config.group_size
-        rollouts, rewards, _ = self._sample(problems, stream=EVALUATION_STREAM)
+        rollouts, rewards = [], []
+        starts = range(0, len(problems), EVALUATION_CHUNK)
+        for start in self._progress(iterable=starts, desc="evaluating", unit="chunk", leave=False):
+            chunk = problems[start : start + EVALUATION_CHUNK]
+            sampled, judged, _ = self._sample(chunk, EVALUATION_STREAM + start)
+            rollouts += sampled
+            rewards += judged
         passed = np.array([reward == 1.0 for reward in rewards]).reshape(-1, size).mean(1)  # (Q,)
         pass_at_1 = float(passed.mean())
         return {
@@ -393,7 +402,7 @@ class GSPOTrainer:
         }
 
     def that_fit(self, problems: Sequence, purpose: str) -> list:
-        """The problems whose prompts leave room for a response; the others are dropped, and counted on stderr.
+        """The problems whose prompts leave room for a response; the others are dropped and counted.
 
         Raises:
             ValueError: none does.
@@ -402,13 +411,13 @@ class GSPOTrainer:
         kept = [p for p, length in zip(problems, lengths, strict=True) if length < self.config.max_length]
         if not kept:
             raise ValueError(
-                f"--max_length {self.config.max_length} is shorter than every {purpose} prompt (the shortest has "
-                f"{min(lengths)} tokens); raise it"
+                f"--max_length {self.config.max_length} is shorter than every {purpose} prompt (the shortest "
+                f"has {min(lengths)} tokens); raise it"
             )
         if len(kept) < len(problems) and self.accelerator.is_main_process:
             print(
-                f"{purpose}: dropped {len(problems) - len(kept)} of {len(problems)} problems, whose prompts leave "
-                f"no room for a response in --max_length {self.config.max_length}",
+                f"{purpose}: dropped {len(problems) - len(kept)} of {len(problems)} problems, whose prompts "
+                f"leave no room for a response in --max_length {self.config.max_length}",
                 file=sys.stderr,
             )
         return kept
@@ -449,7 +458,7 @@ class GSPOTrainer:
             return self.engine.generate(prompts, config.group_size, sampling)
 
     def _collect(self, problems: Sequence, index: int) -> RolloutBatch:
-        """Sample, judge and score rollout batch number index under the present policy, pi_old from here on."""
+        """Sample, judge and score rollout batch number index under the present policy: pi_old from now."""
         config = self.config
         stream = (config.seed << 32) + index * config.batch_size
         rollouts, judged, seconds = self._sample(problems, stream)
@@ -527,8 +536,11 @@ class GSPOTrainer:
         self.optimizer.zero_grad()
         return seen, metrics
 
-    def _loss_of(self, batch: RolloutBatch, rows: list[int], log_probs: dict[int, torch.Tensor], denominator: int):
-        """The configured loss of some rows, a part of a sum over denominator rows, and its metrics."""
+    def _loss_of(self, batch: RolloutBatch, rows: list[int], log_probs: dict, denominator: int):
+        """The configured loss of some rows, a part of a sum over denominator rows, and its metrics.
+
+        log_probs: row to (|y|,), as the policy now has them.
+        """
         config, device = self.config, self.accelerator.device
         values = _pad([log_probs[row] for row in rows], device)  # (B, T)
         lengths = torch.tensor([len(log_probs[row]) for row in rows], device=device)
@@ -584,7 +596,7 @@ class GSPOTrainer:
         return [values for _, values in sorted(gather_object(list(own.items())))]
 
     def _null_clip_fraction(self, batch: RolloutBatch) -> float:
-        """Share of the first minibatch's tokens outside the clip range on a second scoring: noise, no policy."""
+        """Share of the first minibatch's tokens outside the clip range when scored again: pure noise."""
         first = self._minibatches(batch)[:1]
         again = dict(zip(first[0], self._score(self.model, batch, first), strict=True))
         outside = 0.0
@@ -596,7 +608,7 @@ class GSPOTrainer:
     # ---- keeping
 
     def save_checkpoint(self) -> None:
-        """Write checkpoints/step-N: model, tokenizer, optimizer, schedule and place. Nothing if it is there."""
+        """Write checkpoints/step-N (model, tokenizer, optimizer, schedule, place) unless it is there."""
         known = self.run_log.checkpoints()
         if known and known[-1].name == f"step-{self.step}":
             return
@@ -618,7 +630,8 @@ class GSPOTrainer:
         """Continue from a checkpoint folder; the run's record is rewound to its step."""
         saved = type(self.model).from_pretrained(path, dtype=torch.float32)
         self.model.load_state_dict(saved.state_dict())
-        state = torch.load(path / "training_state.pt", map_location=self.accelerator.device, weights_only=True)
+        device = self.accelerator.device
+        state = torch.load(path / "training_state.pt", map_location=device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.best_pass_rate = state["step"], state["best_pass_rate"]

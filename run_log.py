@@ -30,10 +30,10 @@ import torch
 
 # What is logged for each rollout batch: (unit, meaning and reduction). The README's glossary is this table.
 GLOSSARY = {
-    "loss": ("-", "minus the objective, over the whole rollout batch, each response as its update saw it"),
-    "clip_fraction": ("share", "response tokens whose clipped branch is in force, of all tokens in the batch"),
+    "loss": ("-", "minus the objective over the rollout batch, each response as its update saw it"),
+    "clip_fraction": ("share", "response tokens whose clipped branch is in force, of all in the batch"),
     "clip_fraction_sequences": ("share", "responses with a clipped token, of all responses in the batch"),
-    "clip_fraction_by_minibatch": ("share", "clip_fraction of each optimizer update, in order; the first is 0"),
+    "clip_fraction_by_minibatch": ("share", "clip_fraction of each optimizer update in turn; the first is 0"),
     "null_clip_fraction": ("share", "tokens outside the clip range when scored twice with the same weights"),
     "importance_ratio_mean": ("-", "mean ratio to pi_old: over responses (GSPO), over tokens (GRPO)"),
     "importance_ratio_std": ("-", "standard deviation of the ratio, likewise"),
@@ -95,11 +95,11 @@ class RunLog:
 
     def rewind(self, step: int) -> None:
         """Drop the lines after a step, which a resumed run is about to write again."""
-        self.history = [metrics for metrics in _read_lines(self.folder / "metrics.jsonl") if metrics["step"] <= step]
         for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
             lines = [line for line in _read_lines(self.folder / name) if line["step"] <= step]
             text = "".join(json.dumps(line, allow_nan=True) + "\n" for line in lines)
             _write_text(self.folder / name, text)
+        self.history = _read_lines(self.folder / "metrics.jsonl")
 
     def train(self, step: int, metrics: dict) -> list[str]:
         """Record a rollout batch; returns the warnings that the history now calls for."""
@@ -220,7 +220,8 @@ def gibberish_reason(history: Sequence[dict]) -> str | None:
     if any(batch["reward_mean"] > 0 for batch in recent):
         return None
     if all(batch["entropy"] > 3 * max(1.0, _mean(start, "entropy")) for batch in recent):
-        return f"entropy rose from {_mean(start, 'entropy'):.2f} to {_mean(recent, 'entropy'):.2f} nats per token"
+        now, then = _mean(recent, "entropy"), _mean(start, "entropy")
+        return f"entropy rose from {then:.2f} to {now:.2f} nats per token"
     if _mean(start, "truncated_fraction") < 0.5 and all(batch["truncated_fraction"] == 1 for batch in recent):
         return "no response has ended for five rollout batches, and nothing was rewarded"
     return None
@@ -231,8 +232,9 @@ def warnings_of(history: Sequence[dict]) -> list[str]:
     last, warnings = history[-1], []
     if last["importance_ratio_max"] > 10 or last["importance_ratio_min"] < 0.1:
         warnings.append(
-            f"importance ratios reach {last['importance_ratio_min']:.3g} to {last['importance_ratio_max']:.3g}: "
-            "the policy moves far in one rollout batch; lower --learning_rate"
+            f"importance ratios reach {last['importance_ratio_min']:.3g} to "
+            f"{last['importance_ratio_max']:.3g}: the policy moves far in one "
+            "rollout batch; lower --learning_rate"
         )
     if last["clip_fraction"] > 0.8:
         warnings.append(
@@ -241,16 +243,17 @@ def warnings_of(history: Sequence[dict]) -> list[str]:
         )
     if last["null_clip_fraction"] > 0.01:
         warnings.append(
-            f"null_clip_fraction is {last['null_clip_fraction']:.3g}: scoring noise alone leaves the clip range; "
-            "use --dtype float32 or a wider range"
+            f"null_clip_fraction is {last['null_clip_fraction']:.3g}: scoring noise alone leaves the clip "
+            "range; use --dtype float32 or a wider range"
         )
     if len(history) >= 10 and all(batch["zero_variance_groups"] == 1 for batch in history[-10:]):
         warnings.append(
             "no learning signal: in ten rollout batches every group's rewards were equal; "
             "try an easier --difficulty, a larger --group_size or a stronger model"
         )
-    if len(history) >= 30 and _mean(history[-10:], "loss") > _mean(history[:10], "loss") + 1:
-        warnings.append(f"the loss has risen from {_mean(history[:10], 'loss'):.3g} to {_mean(history[-10:], 'loss'):.3g}")
+    first, latest = _mean(history[:10], "loss"), _mean(history[-10:], "loss")
+    if len(history) >= 30 and latest > first + 1:
+        warnings.append(f"the loss has risen from {first:.3g} to {latest:.3g}")
     return warnings
 
 
@@ -298,14 +301,15 @@ def find_checkpoint(resume: str, output_dir: str) -> Path:
     """
     if resume == "latest":
         runs = [run for run in Path(output_dir).glob("*") if checkpoints_in(run)]
-        candidates = checkpoints_in(max(runs, key=lambda run: checkpoints_in(run)[-1].stat().st_mtime)) if runs else []
+        newest = (checkpoints_in(run)[-1] for run in runs)
+        candidates = sorted(newest, key=lambda path: path.stat().st_mtime)
     elif (Path(resume) / "training_state.pt").exists():
         candidates = [Path(resume)]
     else:
         candidates = checkpoints_in(Path(resume))
     if not candidates:
         where = output_dir if resume == "latest" else resume
-        raise ValueError(f"--resume {resume}: no checkpoint in {where}; name a run folder or a checkpoints/step-N")
+        raise ValueError(f"--resume {resume}: no checkpoint in {where}; name a run or checkpoint folder")
     return candidates[-1]
 
 

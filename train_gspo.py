@@ -11,15 +11,21 @@ Exit codes: 0 done; 1 failure; 2 bad input (one line: what, why, what to do); 3 
 
 import argparse
 import json
+import os
 import signal
 import sys
 from dataclasses import asdict, fields, replace
 from types import NoneType
 from typing import get_args, get_type_hints
 
+# Idle threads sleep instead of spinning: on a CPU that other processes share, spinning made a rollout batch
+# five times slower. Read once, when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from transformers.utils.logging import disable_progress_bar
 
 from data_loader import compute_rewards, default_max_new_tokens, load_problems
+from gspo_config import choose_dtype
 from gspo_implementation import EmergencyStop, GSPOConfig, GSPOTrainer
 from intervals import paired_interval
 from model_loader import count_parameters, load_model, resolve_model_name
@@ -42,9 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = trainer.train(train_problems, eval_problems)
     except EmergencyStop as stop:
-        print(f"train_gspo.py: emergency stop before rollout batch {trainer.step + 1}'s bad update: {stop}. "
-              f"The last good state is in {trainer.run_log.folder}/checkpoints; lower --learning_rate, then "
-              f"start again", file=sys.stderr)
+        print(
+            f"train_gspo.py: emergency stop before rollout batch {trainer.step + 1}'s bad update: {stop}. "
+            f"The last good state is in {trainer.run_log.folder}/checkpoints; lower --learning_rate, then "
+            f"start again",
+            file=sys.stderr,
+        )
         return 3
     if trainer.accelerator.is_main_process:
         report(trainer, result)
@@ -53,7 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> GSPOConfig:
     """The flags as a configuration; bad values end the program with one line and exit code 2."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     types = get_type_hints(GSPOConfig)
     groups = {}
     for f in fields(GSPOConfig):
@@ -61,7 +72,9 @@ def parse(arguments: list[str] | None) -> GSPOConfig:
         groups[f.metadata["group"]] = group
         kind = next(t for t in get_args(types[f.name]) or (types[f.name],) if t is not NoneType)
         shown = "" if f.default is None or kind is bool else f" (default: {f.default})"
-        options = {"action": "store_true"} if kind is bool else {"type": kind, "choices": f.metadata["choices"]}
+        options = (
+            {"action": "store_true"} if kind is bool else {"type": kind, "choices": f.metadata["choices"]}
+        )
         group.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"] + shown, **options)
     return GSPOConfig(**vars(parser.parse_args(arguments)))
 
@@ -88,7 +101,10 @@ def resolve(config: GSPOConfig) -> GSPOConfig:
         difficulty=difficulty,
         max_new_tokens=config.max_new_tokens or default_max_new_tokens(config.dataset, difficulty),
     )
-    return config.resolve(parameters)
+    resolved = config.resolve(parameters)
+    if config.dtype == "auto":
+        print(f"dtype: {resolved.dtype} ({choose_dtype(resolved.device, parameters)[1]})")
+    return resolved
 
 
 def difficulty_for(parameters: int) -> str:
@@ -99,7 +115,7 @@ def difficulty_for(parameters: int) -> str:
 
 
 def prepare(config: GSPOConfig):
-    """Problems, model and trainer; ValueError where the user's input cannot work. What is quick comes first."""
+    """Problems, model and trainer; ValueError where the input cannot work. What is quick comes first."""
     run_folder(asdict(config))
     train_problems, eval_problems = (
         load_problems(config.dataset, split, count, config.seed, config.difficulty, config.dataset_path)

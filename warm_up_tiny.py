@@ -21,6 +21,7 @@ from tqdm import tqdm
 from data_loader import load_problems
 from model_loader import TINY_FOLDER, new_tiny_model, tiny_tokenizer
 
+NAMES = ("tiny", "tiny-moe")
 SEED = 0
 TARGET = 0.32  # sampled accuracy on unseen sort problems; the step that passes it lands near 0.35
 NUM_MATH = 256  # of about 300 that exist
@@ -33,8 +34,9 @@ EVALUATE_EVERY = 5
 
 def main():
     parser = argparse.ArgumentParser(description="Regenerate the tiny checkpoints.")
-    parser.add_argument("names", nargs="*", default=["tiny", "tiny-moe"], metavar="tiny|tiny-moe")
-    for name in parser.parse_args().names:
+    parser.add_argument("name", nargs="?", choices=NAMES, help="default: both")
+    chosen = parser.parse_args().name
+    for name in [chosen] if chosen else NAMES:
         warm_up(name)
 
 

@@ -24,7 +24,8 @@ COMMON = {
 FAMILIES = {
     "llama": ("llama", COMMON),
     "qwen3": ("qwen3", COMMON),
-    "qwen3_moe": ("qwen3_moe", {**COMMON, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "qwen3_moe": ("qwen3_moe", {**COMMON, "num_experts": 4, "num_experts_per_tok": 2,
+                                "moe_intermediate_size": 16}),
     "gpt2": ("gpt2", {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
                       "bos_token_id": 1, "eos_token_id": 2}),
     # a window shorter than the sequences, and logits that are capped after the output layer

@@ -60,9 +60,9 @@ def test_every_end_token_ends(llama):
 def test_max_length_bounds_prompt_and_response_together(llama):
     rollouts = engine(llama).generate(PROMPTS, 4, Sampling(max_new_tokens=6, max_length=9, seed=3))
     assert all(len(r.response_ids) <= min(6, 9 - len(r.prompt_ids)) for r in rollouts)
-    assert all(
-        r.finished or len(r.response_ids) == min(6, 9 - len(r.prompt_ids)) for r in rollouts
-    ), "cut short without need"
+    assert all(r.finished or len(r.response_ids) == min(6, 9 - len(r.prompt_ids)) for r in rollouts), (
+        "cut short without need"
+    )
 
 
 def test_a_sample_depends_on_its_seed_and_prompt_alone(llama):

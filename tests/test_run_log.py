@@ -1,4 +1,4 @@
-"""The run's record: lines, folders that are whole or absent, alarms, wandb read back from its offline file."""
+"""The run's record: lines, folders that are whole or absent, alarms, wandb read back from its file."""
 
 import json
 import math
@@ -9,9 +9,10 @@ import pytest
 from run_log import RunLog, find_checkpoint, gibberish_reason, stop_reason, warnings_of
 
 GOOD = {
-    "loss": 0.1, "grad_norm": 1.0, "clip_fraction": 0.15, "null_clip_fraction": 0.0, "importance_ratio_mean": 1.0,
-    "importance_ratio_min": 0.99, "importance_ratio_max": 1.01, "zero_variance_groups": 0.5, "reward_mean": 0.3,
-    "entropy": 1.5, "truncated_fraction": 0.0, "clip_fraction_by_minibatch": [0.0, 0.2],
+    "loss": 0.1, "grad_norm": 1.0, "clip_fraction": 0.15, "null_clip_fraction": 0.0,
+    "importance_ratio_mean": 1.0, "importance_ratio_min": 0.99, "importance_ratio_max": 1.01,
+    "zero_variance_groups": 0.5, "reward_mean": 0.3, "entropy": 1.5, "truncated_fraction": 0.0,
+    "clip_fraction_by_minibatch": [0.0, 0.2],
 }  # fmt: skip
 
 
@@ -86,7 +87,12 @@ def test_rewinding_drops_later_lines_and_a_torn_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("loss", math.nan), ("grad_norm", math.inf), ("importance_ratio_max", 101.0), ("importance_ratio_mean", math.nan)],
+    [
+        ("loss", math.nan),
+        ("grad_norm", math.inf),
+        ("importance_ratio_max", 101.0),
+        ("importance_ratio_mean", math.nan),
+    ],
 )
 def test_bad_updates_are_stopped_and_the_evidence_named(name, value):
     assert stop_reason(GOOD) is None

@@ -29,13 +29,20 @@ def environment():
 
 
 def run(*flags, cwd=None):
-    return subprocess.run(command(*flags), capture_output=True, text=True, cwd=cwd, env=environment(), timeout=300)
+    return subprocess.run(
+        command(*flags), capture_output=True, text=True, cwd=cwd, env=environment(), timeout=300
+    )
 
 
 def test_a_run_from_the_command_line(tmp_path):
     done = run(*TINY, "--output_dir", tmp_path, "--run_name", "r", "--batch_size", 3, "--use_wandb")
     assert done.returncode == 0, done.stderr
-    for said in ("clipped to [1 - 0.0003, 1 + 0.0004]", "3 optimizer updates", "held-out pass@1 before", "gain"):
+    for said in (
+        "clipped to [1 - 0.0003, 1 + 0.0004]",
+        "3 optimizer updates",
+        "held-out pass@1 before",
+        "gain",
+    ):
         assert said in done.stdout
     metrics = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 2 and set(metrics[0]) == {"step", *GLOSSARY} - {"kl"}
@@ -69,7 +76,9 @@ def test_file_dataset_and_resume(tmp_path):
 
 def test_interrupt_leaves_a_checkpoint_and_exit_code_130(tmp_path):
     flags = [*TINY, "--num_epochs", 500, "--output_dir", tmp_path, "--run_name", "r"]
-    process = subprocess.Popen(command(*flags), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command(*flags), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     metrics = tmp_path / "r" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not metrics.exists() and time.monotonic() < deadline and process.poll() is None:
@@ -129,7 +138,9 @@ def test_a_folder_that_is_no_model_and_a_broken_line(tmp_path):
     done = run(*TINY, "--model_name", tmp_path / "not_a_model", "--output_dir", tmp_path / "out")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "not_a_model" in done.stderr
     (tmp_path / "bad.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n{"question": \n')
-    done = run(*TINY[:2], *TINY[4:], "--dataset_path", tmp_path / "bad.jsonl", "--output_dir", tmp_path / "out")
+    done = run(
+        *TINY[:2], *TINY[4:], "--dataset_path", tmp_path / "bad.jsonl", "--output_dir", tmp_path / "out"
+    )
     assert done.returncode == 2 and "line 2" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -145,7 +156,8 @@ COMMANDS = """
 --learning_rate 5e-7
 --model_name microsoft/DialoGPT-medium
 --model_name Qwen/Qwen2.5-7B-Instruct --dataset gsm8k --group_size 4 --left_clip_range 3e-4 \
---right_clip_range 4e-4 --learning_rate 1e-6 --num_train_samples 2000 --num_epochs 15 --update_frequency 5 --use_wandb
+--right_clip_range 4e-4 --learning_rate 1e-6 --num_train_samples 2000 --num_epochs 15 \
+--update_frequency 5 --use_wandb
 """
 
 
@@ -172,7 +184,9 @@ def test_flags_resolve_by_model_size_and_data():
 def test_help_groups_every_flag():
     shown = run("--help").stdout
     assert all(f"--{name}" in shown for name in GSPOConfig.__dataclass_fields__)
-    assert all(f"\n{group}:" in shown for group in ("model", "data", "objective", "training", "sampling", "run"))
+    assert all(
+        f"\n{group}:" in shown for group in ("model", "data", "objective", "training", "sampling", "run")
+    )
 
 
 def test_readme_glossary_is_the_one_in_use():
@@ -183,7 +197,17 @@ def test_readme_glossary_is_the_one_in_use():
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path):
-    flags = [*TINY, "--num_train_samples", 8, "--batch_size", 4, "--mini_batch_size", 2, "--learning_rate", 1e-4]
+    flags = [
+        *TINY,
+        "--num_train_samples",
+        8,
+        "--batch_size",
+        4,
+        "--mini_batch_size",
+        2,
+        "--learning_rate",
+        1e-4,
+    ]
     one = run(*flags, "--output_dir", tmp_path, "--run_name", "one")
     assert one.returncode == 0, one.stderr
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
@@ -215,5 +239,7 @@ def test_dialogpt_shape_without_a_chat_template_trains(tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<e>")
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "model")
-    done = run(*TINY, "--model_name", tmp_path / "model", "--output_dir", tmp_path / "out", "--max_length", 60)
+    done = run(
+        *TINY, "--model_name", tmp_path / "model", "--output_dir", tmp_path / "out", "--max_length", 60
+    )
     assert done.returncode == 0, done.stderr

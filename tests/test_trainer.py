@@ -37,7 +37,9 @@ def shared_prefix(asked, responses):
     """A reward with few ties: the share of digits that are right from the left."""
     rewards = []
     for problem, response in zip(asked, responses, strict=True):
-        right = next((i for i, (a, b) in enumerate(zip(problem.answer, response, strict=False)) if a != b), None)
+        right = next(
+            (i for i, (a, b) in enumerate(zip(problem.answer, response, strict=False)) if a != b), None
+        )
         right = min(len(problem.answer), len(response)) if right is None else right
         rewards.append(right / len(problem.answer))
     return rewards
@@ -100,7 +102,12 @@ def test_update_at_1e_6_moves_the_weights_as_a_float64_step_does(dtype, updates_
 @pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
 def test_micro_batches_and_checkpointing_never_change_the_update(name):
     moved = []
-    for settings in ({}, {"micro_batch_tokens": 1}, {"micro_batch_tokens": 100}, {"gradient_checkpointing": True}):
+    for settings in (
+        {},
+        {"micro_batch_tokens": 1},
+        {"micro_batch_tokens": 100},
+        {"gradient_checkpointing": True},
+    ):
         t = trainer(name, batch_size=4, mini_batch_size=2, **settings)
         before = weights_of(t.model)
         t.train_step(problems(4))
@@ -117,7 +124,9 @@ def test_temperature_is_that_of_sampling():
 
 
 def test_policy_is_refreshed_every_k_rollout_batches(tmp_path):
-    t = trainer(update_frequency=2, batch_size=2, output_dir=str(tmp_path), run_name="k", num_epochs=1)
+    t = trainer(
+        update_frequency=2, batch_size=2, group_size=16, output_dir=str(tmp_path), run_name="k", num_epochs=1
+    )
     t.train(problems(8), problems(4, seed=1))
     lines = [json.loads(line) for line in (tmp_path / "k" / "metrics.jsonl").read_text().splitlines()]
     assert [line["clip_fraction_by_minibatch"][0] == 0 for line in lines] == [True, False, True, False]
@@ -202,7 +211,9 @@ def test_run_folder_is_complete(finished_run):
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-4", "step-5"]
     samples = lines_of(run / "samples.jsonl")
     assert {sample["kind"] for sample in samples} == {"best", "worst"}
-    assert all(best["reward"] >= worst["reward"] for best, worst in zip(samples[::2], samples[1::2], strict=True))
+    assert all(
+        best["reward"] >= worst["reward"] for best, worst in zip(samples[::2], samples[1::2], strict=True)
+    )
 
 
 def test_final_model_gives_the_trainers_greedy_answers(finished_run):
@@ -211,7 +222,9 @@ def test_final_model_gives_the_trainers_greedy_answers(finished_run):
     tokenizer = AutoTokenizer.from_pretrained(run / "final_model")
     prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems(5, seed=2)]
     greedy = Sampling(max_new_tokens=20, temperature=0.0)
-    assert TransformersEngine(saved, tokenizer).generate(prompts, 1, greedy) == t.engine.generate(prompts, 1, greedy)
+    assert TransformersEngine(saved, tokenizer).generate(prompts, 1, greedy) == t.engine.generate(
+        prompts, 1, greedy
+    )
     ids = torch.tensor([prompts[0]])
     plain = saved.generate(ids, do_sample=False, max_new_tokens=20)[0, ids.shape[1] :].tolist()
     assert plain == t.engine.generate(prompts[:1], 1, greedy)[0].response_ids

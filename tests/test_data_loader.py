@@ -1,0 +1,192 @@
+"""Problems: disjoint, repeatable, and broken input named. Rewards: through the workers."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_loader import (
+    DATASETS,
+    SOURCES,
+    Problem,
+    compute_rewards,
+    default_max_new_tokens,
+    load_problems,
+    math_reward,
+)  # fmt: skip
+
+ROOT = Path(__file__).parents[1]
+GENERATED = [*SOURCES, ("mixed", "easy"), ("sort", "easy")]
+
+
+def write_jsonl(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def apples(count: int) -> list[dict]:
+    return [
+        {"question": f"Ann has {n} apples and buys one more. How many?", "answer": f"{n} + 1\n#### {n + 1}"}
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name, difficulty", GENERATED)
+def test_train_and_eval_share_no_prompt_and_repeat_none(name, difficulty):
+    train = [p.prompt for p in load_problems(name, "train", 60, seed=0, difficulty=difficulty)]
+    held_out = [p.prompt for p in load_problems(name, "eval", 40, seed=1, difficulty=difficulty)]
+    assert len(set(train)) == 60 and len(set(held_out)) == 40
+    assert not set(train) & set(held_out)
+
+
+def test_mirrored_sums_are_on_the_same_side():
+    train, held_out = (
+        {p.prompt.split("?")[0] for p in load_problems("math", split, 120, difficulty="easy")}
+        for split in ("train", "eval")
+    )
+    assert not {frozenset(text.split()) for text in train} & {frozenset(text.split()) for text in held_out}
+
+
+def test_the_same_seed_gives_the_same_problems_in_another_process():
+    code = (
+        "import hashlib, data_loader as d;"
+        "sets = [*d.SOURCES, ('mixed', 'easy'), ('sort', 'easy')];"
+        "problems = [d.load_problems(name, 'train', 40, 7, difficulty) for name, difficulty in sets];"
+        "print(hashlib.sha256(repr(problems).encode()).hexdigest())"
+    )
+    env = os.environ | {"PYTHONHASHSEED": "123"}
+    other = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    here = [load_problems(name, "train", 40, 7, difficulty) for name, difficulty in GENERATED]
+    assert other.stdout.strip() == hashlib.sha256(repr(here).encode()).hexdigest()
+    assert load_problems("math", "train", 40, 8) != load_problems("math", "train", 40, 7)
+
+
+@pytest.mark.parametrize("name, difficulty", GENERATED)
+def test_every_reference_earns_its_reward_and_another_answer_does_not(name, difficulty):
+    problems = load_problems(name, "train", 40, difficulty=difficulty)
+    mark = "" if name == "sort" else "#### "
+    assert compute_rewards(problems, [mark + p.answer for p in problems]) == [1.0] * 40
+    assert max(compute_rewards(problems, ["I do not know."] * 40)) == 0.0
+
+
+def test_mixed_is_two_to_one():
+    kinds = [p.kind for p in load_problems("mixed", "train", 30)]
+    assert (kinds.count("math"), kinds.count("reasoning")) == (20, 10)
+    assert len(set(kinds[:10])) == 2
+
+
+def test_sort_prompt_is_digits_and_equals_sign():
+    problem = load_problems("sort", "train", 1)[0]
+    digits = problem.prompt.removesuffix("=")
+    assert problem.kind == "exact" and 12 <= len(digits) <= 24 and "".join(sorted(digits)) == problem.answer
+    assert compute_rewards([problem] * 2, [problem.answer + "\n", problem.answer + "9"]) == [1.0, 0.0]
+
+
+def test_short_answers_only_where_the_prompt_asks_for_them():
+    assert default_max_new_tokens("math", "easy") == 32
+    assert default_max_new_tokens("math", "hard") is None and default_max_new_tokens("gsm8k", "easy") is None
+
+
+def test_file_split_is_disjoint_and_complete_and_shows_no_solution(tmp_path):
+    rows = apples(20) + apples(3) + [{"question": "What is half of one?", "answer": "\\frac{1}{2}"}]
+    path = write_jsonl(tmp_path / "apples.jsonl", rows)
+    with pytest.warns(UserWarning, match="17 problems, 100 were asked for"):
+        train = load_problems("file", "train", 100, path=path)
+    held_out = load_problems("mixed", "eval", 4, seed=5, path=path)  # a path alone implies file
+    prompts = {p.prompt for p in train} | {p.prompt for p in held_out}
+    assert (len(train), len(held_out), len(prompts)) == (17, 4, 21)
+    assert not any("+ 1" in prompt for prompt in prompts)
+    assert load_problems("file", "train", 5, seed=1, path=path) != load_problems(
+        "file", "train", 5, seed=2, path=path
+    )
+    problem = next(p for p in [*train, *held_out] if "half" not in p.prompt)
+    assert compute_rewards([problem], [f"So she has {problem.answer} apples."]) == [1.0]
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"question": "a", ', "line 2: not valid JSON"),
+    ("[1, 2]", "line 2: list instead of an object"),
+    ('{"question": "a"}', "line 2: no field 'answer'"),
+    ('{"question": "a", "answer": 3}', "line 2: answer is int"),
+    ('{"question": " ", "answer": "3"}', "line 2: empty question"),
+    ('{"question": "a", "answer": "long story #### "}', "line 2: empty reference"),
+    ('{"question": "a", "answer": "Paris"}', "line 2: the reference answer 'Paris'"),
+])  # fmt: skip
+def test_a_broken_line_is_named(tmp_path, line, message):
+    path = tmp_path / "broken.jsonl"
+    path.write_text(json.dumps(apples(1)[0]) + "\n" + line + "\n" + json.dumps(apples(2)[1]) + "\n")
+    with pytest.raises(ValueError, match=f"broken.jsonl, {message}"):
+        load_problems("file", "train", 1, path=str(path))
+
+
+def test_files_that_are_no_jsonl(tmp_path):
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "utf16").write_text(json.dumps(apples(1)[0]), encoding="utf-16")
+    (tmp_path / "bom").write_text(
+        "".join(json.dumps(row) + "\r\n" for row in apples(5)), encoding="utf-8-sig"
+    )
+    for name, message in [
+        ("empty", "0 different"),
+        ("utf16", "not UTF-8"),
+        ("none", "not there"),
+        ("", "a folder"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_problems("file", "train", 1, path=str(tmp_path / name))
+    assert len(load_problems("file", "train", 4, path=str(tmp_path / "bom"))) == 4
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("maths", "train", 1), "unknown data set 'maths'; choose one of " + ", ".join(DATASETS)),
+    (("math", "test", 1), "unknown split 'test'; choose one of train, eval"),
+    (("math", "train", 1, 0, "auto"), "unknown difficulty 'auto'"),
+    (("code", "train", 1), "not available yet"),
+    (("math", "train", 0), "at least 1"),
+    (("file", "train", 1), "--dataset_path"),
+    (("sort", "train", 1, 0, "easy", "x.jsonl"), "not sort"),
+    (("math", "train", 5000), "has 3.. different problems"),
+])  # fmt: skip
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_problems(*arguments)
+
+
+def test_gsm8k_without_network_names_the_flag():
+    code = "from data_loader import load_problems; load_problems('gsm8k', 'train', 1)"
+    env = os.environ | {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HUB_CACHE": "/nonexistent",
+        "HF_DATASETS_CACHE": "/tmp",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=30
+    )
+    assert "ValueError: cannot load openai/gsm8k" in done.stderr and "--dataset_path" in done.stderr
+
+
+def test_a_response_that_hangs_is_not_judged_and_costs_only_itself():
+    problems = [Problem(str(n), "math", "", "2\\sqrt{3}") for n in range(3)]
+    responses = ["\\boxed{\\sqrt{12}}", "\\boxed{9^{9^{9^9}}}", "\\boxed{4}"]
+    assert compute_rewards(problems, responses) == [1.0, None, 0.0]
+
+
+def test_a_bad_reference_is_reported_with_the_problems_id():
+    with pytest.raises(ValueError, match="problem p7: .*'Paris'"):
+        compute_rewards([Problem("p7", "math", "", "Paris")], ["17"])
+
+
+def test_math_reward():
+    assert (math_reward("#### 1,000", "1000"), math_reward("3 or 4", "4")) == (1.0, 0.0)
+
+
+def test_self_check_passes():
+    done = subprocess.run(
+        [sys.executable, "data_loader.py"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and "23 of 23 as expected" in done.stdout
