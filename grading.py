@@ -43,8 +43,14 @@ HEDGE = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively|(?:might|could
 LIST_GAP = re.compile(r"(?:[\s,;:|/&.!?()\[\]'\"`•-]|\b(?:and|to|then|the|answer|is)\b)*", re.I)
 ASSIGNMENT = re.compile(r"(?<![\w*+/-])[a-z]\s*=\s*$", re.I)
 OPERATOR = r"[+*/×÷^±<>≤≥≠]"
-OPERATOR_BEFORE = re.compile(rf"(?:{OPERATOR}|[\w)]\s*-|√|\\[a-z]+|\b(?:sqrt|not))[\s(]*$", re.I)
-OPERATOR_AFTER = re.compile(rf"[\s)]*(?:\^|(?:{OPERATOR}|-)\s*(?:[\d(\\]|[a-z]\b)|[xyz]\b)")  # but 14/person
+OPERATOR_WORD = r"x|times|plus|minus|divided by"
+OPERATOR_BEFORE = re.compile(
+    rf"(?:{OPERATOR}|(?:[\d)]|\b[a-z])[ \t]*-|\d\s*(?:{OPERATOR_WORD})|√|\\[a-z]+|\b(?:sqrt|not))[\s(]*$",
+    re.I,
+)
+OPERATOR_AFTER = re.compile(  # 14/person is 14, but 14/7 and 14 - x are sums
+    rf"[\s)]*(?:\^|(?:{OPERATOR}|-)\s*(?:[\d(\\]|[a-z]\b)|(?:{OPERATOR_WORD})\s*\d|[xyz]\b)", re.I
+)
 
 VERDICT = re.compile(r"\b(?:yes|no|true|false)\b", re.I)
 

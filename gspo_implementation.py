@@ -588,7 +588,7 @@ class GSPOTrainer:
         Equal shapes give equal bits, so that the ratio of an unchanged policy is exactly 1.
         """
         own = {}
-        with torch.no_grad():
+        with torch.no_grad(), self._computing():  # entered once: the weights are cast once for all passes
             for rows in minibatches:
                 for micro_batch in self._own_micro_batches(batch, rows):
                     scored = self._log_probs(model, batch, micro_batch)
