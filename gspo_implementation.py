@@ -269,8 +269,9 @@ class RolloutBatch:
     rollouts: list[Rollout]  # (B,)
     rewards: torch.Tensor  # (B,); NaN: not judged
     advantages: torch.Tensor  # (B,)
-    old_log_probs: list[torch.Tensor] = field(default_factory=list)  # (B,) of (|y|,)
-    reference_log_probs: list[torch.Tensor] = field(default_factory=list)  # of the starting model
+    teaches: torch.Tensor  # (B,) bool: has an advantage, or a KL term to pull it; the others cost nothing
+    old_log_probs: dict[int, torch.Tensor] = field(default_factory=dict)  # row to (|y|,), of those that teach
+    reference_log_probs: dict[int, torch.Tensor] = field(default_factory=dict)  # under the starting model
     metrics: dict = field(default_factory=dict)  # what is known before the updates
 
     def best_and_worst(self, group_size: int) -> list[dict]:
@@ -468,7 +469,8 @@ class GSPOTrainer:
             raise EmergencyStop("no response of the rollout batch could be judged")
         advantages = group_advantages(rewards, config.group_size)
         groups = advantages.view(-1, config.group_size)  # (Q, G)
-        batch = RolloutBatch(list(problems), rollouts, rewards, advantages)
+        teaches = (advantages != 0) | bool(config.kl_coef)
+        batch = RolloutBatch(list(problems), rollouts, rewards, advantages, teaches)
         started = time.perf_counter()
         batch.old_log_probs = self._score(self.model, batch, self._minibatches(batch))
         if self.reference_model is not None:
@@ -482,7 +484,7 @@ class GSPOTrainer:
             "zero_variance_groups": (groups == 0).all(1).double().mean().item(),
             "unjudged_responses": len(rewards) - len(known),
             "response_tokens_mean": float(np.mean(lengths)),
-            "entropy": -torch.cat(batch.old_log_probs).mean().item(),
+            "entropy": -float(np.mean([x for rollout in rollouts for x in rollout.log_probs])),
             "truncated_fraction": float(np.mean([not rollout.finished for rollout in rollouts])),
             **seconds,
             "scoring_s": time.perf_counter() - started,
@@ -499,7 +501,8 @@ class GSPOTrainer:
             seen |= log_probs
             updates.append(metrics)
         with torch.no_grad():
-            _, pooled = self._loss_of(batch, list(range(len(seen))), seen, denominator=len(seen))
+            everything = list(range(len(batch.rollouts)))
+            _, pooled = self._loss_of(batch, everything, seen, denominator=len(everything))
         seconds = time.perf_counter() - started
         metrics = {
             **pooled,
@@ -539,23 +542,28 @@ class GSPOTrainer:
     def _loss_of(self, batch: RolloutBatch, rows: list[int], log_probs: dict, denominator: int):
         """The configured loss of some rows, a part of a sum over denominator rows, and its metrics.
 
-        log_probs: row to (|y|,), as the policy now has them.
+        log_probs: row to (|y|,), as the policy now has them. Rows that are not there teach nothing: they add 0
+        to the loss, cannot clip, and count in the clip fractions' denominators alone.
         """
         config, device = self.config, self.accelerator.device
-        values = _pad([log_probs[row] for row in rows], device)  # (B, T)
-        lengths = torch.tensor([len(log_probs[row]) for row in rows], device=device)
+        taught = [row for row in rows if row in log_probs]
+        lengths = torch.tensor([len(log_probs[row]) for row in taught], dtype=torch.long, device=device)
+        values = _pad([log_probs[row] for row in taught], device)  # (B, T)
         mask = torch.arange(values.shape[1], device=device) < lengths[:, None]  # (B, T)
         loss, metrics = self.loss(
             values,
-            _pad([batch.old_log_probs[row] for row in rows], device),
-            batch.advantages[rows].to(device),
+            _pad([batch.old_log_probs[row] for row in taught], device),
+            batch.advantages[taught].to(device),
             mask,
             config.left_clip_range,
             config.right_clip_range,
             denominator,
         )
+        tokens = sum(len(batch.rollouts[row].response_ids) for row in rows)
+        metrics["clip_fraction"] *= lengths.sum().item() / max(tokens, 1)
+        metrics["clip_fraction_sequences"] *= len(taught) / max(len(rows), 1)
         if config.kl_coef:
-            reference = _pad([batch.reference_log_probs[row] for row in rows], device)
+            reference = _pad([batch.reference_log_probs[row] for row in taught], device)
             kl = kl_penalty(values, reference, mask, denominator)
             loss = loss + config.kl_coef * kl
             metrics["kl"] = kl.item()
@@ -568,8 +576,13 @@ class GSPOTrainer:
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _own_micro_batches(self, batch: RolloutBatch, rows: list[int]) -> list[list[int]]:
-        """This process's share of the rows, as the forward passes that scoring and updating both run."""
-        own = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        """This process's share of the rows that teach, as the passes that scoring and updating both run.
+
+        A row without an advantage has a gradient of exactly 0. On problems much too easy or too hard for the
+        model, which half of all groups often are, leaving it out halves scoring and updating.
+        """
+        teaching = [row for row in rows if batch.teaches[row]]
+        own = teaching[self.accelerator.process_index :: self.accelerator.num_processes]
         prompts = [batch.rollouts[row].prompt_ids for row in own]
         responses = [batch.rollouts[row].response_ids for row in own]
         split = micro_batches(prompts, responses, self.config.micro_batch_tokens)
@@ -582,7 +595,7 @@ class GSPOTrainer:
             scored = token_log_probs(model, prompts, responses, self.config.temperature)
         return dict(zip(rows, scored, strict=True))
 
-    def _score(self, model, batch: RolloutBatch, minibatches: list[list[int]]) -> list[torch.Tensor]:
+    def _score(self, model, batch: RolloutBatch, minibatches: list[list[int]]) -> dict:
         """Log-probabilities of the minibatches' rows, in the very forward passes that their updates run.
 
         Equal shapes give equal bits, so that the ratio of an unchanged policy is exactly 1.
@@ -593,16 +606,16 @@ class GSPOTrainer:
                 for micro_batch in self._own_micro_batches(batch, rows):
                     scored = self._log_probs(model, batch, micro_batch)
                     own |= {row: values.cpu() for row, values in scored.items()}
-        return [values for _, values in sorted(gather_object(list(own.items())))]
+        return dict(gather_object(list(own.items())))
 
     def _null_clip_fraction(self, batch: RolloutBatch) -> float:
-        """Share of the first minibatch's tokens outside the clip range when scored again: pure noise."""
-        first = self._minibatches(batch)[:1]
-        again = dict(zip(first[0], self._score(self.model, batch, first), strict=True))
+        """Share of a minibatch's tokens outside the clip range when scored again: pure noise."""
+        teaching = [rows for rows in self._minibatches(batch) if batch.teaches[rows].any()]
+        again = self._score(self.model, batch, teaching[:1])
         outside = 0.0
         for sign in (1.0, -1.0):  # a positive advantage clips on the right, a negative one on the left
             signed = replace(batch, advantages=torch.full_like(batch.advantages, sign))
-            outside += self._loss_of(signed, first[0], again, denominator=1)[1]["clip_fraction"]
+            outside += self._loss_of(signed, sorted(again), again, denominator=1)[1]["clip_fraction"]
         return outside
 
     # ---- keeping
@@ -693,6 +706,8 @@ class GSPOTrainer:
 
 
 def _pad(rows: list[torch.Tensor], device) -> torch.Tensor:
+    if not rows:
+        return torch.zeros(0, 0, device=device)
     return pad_sequence([row.to(device) for row in rows], batch_first=True)
 
 

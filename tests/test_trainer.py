@@ -119,8 +119,10 @@ def test_micro_batches_and_checkpointing_never_change_the_update(name):
 def test_temperature_is_that_of_sampling():
     t = trainer(temperature=0.6, batch_size=2)
     batch = t._collect(problems(2), 0)
-    sampled = torch.tensor([x for rollout in batch.rollouts for x in rollout.log_probs])
-    torch.testing.assert_close(torch.cat(batch.old_log_probs), sampled, rtol=1e-3, atol=1e-3)
+    assert batch.old_log_probs
+    for row, scored in batch.old_log_probs.items():
+        sampled = torch.tensor(batch.rollouts[row].log_probs)
+        torch.testing.assert_close(scored, sampled, rtol=1e-3, atol=1e-3)
 
 
 def test_policy_is_refreshed_every_k_rollout_batches(tmp_path):
@@ -149,11 +151,11 @@ def test_nothing_judged_stops_the_run():
 def test_a_bad_update_never_reaches_the_weights():
     t = trainer()
     batch = t._collect(problems(4), 0)
-    batch.old_log_probs = [row - 10 for row in batch.old_log_probs]
+    batch.old_log_probs = {row: values - 10 for row, values in batch.old_log_probs.items()}
     before = weights_of(t.model)
     with pytest.raises(EmergencyStop, match="importance_ratio_max"):
         t._update(batch)
-    batch.old_log_probs[0][0] = math.nan
+    next(iter(batch.old_log_probs.values()))[0] = math.nan
     with pytest.raises(EmergencyStop, match="nan"):
         t._update(batch)
     assert torch.equal(weights_of(t.model), before)
