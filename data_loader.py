@@ -325,7 +325,7 @@ def _json_object(place: str, line: str) -> dict:
 
 def _checked(rows: list[tuple[str, dict]]) -> list[Problem]:
     """Problems of (place, row) pairs. ValueError with the place of a row that is not one."""
-    problems, places = [], {}
+    problems = []
     for place, row in rows:
         for key in ("question", "answer"):
             if key not in row:
@@ -335,13 +335,14 @@ def _checked(rows: list[tuple[str, dict]]) -> list[Problem]:
         question, reference = row["question"].strip(), row["answer"].rpartition("####")[2].strip()
         if not question or not reference:
             raise ValueError(f"{place}: empty {'reference answer' if question else 'question'}")
-        problem_id = f"gsm8k-{_stable_hash(question) % 16**10:010x}"
+        problem_id = f"question-{_stable_hash(question) % 16**10:010x}"
         problems.append(Problem(problem_id, "math", question + STEP_BY_STEP, reference))
-        places[problem_id] = place
-    unusual = [problem for problem in problems if reference_number(problem.answer) is None]
-    for problem, verdict in zip(unusual, _judge([_job(problem, "") for problem in unusual]), strict=True):
+    pairs = zip(rows, problems, strict=True)
+    unusual = [(place, problem) for (place, _), problem in pairs if reference_number(problem.answer) is None]
+    verdicts = _judge([_job(problem, "") for _, problem in unusual])
+    for (place, _), verdict in zip(unusual, verdicts, strict=True):
         if not isinstance(verdict, float):
-            raise ValueError(f"{places[problem.id]}: {verdict or 'the reference answer cannot be judged'}")
+            raise ValueError(f"{place}: {verdict or 'the reference answer cannot be judged'}")
     return problems
 
 

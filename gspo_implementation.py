@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -347,7 +347,9 @@ class GSPOTrainer:
         if config.resume:
             self.load_checkpoint(find_checkpoint(config.resume, config.output_dir))
         batches = self._schedule_of(train_problems)
-        before = after = log.first_evaluation() or self._evaluate_and_record(eval_problems)
+        # Only the main process has the record; the others must take the same way.
+        recorded = broadcast_object_list([log.first_evaluation()])[0]
+        before = after = recorded or self._evaluate_and_record(eval_problems)
         bar = self._progress(total=len(batches), initial=self.step, desc="training", unit="batch")
         try:
             while self.step < len(batches) and not self.stop_requested:
@@ -357,6 +359,7 @@ class GSPOTrainer:
                 for batch in [self._collect(problems, start + k) for k, problems in enumerate(window)]:
                     self._stop_if(gibberish_reason([*log.history, batch.metrics]))
                     self._record(batch, self._update(batch), bar)
+                self.stop_requested = any(gather_object([self.stop_requested]))
                 if _passed_multiple(start, self.step, config.eval_frequency) and self.step < len(batches):
                     after = self._evaluate_and_record(eval_problems)
                 if _passed_multiple(start, self.step, config.save_frequency):
@@ -368,6 +371,7 @@ class GSPOTrainer:
             # However it ends, what was learnt is on disk: an update that went bad never reached the weights.
             bar.close()
             self.save_checkpoint()
+            log.close()
         return {"before": before, "after": after}
 
     def train_step(self, problems: Sequence) -> dict:
@@ -691,14 +695,16 @@ class GSPOTrainer:
         return tqdm(disable=not main, mininterval=interval, dynamic_ncols=True, **options)
 
     def _schedule_of(self, problems: Sequence) -> list[list]:
-        """The rollout batches of all epochs: each epoch its own permutation, the last batch what remains."""
-        order = [
-            problems[i]
-            for epoch in range(self.config.num_epochs)
-            for i in np.random.default_rng([self.config.seed, epoch]).permutation(len(problems))
-        ]
-        size = self.config.batch_size
-        return [order[start : start + size] for start in range(0, len(order), size)]
+        """The rollout batches of all epochs: each epoch a permutation of its own, its last batch what remains.
+
+        More epochs only add batches at the end, so that a finished run can be continued.
+        """
+        config, batches = self.config, []
+        for epoch in range(config.num_epochs):
+            order = np.random.default_rng([config.seed, epoch]).permutation(len(problems)).tolist()
+            for start in range(0, len(order), config.batch_size):
+                batches.append([problems[i] for i in order[start : start + config.batch_size]])
+        return batches
 
     def _stop_if(self, reason: str | None) -> None:
         if reason:

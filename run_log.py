@@ -71,6 +71,7 @@ class RunLog:
         self.folder = folder
         self.sinks = list(sinks)
         self.history: list[dict] = []  # the rollout batches' metrics so far, for the alarms
+        self.raised: set[str] = set()  # kinds of warnings that the last rollout batch called for
 
     @classmethod
     def create(cls, config: dict) -> "RunLog":
@@ -95,6 +96,8 @@ class RunLog:
 
     def rewind(self, step: int) -> None:
         """Drop the lines after a step, which a resumed run is about to write again."""
+        if self.folder is None:
+            return
         for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
             lines = [line for line in _read_lines(self.folder / name) if line["step"] <= step]
             text = "".join(json.dumps(line, allow_nan=True) + "\n" for line in lines)
@@ -102,11 +105,13 @@ class RunLog:
         self.history = _read_lines(self.folder / "metrics.jsonl")
 
     def train(self, step: int, metrics: dict) -> list[str]:
-        """Record a rollout batch; returns the warnings that the history now calls for."""
+        """Record a rollout batch; returns the warnings that it calls for and the one before it did not."""
         self.history.append({"step": step, **metrics})
         for sink in self.sinks:
             sink.write("metrics", step, metrics)
-        return warnings_of(self.history)
+        warnings, before = warnings_of(self.history), self.raised
+        self.raised = set(warnings)
+        return [warning for kind, warning in warnings.items() if kind not in before]
 
     def evaluation(self, step: int, metrics: dict) -> None:
         for sink in self.sinks:
@@ -227,33 +232,33 @@ def gibberish_reason(history: Sequence[dict]) -> str | None:
     return None
 
 
-def warnings_of(history: Sequence[dict]) -> list[str]:
-    """What a user should look at, read off the metric history (oldest first)."""
-    last, warnings = history[-1], []
-    if last["importance_ratio_max"] > 10 or last["importance_ratio_min"] < 0.1:
-        warnings.append(
-            f"importance ratios reach {last['importance_ratio_min']:.3g} to "
-            f"{last['importance_ratio_max']:.3g}: the policy moves far in one "
-            "rollout batch; lower --learning_rate"
+def warnings_of(history: Sequence[dict]) -> dict[str, str]:
+    """What a user should look at, read off the metric history (oldest first): kind to message."""
+    last, warnings = history[-1], {}
+    lowest, highest = last["importance_ratio_min"], last["importance_ratio_max"]
+    if highest > 10 or lowest < 0.1:
+        warnings["ratio"] = (
+            f"importance ratios reach {lowest:.3g} to {highest:.3g}: the policy moves far in one rollout "
+            "batch; lower --learning_rate"
         )
     if last["clip_fraction"] > 0.8:
-        warnings.append(
+        warnings["clip"] = (
             f"{last['clip_fraction']:.0%} of tokens are clipped: most of the batch teaches nothing; "
             "lower --learning_rate or widen the clip range"
         )
     if last["null_clip_fraction"] > 0.01:
-        warnings.append(
+        warnings["null clip"] = (
             f"null_clip_fraction is {last['null_clip_fraction']:.3g}: scoring noise alone leaves the clip "
             "range; use --dtype float32 or a wider range"
         )
     if len(history) >= 10 and all(batch["zero_variance_groups"] == 1 for batch in history[-10:]):
-        warnings.append(
+        warnings["no signal"] = (
             "no learning signal: in ten rollout batches every group's rewards were equal; "
             "try an easier --difficulty, a larger --group_size or a stronger model"
         )
     first, latest = _mean(history[:10], "loss"), _mean(history[-10:], "loss")
     if len(history) >= 30 and latest > first + 1:
-        warnings.append(f"the loss has risen from {first:.3g} to {latest:.3g}")
+        warnings["loss"] = f"the loss has risen from {first:.3g} to {latest:.3g}"
     return warnings
 
 

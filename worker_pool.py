@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 
 from tqdm import tqdm
 
@@ -50,9 +50,9 @@ class WorkerPool:
     def map(self, jobs: list, description: str = "jobs") -> list:
         """The jobs' results, in order. None for a job that hung, that raised, or whose worker died twice.
 
-        RuntimeError: the workers do not start.
+        jobs: JSON values. RuntimeError: the workers do not start.
         """
-        results, waiting, died_once = [None] * len(jobs), deque(range(len(jobs))), set()
+        results, waiting, deaths = [None] * len(jobs), deque(range(len(jobs))), Counter()
         unfinished, failed_starts = len(jobs), 0
         progress = tqdm(total=len(jobs), desc=description, delay=PROGRESS_DELAY_S, leave=False)
         with self._lock, progress, self._no_job_left_behind():
@@ -65,26 +65,22 @@ class WorkerPool:
                 busy = [worker for worker in self._workers if worker.job is not None]
                 _exchange(busy)
                 for worker in busy:
-                    if worker.take_ready(self.timeout_s):
-                        failed_starts = 0
-                    reply = worker.take_reply()
-                    if reply is not None:
+                    failed_starts = 0 if worker.take_ready(self.timeout_s) else failed_starts
+                    if (reply := worker.take_reply()) is not None:
                         if "error" in reply:
                             warnings.warn(f"a job was not judged: {reply['error']}", stacklevel=2)
                         results[worker.job], worker.job = reply.get("result"), None
                         unfinished -= 1
                     elif worker.closed or worker.deadline < time.monotonic():
                         self._dismiss(worker)
-                        if not worker.ready:
-                            failed_starts += 1
-                            if failed_starts == MAX_FAILED_STARTS:
-                                raise RuntimeError(f"worker processes do not start: {' '.join(self.command)}")
-                            waiting.appendleft(worker.job)
-                        elif worker.closed and worker.job not in died_once:
-                            died_once.add(worker.job)
+                        failed_starts += not worker.ready
+                        deaths[worker.job] += worker.ready and worker.closed
+                        if not worker.ready or (worker.closed and deaths[worker.job] == 1):
                             waiting.appendleft(worker.job)
                         else:
                             unfinished -= 1
+                if failed_starts >= MAX_FAILED_STARTS:
+                    raise RuntimeError(f"worker processes do not start: {' '.join(self.command)}")
                 progress.update(len(jobs) - unfinished - progress.n)
         return results
 

@@ -109,16 +109,25 @@ def test_bad_updates_are_stopped_and_the_evidence_named(name, value):
     ],
 )
 def test_warnings_look_at_the_last_batch(change, word):
-    assert warnings_of([GOOD] * 40) == []
-    (warning,) = warnings_of([GOOD, {**GOOD, **change}])
+    assert warnings_of([GOOD] * 40) == {}
+    (warning,) = warnings_of([GOOD, {**GOOD, **change}]).values()
     assert word in warning
 
 
 def test_warnings_look_at_the_history():
     tied = {**GOOD, "zero_variance_groups": 1.0}
-    assert warnings_of([tied] * 9) == []
-    assert "no learning signal" in warnings_of([tied] * 10)[0]
-    assert "loss has risen" in warnings_of([GOOD] * 20 + [{**GOOD, "loss": 2.0}] * 10)[0]
+    assert warnings_of([tied] * 9) == {}
+    assert "no learning signal" in warnings_of([tied] * 10)["no signal"]
+    assert "loss has risen" in warnings_of([GOOD] * 20 + [{**GOOD, "loss": 2.0}] * 10)["loss"]
+
+
+def test_a_warning_is_given_when_it_arises_and_not_repeated(tmp_path):
+    log = RunLog.create(config(tmp_path))
+    clipped = {**GOOD, "clip_fraction": 0.9}
+    given = [
+        len(log.train(step, metrics)) for step, metrics in enumerate([GOOD, clipped, clipped, GOOD, clipped])
+    ]
+    assert given == [0, 1, 0, 0, 1]
 
 
 def test_gibberish_is_measured_against_the_start():

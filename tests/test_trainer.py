@@ -202,15 +202,15 @@ def without_seconds(lines):
 def test_run_folder_is_complete(finished_run):
     t, run, result = finished_run
     metrics = lines_of(run / "metrics.jsonl")
-    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5] == list(range(1, t.step + 1))
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6] == list(range(1, t.step + 1))
     for line in metrics:
         assert set(line) == {"step", *GLOSSARY} - {"kl"}
     evaluations = lines_of(run / "eval.jsonl")
-    assert [line["step"] for line in evaluations] == [0, 3, 5]
+    assert [line["step"] for line in evaluations] == [0, 3, 6]
     assert {"pass_at_1", "reward_mean", "interval_95"} < set(evaluations[0])
     assert result["after"]["pass_at_1"] == evaluations[-1]["pass_at_1"]
     assert json.loads((run / "config.json").read_text())["left_clip_range"] == 3e-4
-    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-4", "step-5"]
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-4", "step-6"]
     samples = lines_of(run / "samples.jsonl")
     assert {sample["kind"] for sample in samples} == {"best", "worst"}
     assert all(

@@ -15,7 +15,7 @@ from worker_pool import WorkerPool
 
 ROOT = str(Path(__file__).parents[1])
 WORKER = """
-import os, signal, sys, time
+import mmap, os, signal, sys, time
 sys.path.insert(0, {root!r})
 from worker_pool import serve
 
@@ -23,7 +23,7 @@ def handle(job):
     if job == "hang": 9 ** 9 ** 9
     if job == "stop": os.kill(os.getpid(), signal.SIGSTOP)
     if job == "die": os.kill(os.getpid(), signal.SIGKILL)
-    if job == "memory": return len(bytearray(10 * 2**30))
+    if job == "memory": return len(mmap.mmap(-1, 3 * 2**30))
     if job == "print": print('{{"result": "forged"}}'); os.write(1, b"noise\\n")
     if job == "pid": return os.getpid()
     if job == "slow": time.sleep(0.5); return os.getpid()
@@ -77,6 +77,12 @@ def test_start_up_does_not_count_against_the_job(make_pool):
     assert make_pool(timeout_s=0.5, start_s=1.5).map([1]) == [[1, 1]]
 
 
+def test_the_first_job_of_a_worker_has_the_same_deadline(make_pool):
+    started = time.monotonic()
+    assert make_pool(timeout_s=1.0).map(["hang"]) == [None]
+    assert time.monotonic() - started < 5
+
+
 def test_a_worker_that_dies_costs_only_its_job(make_pool):
     assert make_pool().map([1, "die", 2]) == [[1, 1], None, [2, 2]]
 
@@ -104,9 +110,21 @@ def test_what_a_job_prints_is_no_reply(make_pool):
     assert make_pool().map(["print", 1]) == [["print", "print"], [1, 1]]
 
 
-def test_a_job_larger_than_a_pipe_does_not_block(make_pool):
+def test_a_job_larger_than_a_pipe(make_pool):
     text = "x" * 3_000_000
     assert make_pool(timeout_s=10).map([text]) == [[text, text]]
+
+
+def test_a_worker_that_does_not_read_does_not_block_the_parent(make_pool):
+    pool = make_pool(timeout_s=1.0)
+    pid = pool.map(["pid"])[0]
+    os.kill(pid, signal.SIGSTOP)
+    rescue = threading.Timer(5, os.kill, (pid, signal.SIGKILL))  # so that this test fails instead of hanging
+    rescue.start()
+    started = time.monotonic()
+    assert pool.map(["x" * 3_000_000]) == [None]
+    assert time.monotonic() - started < 4
+    rescue.cancel()
 
 
 def test_a_command_that_does_not_start_is_an_error():
