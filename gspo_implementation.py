@@ -347,9 +347,7 @@ class GSPOTrainer:
         if config.resume:
             self.load_checkpoint(find_checkpoint(config.resume, config.output_dir))
         batches = self._schedule_of(train_problems)
-        # Only the main process has the record; the others must take the same way.
-        recorded = broadcast_object_list([log.first_evaluation()])[0]
-        before = after = recorded or self._evaluate_and_record(eval_problems)
+        before = after = self._recorded_evaluation(step=0) or self._evaluate_and_record(eval_problems)
         bar = self._progress(total=len(batches), initial=self.step, desc="training", unit="batch")
         try:
             while self.step < len(batches) and not self.stop_requested:
@@ -546,8 +544,8 @@ class GSPOTrainer:
     def _loss_of(self, batch: RolloutBatch, rows: list[int], log_probs: dict, denominator: int):
         """The configured loss of some rows, a part of a sum over denominator rows, and its metrics.
 
-        log_probs: row to (|y|,), as the policy now has them. Rows that are not there teach nothing: they add 0
-        to the loss, cannot clip, and count in the clip fractions' denominators alone.
+        log_probs: row to (|y|,), as the policy now has them. Rows that are not there teach nothing: they add
+        0 to the loss, cannot clip, and count in the clip fractions' denominators alone.
         """
         config, device = self.config, self.accelerator.device
         taught = [row for row in rows if row in log_probs]
@@ -677,7 +675,13 @@ class GSPOTrainer:
         )
         bar.update()
 
+    def _recorded_evaluation(self, step: int) -> dict | None:
+        """Only the main process has the record; the others must take the same way."""
+        return broadcast_object_list([self.run_log.evaluation_at(step)])[0]
+
     def _evaluate_and_record(self, problems: Sequence) -> dict:
+        if recorded := self._recorded_evaluation(self.step):
+            return recorded
         metrics = self.evaluate(problems)
         self.run_log.evaluation(self.step, metrics)
         if metrics["pass_at_1"] > self.best_pass_rate:
@@ -695,7 +699,7 @@ class GSPOTrainer:
         return tqdm(disable=not main, mininterval=interval, dynamic_ncols=True, **options)
 
     def _schedule_of(self, problems: Sequence) -> list[list]:
-        """The rollout batches of all epochs: each epoch a permutation of its own, its last batch what remains.
+        """The rollout batches of all epochs: each epoch in an order of its own, its last batch what remains.
 
         More epochs only add batches at the end, so that a finished run can be continued.
         """

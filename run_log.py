@@ -151,10 +151,10 @@ class RunLog:
         _sync(target.parent)
         shutil.rmtree(previous, ignore_errors=True)
 
-    def first_evaluation(self) -> dict | None:
-        """The run's evaluation before training, if it is on record."""
+    def evaluation_at(self, step: int) -> dict | None:
+        """The evaluation after that many rollout batches, if it is on record."""
         lines = _read_lines(self.folder / "eval.jsonl") if self.folder else []
-        return lines[0] if lines else None
+        return next((line for line in lines if line["step"] == step), None)
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
