@@ -18,9 +18,9 @@ from dataclasses import asdict, fields, replace
 from types import NoneType
 from typing import get_args, get_type_hints
 
-# Idle threads sleep instead of spinning: on a CPU that other processes share, spinning made a rollout batch
-# five times slower. Read once, when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Waiting OpenMP threads spin for long before they sleep. On a CPU that other processes share, that made a
+# rollout batch up to five times slower; spinning briefly costs nothing (LOG.md). Read when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from transformers.utils.logging import disable_progress_bar
 
