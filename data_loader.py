@@ -398,6 +398,7 @@ KNOWN_REWARDS = [  # (what it is, response, reference, reward)
     ("plain number", "17", "17", 1.0),
     ("wrong number", "18", "17", 0.0),
     ("carried out", "12 + 5 = 17", "17", 1.0),
+    ("in words", "13 - 10 is 3.", "3", 1.0),
     ("not carried out", "12 + 5", "17", 0.0),
     ("division left", "\\boxed{84/7}", "12", 0.0),
     ("boxed", "So it is \\boxed{\\frac{1}{2}}.", "0.5", 1.0),

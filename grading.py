@@ -58,6 +58,7 @@ LATEX_TO_PLAIN = [
     (re.compile(r"<<[^<>]*>>"), ""),  # GSM8K's calculator notes: 48/2 = <<48/2=24>>24
     (re.compile(r"\*\*|\\left|\\right|\\displaystyle|\\[,!;]|(?<=\d)\{,\}(?=\d)|[\u2009\u202f]"), ""),
     (re.compile(r"[\u2212\u2013]"), "-"),
+    (re.compile(r"(?<=\d)\s+(?:is|equals|makes|gives)\s+(?:equal\s+to\s+)?(?=[-$]?\d)", re.I), " = "),
     (re.compile(r"\\approx|≈|\\equiv|\\implies|\\Rightarrow|\\to\b|→|⇒|=>|\\quad"), "="),
     (re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}"), r" \1 "),
     (re.compile(r"([a-z])\s*\^\s*\{?\s*[23]\s*\}?", re.I), r"\1"),  # cm^2
