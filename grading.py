@@ -39,8 +39,9 @@ NUMBER = re.compile(
     r"(?:[eE](?P<exponent>[+-]?\d{1,2})(?!\d))?"
     r"(?P<percent>\s*(?:%|percent\b))?"
 )
-HEDGE = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively|(?:might|could|may) be)\b", re.I)
-LIST_GAP = re.compile(r"(?:[\s,;:|/&.!?()\[\]'\"`•-]|\b(?:and|to|then|the|answer|is)\b)*", re.I)
+HEDGE = re.compile(r"\b(?:or|either|vs|maybe|perhaps|possibly|alternatively|(?:might|could|may) be)\b", re.I)
+LIST_GAP = re.compile(r"(?:[\s,;:|/&.!?()\[\]'\"`•~-]|\b[a-e]\)|\b(?:and|to|then|the|answer|is)\b)*", re.I)
+BARE = re.compile(r"(?:^|[\n=,;:])\s*$")  # before a number that no operation led to
 ASSIGNMENT = re.compile(r"(?<![\w*+/-])[a-z]\s*=\s*$", re.I)
 OPERATOR = r"[+*/×÷^±<>≤≥≠]"
 OPERATOR_WORD = r"x|times|plus|minus|divided by"
@@ -130,11 +131,13 @@ def committed_number(text: str, anchor: int) -> re.Match | None:
 
     anchor: 0 for what follows an answer mark (18 dollars for 2 days is 18), -1 for the end of a longer text.
     """
+    numbers = list(NUMBER.finditer(text))
+    pairs = list(zip(numbers, numbers[1:], strict=False))
+    if not numbers or any(_changes(text, *pair) for pair in (pairs if anchor == 0 else pairs[-1:])):
+        return None
     if anchor == 0 and NUMBER.search(text.rpartition("=")[2]):
         text = text.rpartition("=")[2]
-    numbers = list(NUMBER.finditer(text))
-    if not numbers:
-        return None
+        numbers = list(NUMBER.finditer(text))
     gaps = [_gap(text, left, right) for left, right in zip(numbers, numbers[1:], strict=False)]
     listed = [_lists(gap) for gap in gaps]
     first = last = range(len(numbers))[anchor]
@@ -147,6 +150,13 @@ def committed_number(text: str, anchor: int) -> re.Match | None:
     start, end = numbers[first].start(), numbers[last].end()
     before, after = text[max(0, start - CONTEXT_CHARS) : start], text[end : end + CONTEXT_CHARS]
     return None if OPERATOR_BEFORE.search(before) or OPERATOR_AFTER.match(after) else numbers[first]
+
+
+def _changes(text: str, left: re.Match, right: re.Match) -> bool:
+    """Whether 15 = 17 offers both: equated without an operation, and the second no rounding of the first."""
+    equated = text[left.end() : right.start()].strip() == "=" and BARE.search(text[: left.start()])
+    decimals = len(right["digits"].partition(".")[2])
+    return bool(equated) and abs(value(left) - value(right)) > Fraction(1, 2 * 10**decimals)
 
 
 def _gap(text: str, left: re.Match, right: re.Match) -> str:

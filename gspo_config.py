@@ -114,6 +114,10 @@ class GSPOConfig:
         """A copy in which every None that depends on the algorithm, model size or device is decided."""
         preset = PRESETS[self.algorithm]
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                "--device cuda: torch finds no GPU here; leave the flag out, or give --device cpu"
+            )
         return replace(
             self,
             left_clip_range=self.left_clip_range or preset.left_clip_range,

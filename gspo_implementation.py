@@ -16,7 +16,8 @@ Where this departs from the paper:
     1. std is unbiased and has 1e-6 added to it (the paper gives no constant).
     2. log-ratios are bounded by MAX_LOG_RATIO before exp(), far outside any clip range.
     3. the gradient norm is clipped (--max_grad_norm), and a learning rate may be warmed up.
-    4. a response that could not be judged has no advantage and stays out of its group's mean and std.
+    4. a minibatch whose groups are all tied still makes an AdamW step, which its momentum moves.
+    5. a response that could not be judged has no advantage and stays out of its group's mean and std.
 
 Shapes: Q queries, G group size, B = Q * G sequences (groups contiguous), T response positions.
 """
@@ -41,7 +42,7 @@ from gspo_config import GSPOConfig
 from intervals import wilson_interval
 from policy_scoring import micro_batches, token_log_probs
 from rollout import Rollout, Sampling, TransformersEngine, encode_prompt
-from run_log import RunLog, find_checkpoint, gibberish_reason, peak_memory_gb, stop_reason
+from run_log import STATE_FILE, RunLog, find_checkpoint, gibberish_reason, peak_memory_gb, stop_reason
 
 # exp() of an unbounded log-ratio overflows to inf, and inf * 0 in the backward of min() is NaN in every
 # weight. exp(60) = 1e26 stays finite in float32 through the loss and its gradient; the largest ratio that
@@ -76,7 +77,7 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
         raise ValueError(f"group_size must be at least 2, got {group_size}: one response has no group")
     if rewards.dim() != 1 or len(rewards) % group_size:
         raise ValueError(f"rewards of shape {tuple(rewards.shape)} do not split into groups of {group_size}")
-    groups = rewards.view(-1, group_size)  # (Q, G)
+    groups = (rewards if rewards.is_floating_point() else rewards.float()).view(-1, group_size)  # (Q, G)
     judged = ~groups.isnan()
     count = judged.sum(1, keepdim=True)  # (Q, 1)
     centred = torch.where(judged, groups - groups.nanmean(1, keepdim=True), 0.0)
@@ -126,7 +127,7 @@ def gspo_loss(
         ValueError: shapes that do not agree, or a clip range that is not positive.
     """
     _check_shapes(log_probs, old_log_probs, advantages, mask, advantages_per_token=False)
-    log_ratio = _token_log_ratio(log_probs, old_log_probs, mask)  # (B, T)
+    log_ratio = _token_log_ratio(log_probs, old_log_probs.detach(), mask)  # (B, T)
     ratio = _bounded_exp(_mean_over_tokens(log_ratio, mask))[:, None]  # (B, 1): one ratio a sequence
     return _clipped_loss(
         ratio, ratio, advantages[:, None], mask, left_clip_range, right_clip_range, denominator
@@ -176,7 +177,7 @@ def grpo_loss(
     As gspo_loss, but advantages may be (B, T), and the metrics' importance ratios are over tokens.
     """
     _check_shapes(log_probs, old_log_probs, advantages, mask, advantages_per_token=True)
-    ratio = _bounded_exp(_token_log_ratio(log_probs, old_log_probs, mask))  # (B, T)
+    ratio = _bounded_exp(_token_log_ratio(log_probs, old_log_probs.detach(), mask))  # (B, T)
     advantages = advantages if advantages.dim() == 2 else advantages[:, None]
     return _clipped_loss(ratio, ratio, advantages, mask, left_clip_range, right_clip_range, denominator)
 
@@ -276,7 +277,7 @@ class RolloutBatch:
 
     def best_and_worst(self, group_size: int) -> list[dict]:
         """The best and the worst response of the group whose rewards differ most, for samples.jsonl."""
-        groups = self.rewards.nan_to_num(0.0).view(-1, group_size)  # (Q, G)
+        groups = self.advantages.view(-1, group_size)  # (Q, G)
         group = int((groups.amax(1) - groups.amin(1)).argmax())
         rows = {"best": int(groups[group].argmax()), "worst": int(groups[group].argmin())}
         problem = self.problems[group]
@@ -310,6 +311,9 @@ class GSPOTrainer:
 
     def __init__(self, model, tokenizer, config: GSPOConfig, reward_fn, run_log=None, engine=None):
         self.config = config = config.resolve(sum(p.numel() for p in model.parameters()))
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and config.max_length > positions:
+            raise ValueError(f"--max_length {config.max_length} is beyond the model's {positions} positions")
         self.accelerator = Accelerator(cpu=config.device == "cpu")
         self.model = model.float().to(self.accelerator.device).eval()
         self.tokenizer = tokenizer
@@ -328,12 +332,13 @@ class GSPOTrainer:
         self.loss = LOSSES[config.algorithm]
         self.step = 0  # rollout batches trained on
         self.best_pass_rate = -1.0
+        self._updating = False  # the weights are in the middle of a rollout batch's updates
         self.stop_requested = False  # set it (from a signal handler, say) to stop after the rollout batch
 
     # ---- the loop
 
     def train(self, train_problems: Sequence, eval_problems: Sequence) -> dict:
-        """Run the configured epochs; returns {"before", "after"}: the first and last evaluation.
+        """Run the configured epochs; returns the evaluations {"before", "after"}, and {"finished"}.
 
         Raises:
             ValueError: no problem whose prompt leaves room for a response, or a run folder already in use.
@@ -347,17 +352,19 @@ class GSPOTrainer:
         if config.resume:
             self.load_checkpoint(find_checkpoint(config.resume, config.output_dir))
         batches = self._schedule_of(train_problems)
-        before = after = self._recorded_evaluation(step=0) or self._evaluate_and_record(eval_problems)
+        recorded = self._recorded_evaluations()
+        before = recorded[0] if recorded else self._evaluate_and_record(eval_problems)
+        after = recorded[-1] if recorded else before
         bar = self._progress(total=len(batches), initial=self.step, desc="training", unit="batch")
         try:
-            while self.step < len(batches) and not self.stop_requested:
+            # The processes agree on stopping: a signal may reach one of them at any moment.
+            while self.step < len(batches) and not any(gather_object([self.stop_requested])):
                 start = self.step
                 window = batches[start : start + config.update_frequency]
                 # The K batches are sampled before the first of their updates: pi_old is the policy itself.
                 for batch in [self._collect(problems, start + k) for k, problems in enumerate(window)]:
                     self._stop_if(gibberish_reason([*log.history, batch.metrics]))
                     self._record(batch, self._update(batch), bar)
-                self.stop_requested = any(gather_object([self.stop_requested]))
                 if _passed_multiple(start, self.step, config.eval_frequency) and self.step < len(batches):
                     after = self._evaluate_and_record(eval_problems)
                 if _passed_multiple(start, self.step, config.save_frequency):
@@ -366,11 +373,12 @@ class GSPOTrainer:
                 after = self._evaluate_and_record(eval_problems)
                 self._save_model("final_model")
         finally:
-            # However it ends, what was learnt is on disk: an update that went bad never reached the weights.
+            # Whatever ends it, what was learnt is on disk, but for half a batch's updates.
             bar.close()
-            self.save_checkpoint()
+            if not self._updating:
+                self.save_checkpoint()
             log.close()
-        return {"before": before, "after": after}
+        return {"before": before, "after": after, "finished": self.step == len(batches)}
 
     def train_step(self, problems: Sequence) -> dict:
         """One rollout batch on these problems: sample, reward, score, update. Returns its metrics."""
@@ -448,7 +456,7 @@ class GSPOTrainer:
         rollouts = self._generate(own, stream + share[0]) if own else []
         generated = time.perf_counter()
         asked = [problem for problem in own for _ in range(config.group_size)]
-        rewards = list(self.reward_fn(asked, [rollout.text for rollout in rollouts]))
+        rewards = list(self.reward_fn(asked, [rollout.text for rollout in rollouts])) if own else []
         seconds = {"generation_s": generated - started, "reward_s": time.perf_counter() - generated}
         gathered = gather_object(list(zip(rollouts, rewards, strict=True)))
         return [rollout for rollout, _ in gathered], [reward for _, reward in gathered], seconds
@@ -463,9 +471,10 @@ class GSPOTrainer:
     def _collect(self, problems: Sequence, index: int) -> RolloutBatch:
         """Sample, judge and score rollout batch number index under the present policy: pi_old from now."""
         config = self.config
-        stream = (config.seed << 32) + index * config.batch_size
+        stream = (config.seed << 64) + (index << 32)
         rollouts, judged, seconds = self._sample(problems, stream)
-        rewards = torch.tensor([math.nan if reward is None else reward for reward in judged])  # (B,)
+        unjudged = math.nan
+        rewards = torch.tensor([unjudged if r is None else float(r) for r in judged])  # (B,)
         known = rewards[~rewards.isnan()]
         if len(known) == 0:
             raise EmergencyStop("no response of the rollout batch could be judged")
@@ -495,6 +504,7 @@ class GSPOTrainer:
 
     def _update(self, batch: RolloutBatch) -> dict:
         """The batch's optimizer updates; returns the metrics of the whole rollout batch."""
+        self._updating = True
         started = time.perf_counter()
         seen: dict[int, torch.Tensor] = {}  # each response's log-probabilities as its update saw them
         updates = []
@@ -505,6 +515,8 @@ class GSPOTrainer:
         with torch.no_grad():
             everything = list(range(len(batch.rollouts)))
             _, pooled = self._loss_of(batch, everything, seen, denominator=len(everything))
+        self.optimizer.zero_grad()  # sampling needs the gradients' memory
+        self._updating = False
         seconds = time.perf_counter() - started
         metrics = {
             **pooled,
@@ -520,6 +532,7 @@ class GSPOTrainer:
 
     def _update_minibatch(self, batch: RolloutBatch, rows: list[int]):
         """One optimizer update on these rows: their log-probabilities as seen, by row, and its metrics."""
+        self.optimizer.zero_grad()  # here, so that an update that was given up leaves nothing behind
         seen = {}
         for micro_batch in self._own_micro_batches(batch, rows):
             log_probs = self._log_probs(self.model, batch, micro_batch)
@@ -538,7 +551,6 @@ class GSPOTrainer:
         self._stop_if(stop_reason(metrics))
         self.optimizer.step()
         self.schedule.step()
-        self.optimizer.zero_grad()
         return seen, metrics
 
     def _loss_of(self, batch: RolloutBatch, rows: list[int], log_probs: dict, denominator: int):
@@ -633,11 +645,10 @@ class GSPOTrainer:
             self._save_weights(folder)
             state = {
                 "step": self.step,
-                "best_pass_rate": self.best_pass_rate,
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
             }
-            torch.save(state, folder / "training_state.pt")
+            torch.save(state, folder / STATE_FILE)
         for path in self.run_log.checkpoints()[:-CHECKPOINTS_KEPT]:
             shutil.rmtree(path)
 
@@ -646,11 +657,12 @@ class GSPOTrainer:
         saved = type(self.model).from_pretrained(path, dtype=torch.float32)
         self.model.load_state_dict(saved.state_dict())
         device = self.accelerator.device
-        state = torch.load(path / "training_state.pt", map_location=device, weights_only=True)
+        state = torch.load(path / STATE_FILE, map_location=device, weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-        self.step, self.best_pass_rate = state["step"], state["best_pass_rate"]
+        self.step = state["step"]
         self.run_log.rewind(self.step)
+        self.best_pass_rate = max((e["pass_at_1"] for e in self._recorded_evaluations()), default=-1.0)
 
     def _save_weights(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
@@ -675,19 +687,20 @@ class GSPOTrainer:
         )
         bar.update()
 
-    def _recorded_evaluation(self, step: int) -> dict | None:
+    def _recorded_evaluations(self) -> list[dict]:
         """Only the main process has the record; the others must take the same way."""
-        return broadcast_object_list([self.run_log.evaluation_at(step)])[0]
+        return broadcast_object_list([self.run_log.evaluations()])[0]
 
     def _evaluate_and_record(self, problems: Sequence) -> dict:
-        if recorded := self._recorded_evaluation(self.step):
-            return recorded
+        for recorded in self._recorded_evaluations():
+            if recorded["step"] == self.step:
+                return recorded
         metrics = self.evaluate(problems)
         self.run_log.evaluation(self.step, metrics)
         if metrics["pass_at_1"] > self.best_pass_rate:
             self.best_pass_rate = metrics["pass_at_1"]
             self._save_model("best_model")
-        return metrics
+        return {"step": self.step, **metrics}
 
     def open_run_log(self) -> RunLog:
         return RunLog.create(asdict(self.config)) if self.accelerator.is_main_process else RunLog()
@@ -712,6 +725,7 @@ class GSPOTrainer:
 
     def _stop_if(self, reason: str | None) -> None:
         if reason:
+            self._updating = False  # the bad update has not reached the weights: they may be kept
             raise EmergencyStop(reason)
 
 
@@ -735,3 +749,6 @@ def _enable_gradient_checkpointing(model) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for module in model.modules():
         module.training = getattr(module, "gradient_checkpointing", False)
+        for name, value in vars(module).items() if module.training else ():
+            if "dropout" in name and isinstance(value, float):  # OPT's layers drop out by themselves
+                setattr(module, name, 0.0)

@@ -64,6 +64,12 @@ class TransformersEngine:
         self.model = model
         self.tokenizer = tokenizer
         self.end_ids = _end_token_ids(model, tokenizer)
+        layers = DynamicCache(config=model.config).layers
+        if not all(hasattr(layer, "batch_repeat_interleave") for layer in layers):
+            raise ValueError(
+                f"{model.config.model_type} has recurrent layers, whose state cannot be repeated "
+                "for a group yet: use a model with attention layers only"
+            )
 
     def generate(
         self, prompts: Sequence[Sequence[int]], group_size: int, sampling: Sampling
@@ -160,7 +166,11 @@ class TransformersEngine:
 
 def _uniforms(seed: int, num_prompts: int, group_size: int, length: int) -> torch.Tensor:
     """Uniforms (B, T) in [0, 1): a stream for each response, so that none depends on its neighbours."""
-    streams = [[seed + i, g] for i in range(num_prompts) for g in range(group_size)]
+    streams = [
+        np.random.SeedSequence(seed + i, spawn_key=(g,))
+        for i in range(num_prompts)
+        for g in range(group_size)
+    ]
     return torch.from_numpy(np.stack([np.random.default_rng(stream).random(length) for stream in streams]))
 
 

@@ -33,7 +33,10 @@ GLOSSARY = {
     "loss": ("-", "minus the objective over the rollout batch, each response as its update saw it"),
     "clip_fraction": ("share", "response tokens whose clipped branch is in force, of all in the batch"),
     "clip_fraction_sequences": ("share", "responses with a clipped token, of all responses in the batch"),
-    "clip_fraction_by_minibatch": ("share", "clip_fraction of each optimizer update in turn; the first is 0"),
+    "clip_fraction_by_minibatch": (
+        "share",
+        "clip_fraction of each update in turn; 0 for the first after pi_old is set",
+    ),
     "null_clip_fraction": ("share", "tokens outside the clip range when scored twice with the same weights"),
     "importance_ratio_mean": ("-", "mean ratio to pi_old, over responses (GSPO) or tokens (GRPO) that teach"),
     "importance_ratio_std": ("-", "standard deviation of the ratio, likewise"),
@@ -59,8 +62,9 @@ GLOSSARY = {
 # Settings that a resumed run may change: they cannot touch what it has already done.
 FREE_ON_RESUME = (
     "resume", "run_name", "output_dir", "num_epochs", "eval_frequency", "save_frequency", "use_wandb",
-    "wandb_project", "dry_run", "device",
+    "wandb_project", "dry_run", "device", "micro_batch_tokens", "gradient_checkpointing",
 )  # fmt: skip
+STATE_FILE = "training_state.pt"  # of a checkpoint, beside its model
 SECONDS = ("generation_s", "reward_s", "scoring_s", "update_s", "tokens_per_s", "peak_memory_gb")
 
 
@@ -81,7 +85,7 @@ class RunLog:
             ValueError: a new run in a folder that already holds one.
         """
         folder = run_folder(config)
-        if not config["resume"] and (folder / "metrics.jsonl").exists():
+        if not config["resume"] and (folder / "config.json").exists():
             raise ValueError(
                 f"{folder} already holds a run: choose another --run_name, or continue it with "
                 f"--resume {folder}"
@@ -102,6 +106,9 @@ class RunLog:
             lines = [line for line in _read_lines(self.folder / name) if line["step"] <= step]
             text = "".join(json.dumps(line, allow_nan=True) + "\n" for line in lines)
             _write_text(self.folder / name, text)
+        for path in self.checkpoints():  # of a past that is now given up
+            if int(path.name[5:]) > step:
+                shutil.rmtree(path)
         self.history = _read_lines(self.folder / "metrics.jsonl")
 
     def train(self, step: int, metrics: dict) -> list[str]:
@@ -151,10 +158,9 @@ class RunLog:
         _sync(target.parent)
         shutil.rmtree(previous, ignore_errors=True)
 
-    def evaluation_at(self, step: int) -> dict | None:
-        """The evaluation after that many rollout batches, if it is on record."""
-        lines = _read_lines(self.folder / "eval.jsonl") if self.folder else []
-        return next((line for line in lines if line["step"] == step), None)
+    def evaluations(self) -> list[dict]:
+        """The evaluations on record, oldest first."""
+        return _read_lines(self.folder / "eval.jsonl") if self.folder else []
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
@@ -169,7 +175,7 @@ class JsonLines:
 
     def write(self, stream: str, step: int, values: dict) -> None:
         with open(self.folder / f"{stream}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **values}, default=str) + "\n")
 
     def close(self) -> None:
         pass
@@ -308,7 +314,7 @@ def find_checkpoint(resume: str, output_dir: str) -> Path:
         runs = [run for run in Path(output_dir).glob("*") if checkpoints_in(run)]
         newest = (checkpoints_in(run)[-1] for run in runs)
         candidates = sorted(newest, key=lambda path: path.stat().st_mtime)
-    elif (Path(resume) / "training_state.pt").exists():
+    elif Path(resume).absolute().parent.name == "checkpoints" and (Path(resume) / STATE_FILE).exists():
         candidates = [Path(resume)]
     else:
         candidates = checkpoints_in(Path(resume))
@@ -321,10 +327,13 @@ def find_checkpoint(resume: str, output_dir: str) -> Path:
 def describe_environment() -> dict:
     """Versions, hardware, git commit and command line, for config.json."""
     here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    commit = None
+    if shutil.which("git"):
+        git = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(git, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "command_line": sys.argv,
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit or None,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
         "platform": platform.platform(),

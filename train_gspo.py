@@ -22,6 +22,7 @@ from typing import get_args, get_type_hints
 # rollout batch up to five times slower; spinning briefly costs nothing (LOG.md). Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import torch
 from transformers.utils.logging import disable_progress_bar
 
 from data_loader import compute_rewards, default_max_new_tokens, load_problems
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 3
     if trainer.accelerator.is_main_process:
         report(trainer, result)
-    return 130 if trainer.stop_requested else 0
+    return 0 if result["finished"] else 130
 
 
 def parse(arguments: list[str] | None) -> GSPOConfig:
@@ -102,9 +103,22 @@ def resolve(config: GSPOConfig) -> GSPOConfig:
         max_new_tokens=config.max_new_tokens or default_max_new_tokens(config.dataset, difficulty),
     )
     resolved = config.resolve(parameters)
+    if resolved.device == "cuda":
+        check_memory(model_name, parameters, torch.cuda.get_device_properties(0).total_memory)
     if config.dtype == "auto":
         print(f"dtype: {resolved.dtype} ({choose_dtype(resolved.device, parameters)[1]})")
     return resolved
+
+
+def check_memory(model_name: str, parameters: int, gpu_bytes: int) -> None:
+    """ValueError where float32 weights, gradients and AdamW moments alone exceed the GPU."""
+    needed = 16 * parameters
+    if needed > gpu_bytes:
+        raise ValueError(
+            f"--model_name {model_name}: training all of its weights needs {needed / 1e9:.0f} GB before "
+            f"activations, this GPU has {gpu_bytes / 1e9:.0f} GB; take a smaller model, such as "
+            "Qwen/Qwen2.5-1.5B-Instruct"
+        )
 
 
 def difficulty_for(parameters: int) -> str:
@@ -123,7 +137,8 @@ def prepare(config: GSPOConfig):
     )
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading the weights
-    model, tokenizer = load_model(config.model_name, device=config.device)
+    # On the CPU first: each process of several then moves it to its own GPU.
+    model, tokenizer = load_model(config.model_name, device="cpu")
     trainer = GSPOTrainer(model, tokenizer, config, compute_rewards)
     train_problems = trainer.that_fit(train_problems, "training")
     eval_problems = trainer.that_fit(eval_problems, "evaluation")
@@ -142,14 +157,15 @@ def interrupt(trainer: GSPOTrainer) -> None:
 def report(trainer: GSPOTrainer, result: dict) -> None:
     """What came of it: pass@1 before and after, the paired gain, and where everything is."""
     before, after, folder = result["before"], result["after"], trainer.run_log.folder
-    for name, figures in (("before", before), ("after", after)):
+    evaluations = {"before": before, f"after {after['step']} rollout batches": after}
+    for name, figures in evaluations.items() if after["step"] else [("before", before)]:
         low, high = figures["interval_95"]
         print(f"held-out pass@1 {name}: {figures['pass_at_1']:.3f}  (95 % interval {low:.3f} to {high:.3f})")
-    if len(before["pass_by_problem"]) > 1:
+    if after["step"] and len(before["pass_by_problem"]) > 1:
         gain, low, high = paired_interval(before["pass_by_problem"], after["pass_by_problem"])
         print(f"gain, paired by problem: {gain:+.3f}  (95 % interval {low:+.3f} to {high:+.3f})")
     print(f"run folder: {folder}  (metrics.jsonl, eval.jsonl, samples.jsonl, checkpoints, best_model)")
-    if trainer.stop_requested:
+    if not result["finished"]:
         print(f"interrupted after rollout batch {trainer.step}; continue with --resume {folder}")
     else:
         print(f"trained model: {folder / 'final_model'}")

@@ -189,4 +189,4 @@ def test_self_check_passes():
     done = subprocess.run(
         [sys.executable, "data_loader.py"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 0 and "23 of 23 as expected" in done.stdout
+    assert done.returncode == 0 and "24 of 24 as expected" in done.stdout

@@ -175,6 +175,15 @@ def test_advantages_match_the_loop():
     assert group_advantages(tensor, 4).tolist() == pytest.approx(reference.advantages(rewards, 4), rel=1e-12)
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_no_gradient_flows_to_the_old_policy(kind):
+    log_probs, _, advantages, mask = example(kind, 1)
+    _, detached = value_and_gradient(LOSSES[kind], log_probs, log_probs.detach(), advantages, mask)
+    log_probs = log_probs.detach().requires_grad_()
+    LOSSES[kind](log_probs, log_probs, advantages, mask)[0].backward()
+    assert torch.equal(log_probs.grad, detached) and detached.abs().max() > 0
+
+
 def test_bad_shapes_and_ranges_are_refused():
     log_probs, old, advantages, mask = example("gspo", 0)
     with pytest.raises(ValueError):

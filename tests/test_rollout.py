@@ -6,7 +6,7 @@ from conftest import VOCABULARY, make_model
 
 from model_loader import load_model
 from policy_scoring import token_log_probs
-from rollout import Sampling, TransformersEngine, _sample, encode_prompt
+from rollout import Sampling, TransformersEngine, _sample, _uniforms, encode_prompt
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16], [17, 18]]
 
@@ -73,6 +73,14 @@ def test_a_sample_depends_on_its_seed_and_prompt_alone(llama):
     alone = engine(llama).generate(PROMPTS[1:2], 4, Sampling(max_new_tokens=12, seed=6))
     assert [r.response_ids for r in alone] == [r.response_ids for r in together[4:8]]
     assert len({tuple(r.response_ids) for r in together}) > 12, "responses of a group must differ"
+
+
+def test_streams_of_seeds_and_responses_are_distinct():
+    streams = [
+        _uniforms(seed, 1, 3, 1).flatten().tolist() for seed in (0, 5, 1 << 32, (1 << 32) + 5, 5 << 64)
+    ]
+    drawn = [x for stream in streams for x in stream]
+    assert len(set(drawn)) == len(drawn) == 15
 
 
 def test_draws_follow_the_softmax():

@@ -30,7 +30,7 @@ def test_each_line_is_on_disk_when_written(tmp_path):
 
 
 def test_a_new_run_never_writes_into_an_old_one(tmp_path):
-    RunLog.create(config(tmp_path)).train(1, GOOD)
+    RunLog.create(config(tmp_path))  # even before its first rollout batch
     with pytest.raises(ValueError, match="already holds a run"):
         RunLog.create(config(tmp_path))
 
@@ -79,7 +79,11 @@ def test_rewinding_drops_later_lines_and_a_torn_one(tmp_path):
         log.train(step, GOOD)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
+    for step in (2, 3):
+        with log.writing(f"checkpoints/step-{step}") as folder:
+            (folder / "training_state.pt").write_text("")
     log.rewind(2)
+    assert [path.name for path in log.checkpoints()] == ["step-2"]
     log.train(3, GOOD)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3] == [m["step"] for m in log.history]

@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import make_model
 
 from gspo_config import GSPOConfig
 from run_log import GLOSSARY
-from train_gspo import difficulty_for, parse, resolve
+from train_gspo import check_memory, difficulty_for, parse, resolve
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--model_name", "tiny", "--dataset", "sort", "--num_train_samples", "6", "--num_eval_samples", "4",
@@ -115,6 +116,7 @@ def test_interrupt_leaves_a_checkpoint_and_exit_code_130(tmp_path):
         (["--resume", "latest"], "no checkpoint"),
         (["--run_name", "../elsewhere"], "run_name"),
         (["--num_train_samples", "0"], "num_train_samples"),
+        (["--max_length", "2000"], "1024 positions"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, words, tmp_path, monkeypatch, capsys):
@@ -181,6 +183,18 @@ def test_flags_resolve_by_model_size_and_data():
     assert [difficulty_for(n * 1e9) for n in (0.135, 1.5, 7)] == ["easy", "medium", "hard"]
 
 
+def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded():
+    check_memory("m", 1_500_000_000, 80 * 10**9)
+    with pytest.raises(ValueError, match="122 GB before activations, this GPU has 80 GB"):
+        check_memory("m", 7_615_616_512, 80 * 10**9)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_asking_for_a_gpu_that_is_not_there_is_bad_input():
+    with pytest.raises(ValueError, match="finds no GPU"):
+        GSPOConfig(device="cuda").resolve(1)
+
+
 def test_help_groups_every_flag():
     shown = run("--help").stdout
     assert all(f"--{name}" in shown for name in GSPOConfig.__dataclass_fields__)
@@ -223,8 +237,8 @@ def test_two_processes_train_as_one_does(tmp_path):
         ]
         assert len(lines[0]) == len(lines[1]) > 0
         for a, b in zip(*lines, strict=True):
-            key = "reward_mean"
-            assert a[key] == pytest.approx(b[key], abs=tolerance)
+            for key in {"reward_mean", "loss", "grad_norm", "clip_fraction_by_minibatch"} & set(a):
+                assert a[key] == pytest.approx(b[key], abs=tolerance), key
 
 
 def test_dialogpt_shape_without_a_chat_template_trains(tmp_path):
