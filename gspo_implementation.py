@@ -473,8 +473,7 @@ class GSPOTrainer:
         config = self.config
         stream = (config.seed << 64) + (index << 32)
         rollouts, judged, seconds = self._sample(problems, stream)
-        unjudged = math.nan
-        rewards = torch.tensor([unjudged if r is None else float(r) for r in judged])  # (B,)
+        rewards = torch.tensor([math.nan if r is None else float(r) for r in judged])  # (B,)
         known = rewards[~rewards.isnan()]
         if len(known) == 0:
             raise EmergencyStop("no response of the rollout batch could be judged")

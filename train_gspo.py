@@ -157,11 +157,13 @@ def interrupt(trainer: GSPOTrainer) -> None:
 def report(trainer: GSPOTrainer, result: dict) -> None:
     """What came of it: pass@1 before and after, the paired gain, and where everything is."""
     before, after, folder = result["before"], result["after"], trainer.run_log.folder
-    evaluations = {"before": before, f"after {after['step']} rollout batches": after}
-    for name, figures in evaluations.items() if after["step"] else [("before", before)]:
+    evaluations = {"before": before}
+    if after["step"]:
+        evaluations[f"after {after['step']} rollout batches"] = after
+    for name, figures in evaluations.items():
         low, high = figures["interval_95"]
         print(f"held-out pass@1 {name}: {figures['pass_at_1']:.3f}  (95 % interval {low:.3f} to {high:.3f})")
-    if after["step"] and len(before["pass_by_problem"]) > 1:
+    if len(evaluations) > 1 and len(before["pass_by_problem"]) > 1:
         gain, low, high = paired_interval(before["pass_by_problem"], after["pass_by_problem"])
         print(f"gain, paired by problem: {gain:+.3f}  (95 % interval {low:+.3f} to {high:+.3f})")
     print(f"run folder: {folder}  (metrics.jsonl, eval.jsonl, samples.jsonl, checkpoints, best_model)")
