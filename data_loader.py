@@ -5,11 +5,12 @@
 | name      | problems                                                       | reward                   |
 |-----------|----------------------------------------------------------------|--------------------------|
 | math      | reasoning-gym's arithmetic and algebra, easy / medium / hard   | final answer = reference |
+| code      | functions to write, 86 families, easy / medium / hard          | all tests pass           |
 | reasoning | reasoning-gym's logic and string tasks, easy / medium / hard   | reasoning-gym's scorer   |
-| mixed     | both, in the shares of MIXTURE                                 | as above                 |
+| mixed     | all three, in the shares of MIXTURE                            | as above                 |
 | gsm8k     | openai/gsm8k from the hub, or a file in its format             | as math                  |
 | file      | a {"question": ..., "answer": ...} a line, answer after ####   | as math                  |
-|           | or whole                                                       |                          |
+|           | or whole; or a line of HumanEval's or MBPP's files             | as code                  |
 | sort      | 12 to 24 digits to be sorted, for the tiny character models    | equality                 |
 
 Train and eval never share a problem, whatever the counts and seeds: which side a problem is on depends on its
@@ -17,33 +18,48 @@ text alone. The same seed gives the same problems in the same order on every mac
 """
 
 import functools
+import gzip
 import hashlib
 import json
 import os
 import random
 import re
 import sys
+import textwrap
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tqdm import tqdm
+
+from code_benchmarks import code_problem
+from code_easy import EASY
+from code_family import CodeProblem, Family, instantiate
+from code_hard import HARD
+from code_medium import MEDIUM
+from code_sandbox import SandboxError, TestResult, check_machine, run_tests
 from grading import reference_number
-from worker_pool import WorkerPool
+from worker_pool import PROGRESS_DELAY_S, WorkerPool
 
 GRADING_TIMEOUT_S = 5.0  # a grading takes milliseconds
-MAX_GRADERS = 16
+MAX_WORKERS = 16  # that judge at the same time
 EVAL_SHARE = 4  # one generated problem in four is for evaluation
 FILE_EVAL_SHARE = 5  # the first fifth of a file, in hash order
 MAX_DRAWS = 1_000_000  # draws from one generator
 MAX_REPEATS = 1000  # draws in a row that bring nothing new: the generator has no more
 HUB_TIMEOUT_S = 5.0  # datasets alone retries for 25 s before it says that there is no network
 
-DATASETS = ("mixed", "math", "reasoning", "gsm8k", "file", "sort")
+DATASETS = ("mixed", "math", "code", "reasoning", "gsm8k", "file", "sort")
 SPLITS = ("train", "eval")
 DIFFICULTIES = ("easy", "medium", "hard")
-MIXTURE = {"math": 2, "reasoning": 1}
+MIXTURE = {"math": 2, "code": 2, "reasoning": 1}
+FAMILIES = {"easy": EASY, "medium": MEDIUM, "hard": HARD}
+CODE_REWARDS = ("all", "fraction")
 GSM8K = "openai/gsm8k"
+GZIP_MAGIC = b"\x1f\x8b"
 
 NUMBER_ONLY = " Answer with only the final number."
 YES_OR_NO = " Answer with only Yes or No."
@@ -52,10 +68,11 @@ STEP_BY_STEP = '\nReason step by step, then give the final answer alone after "#
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem. `kind` names the reward: math, reasoning or exact.
+    """One problem. `kind` names the reward: math, reasoning, code or exact.
 
-    prompt is the user's message, before any chat template. metadata is JSON-safe; reasoning problems carry
-    the generator's name and entry, which its scorer reads.
+    prompt is the user's message, before any chat template. answer: the reference, a program for code.
+    metadata is JSON-safe: reasoning problems carry the generator's name and entry, which its scorer reads;
+    code problems their tests, as run_tests takes them, and the preamble of an answer's code.
     """
 
     id: str
@@ -150,8 +167,6 @@ def load_problems(
     ValueError, one line: an unknown name, split or difficulty; a broken file; more generated problems than
     exist. gsm8k and files give what they have, with a warning.
     """
-    if name == "code":
-        raise ValueError(f"the data set 'code' is not available yet; choose one of {', '.join(DATASETS)}")
     for what, given, known in (("data set", name, DATASETS), ("split", split, SPLITS),
                                ("difficulty", difficulty, DIFFICULTIES)):  # fmt: skip
         if given not in known:
@@ -160,8 +175,10 @@ def load_problems(
         raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
     if path is None and name == "file":
         raise ValueError("the data set 'file' needs --dataset_path PATH.jsonl")
-    if path is not None and name not in ("file", "gsm8k", "mixed"):
-        raise ValueError(f"--dataset_path goes with --dataset file or gsm8k, not {name}")
+    if path is not None and name not in ("file", "gsm8k", "code", "mixed"):
+        raise ValueError(f"--dataset_path goes with --dataset file, gsm8k or code, not {name}")
+    if name in ("code", "mixed") and path is None:
+        _require_sandbox()
 
     if path is not None:
         return _sample(_file_split(Path(path), split), num_samples, seed, f"{path} ({split})")
@@ -176,8 +193,18 @@ def load_problems(
 
 def default_max_new_tokens(name: str, difficulty: str) -> int | None:
     """Tokens of a response where the prompt asks for the answer alone; None: whatever max_length leaves."""
-    short = name == "sort" or (name in ("math", "reasoning", "mixed") and difficulty == "easy")
-    return 32 if short else None
+    if name == "sort":
+        return 32
+    return (
+        {"math": 32, "reasoning": 32, "code": 128, "mixed": 128}.get(name) if difficulty == "easy" else None
+    )
+
+
+def _require_sandbox() -> None:
+    try:
+        check_machine()
+    except SandboxError as error:
+        raise ValueError(f"code problems cannot be judged here: {error}") from error
 
 
 # Generated problems
@@ -185,7 +212,11 @@ def default_max_new_tokens(name: str, difficulty: str) -> int | None:
 
 def _generated(name: str, split: str, num_samples: int, seed: int, difficulty: str) -> list[Problem]:
     seen: set[str] = set()
-    streams = [_stream(source, name, split, seed, difficulty, seen) for source in SOURCES[name, difficulty]]
+    if name == "code":
+        streams = [_family_stream(family, split, seed, difficulty) for family in FAMILIES[difficulty]]
+    else:
+        sources = SOURCES[name, difficulty]
+        streams = [_source_stream(source, name, split, seed, difficulty, seen) for source in sources]
     problems: list[Problem] = []
     while streams and len(problems) < num_samples:
         problems += [problem for stream in streams if (problem := next(stream, None))]
@@ -198,7 +229,21 @@ def _generated(name: str, split: str, num_samples: int, seed: int, difficulty: s
     return _shuffled(problems[:num_samples], seed)
 
 
-def _stream(
+def _family_stream(family: Family, split: str, seed: int, difficulty: str) -> Iterator[Problem]:
+    """The family's problems of one side, in an order that the seed gives."""
+    order = random.Random(_stable_hash(seed, family.signature)).sample(range(family.size), family.size)
+    for index in order:
+        problem = instantiate(family, index)
+        if _split_of(problem.prompt) == split:
+            yield _code_problem(problem, f"code-{difficulty}-{_stable_hash(problem.prompt) % 16**10:010x}")
+
+
+def _code_problem(problem: CodeProblem, problem_id: str) -> Problem:
+    metadata = {"tests": problem.tests, "preamble": problem.preamble}
+    return Problem(problem_id, "code", problem.prompt, problem.solution, metadata)
+
+
+def _source_stream(
     source: Source, name: str, split: str, seed: int, difficulty: str, seen: set[str]
 ) -> Iterator[Problem]:
     """The source's new problems of one side, until it has no more. seen: the prompts used so far."""
@@ -271,9 +316,30 @@ def _shuffled(problems: list[Problem], seed: int) -> list[Problem]:
 
 
 def _sample(problems: list[Problem], num_samples: int, seed: int, source: str) -> list[Problem]:
-    if num_samples > len(problems):
-        warnings.warn(f"{source} has {len(problems)} problems, {num_samples} were asked for", stacklevel=3)
-    return _shuffled(problems, seed)[:num_samples]
+    """num_samples of the problems, of those whose own reference passes their tests."""
+    candidates, chosen, unsound = _shuffled(problems, seed), [], []
+    while candidates and len(chosen) < num_samples:
+        count = num_samples - len(chosen)
+        batch, candidates = candidates[:count], candidates[count:]
+        for problem, sound in zip(batch, _reference_passes(batch), strict=True):
+            (chosen if sound else unsound).append(problem)
+    if unsound:
+        names = ", ".join(problem.id for problem in unsound[:5])
+        warnings.warn(
+            f"{source}: left out {len(unsound)} problems whose own solution fails their tests in the sandbox "
+            f"(arguments or results that are no plain data, or too slow): {names}...",
+            stacklevel=3,
+        )
+    if len(chosen) < num_samples:
+        warnings.warn(f"{source} has {len(chosen)} problems, {num_samples} were asked for", stacklevel=3)
+    return chosen
+
+
+def _reference_passes(problems: list[Problem]) -> list[bool]:
+    if any(problem.kind == "code" for problem in problems):
+        _require_sandbox()
+    results = iter(_run_code([(p.answer, p.metadata["tests"]) for p in problems if p.kind == "code"]))
+    return [p.kind != "code" or getattr(next(results), "status", None) == "pass" for p in problems]
 
 
 def _gsm8k_split(split: str) -> list[Problem]:
@@ -297,10 +363,13 @@ def _file_split(path: Path, split: str) -> list[Problem]:
     if not path.is_file():
         what = "a folder" if path.is_dir() else "not there"
         raise ValueError(f"{path} is {what}; --dataset_path takes a jsonl file")
+    content = path.read_bytes()
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = (gzip.decompress(content) if content[:2] == GZIP_MAGIC else content).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} is cut short or damaged ({error})") from error
     lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     problems = _checked([(place, _json_object(place, line)) for place, line in lines])
     problems = list({" ".join(problem.prompt.split()): problem for problem in reversed(problems)}.values())
@@ -327,6 +396,13 @@ def _checked(rows: list[tuple[str, dict]]) -> list[Problem]:
     """Problems of (place, row) pairs. ValueError with the place of a row that is not one."""
     problems = []
     for place, row in rows:
+        try:
+            code = code_problem(row)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        if code is not None:
+            problems.append(_code_problem(code, f"task {row.get('task_id', place)}"))
+            continue
         for key in ("question", "answer"):
             if key not in row:
                 raise ValueError(f"{place}: no field {key!r}")
@@ -338,7 +414,11 @@ def _checked(rows: list[tuple[str, dict]]) -> list[Problem]:
         problem_id = f"question-{_stable_hash(question) % 16**10:010x}"
         problems.append(Problem(problem_id, "math", question + STEP_BY_STEP, reference))
     pairs = zip(rows, problems, strict=True)
-    unusual = [(place, problem) for (place, _), problem in pairs if reference_number(problem.answer) is None]
+    unusual = [
+        (place, problem)
+        for (place, _), problem in pairs
+        if problem.kind == "math" and reference_number(problem.answer) is None
+    ]
     verdicts = _judge([_job(problem, "") for _, problem in unusual])
     for (place, _), verdict in zip(unusual, verdicts, strict=True):
         if not isinstance(verdict, float):
@@ -352,19 +432,41 @@ def _checked(rows: list[tuple[str, dict]]) -> list[Problem]:
 def compute_rewards(problems: list[Problem], responses: list[str]) -> list[float | None]:
     """The reward of each response to its problem, in [0, 1]; None where it could not be judged.
 
-    Responses are untrusted text, so grading runs in worker processes that are killed after GRADING_TIMEOUT_S.
-    ValueError with the problem's id: its reference is no mathematical value.
+    Responses are untrusted text: answers are graded in worker processes that are killed after
+    GRADING_TIMEOUT_S, code runs in the sandbox. ValueError with the problem's id: its reference is no
+    mathematical value.
     """
-    jobs = [_job(problem, response) for problem, response in zip(problems, responses, strict=True)]
-    judged = iter(_judge([job for job in jobs if job["kind"] != "exact"]))
-    rewards = []
-    for problem, job in zip(problems, jobs, strict=True):
-        exact = job["kind"] == "exact"
-        reward = float(job["response"].strip() == problem.answer) if exact else next(judged)
-        if isinstance(reward, str):
-            raise ValueError(f"problem {problem.id}: {reward}")
-        rewards.append(reward)
-    return rewards
+    return RewardFunction()(problems, responses)
+
+
+class RewardFunction:
+    """compute_rewards with its setting, for a trainer.
+
+    code_reward: "all", 1 only if all tests pass; or "fraction", the share of the tests that pass. metrics: of
+    the last call, sums over its responses.
+    """
+
+    def __init__(self, code_reward: str = "all"):
+        if code_reward not in CODE_REWARDS:
+            raise ValueError(f"unknown code reward {code_reward!r}; choose one of {', '.join(CODE_REWARDS)}")
+        self.code_reward = code_reward
+        self.metrics: dict[str, int] = {}
+
+    def __call__(self, problems: list[Problem], responses: list[str]) -> list[float | None]:
+        pairs = list(zip(problems, responses, strict=True))
+        code = {i: pair for i, pair in enumerate(pairs) if pair[0].kind == "code"}
+        results = _run_code([(_program(*pair), pair[0].metadata["tests"]) for pair in code.values()])
+        graded = iter(_grade([pair for pair in pairs if pair[0].kind != "code"]))
+        run = iter(results)
+        self.metrics = {"code_timeouts": sum(r is not None and r.status == "timeout" for r in results)}
+        return [self._code_reward(next(run)) if i in code else next(graded) for i in range(len(pairs))]
+
+    def _code_reward(self, result: TestResult | None) -> float | None:
+        if result is None:
+            return None
+        return (
+            result.passed / result.total if self.code_reward == "fraction" else float(result.status == "pass")
+        )
 
 
 def math_reward(response: str, answer: str) -> float:
@@ -373,6 +475,58 @@ def math_reward(response: str, answer: str) -> float:
     ValueError: `answer` is no mathematical value.
     """
     return compute_rewards([Problem("math_reward", "math", "", answer)], [response])[0] or 0.0
+
+
+def code_reward(response: str, tests: dict) -> float:
+    """1.0 if the response's code passes all tests (as code_sandbox.run_tests takes them), else 0.0.
+
+    ValueError: malformed tests. SandboxError: the sandbox does not work here.
+    """
+    return float(run_tests(code_of(response), tests).status == "pass")
+
+
+FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
+
+
+def code_of(response: str) -> str:
+    """The last fenced block of a response, closed or not; without one, the whole text."""
+    blocks = FENCED.findall(response)
+    return textwrap.dedent(blocks[-1] if blocks else response)
+
+
+def _program(problem: Problem, response: str) -> str:
+    return problem.metadata.get("preamble", "") + code_of(response)
+
+
+def _run_code(jobs: list[tuple[str, dict]]) -> list[TestResult | None]:
+    """run_tests on all cores. None: the sandbox failed."""
+
+    def run(job: tuple[str, dict]) -> TestResult | None:
+        try:
+            return run_tests(*job)
+        except SandboxError as error:
+            warnings.warn(f"a response was not judged: {error}", stacklevel=2)
+            return None
+
+    with ThreadPoolExecutor(_num_workers()) as threads:
+        progress = tqdm(
+            threads.map(run, jobs), total=len(jobs), desc="tests", delay=PROGRESS_DELAY_S, leave=False
+        )
+        return list(progress)
+
+
+def _grade(pairs: list[tuple[Problem, str]]) -> list[float | None]:
+    """The rewards of answers that are compared, exactly or by the graders."""
+    jobs = [_job(*pair) for pair in pairs]
+    judged = iter(_judge([job for job in jobs if job["kind"] != "exact"]))
+    rewards = []
+    for (problem, _), job in zip(pairs, jobs, strict=True):
+        exact = job["kind"] == "exact"
+        reward = float(job["response"].strip() == problem.answer) if exact else next(judged)
+        if isinstance(reward, str):
+            raise ValueError(f"problem {problem.id}: {reward}")
+        rewards.append(reward)
+    return rewards
 
 
 def _job(problem: Problem, response: str) -> dict:
@@ -389,7 +543,11 @@ def _judge(jobs: list[dict]) -> list[float | str | None]:
 def _graders(process_id: int) -> WorkerPool:
     """One pool per process: a forked child must not talk over its parent's pipes."""
     command = [sys.executable, str(Path(__file__).with_name("grading.py"))]
-    return WorkerPool(command, min(len(os.sched_getaffinity(0)), MAX_GRADERS), GRADING_TIMEOUT_S)
+    return WorkerPool(command, _num_workers(), GRADING_TIMEOUT_S)
+
+
+def _num_workers() -> int:
+    return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
 
 
 # Self-check
@@ -422,9 +580,22 @@ KNOWN_REWARDS = [  # (what it is, response, reference, reward)
 ]
 
 
+KNOWN_CODE_REWARDS = [  # (what it is, code of double(x), which is to return 2 * x; reward)
+    ("right", "def double(x):\n    return x + x", 1.0),
+    ("right, recursive", "def double(x):\n    return 2 + double(x - 1) if x else 0", 1.0),
+    ("wrong", "def double(x):\n    return x * x", 0.0),
+    ("a float", "def double(x):\n    return x * 2.0", 0.0),
+    ("equals all", "class E(int):\n    __eq__ = lambda *a: True\ndouble = E", 0.0),
+    ("exits with 0", "import sys\nsys.exit(0)", 0.0),
+    ("for ever", "def double(x):\n    while True: pass", 0.0),
+    ("reads a file", "def double(x):\n    return open('/etc/hosts') and 2 * x", 0.0),
+]
+DOUBLE = {"entry_point": "double", "calls": [{"args": [x], "expected": 2 * x} for x in (0, 2, 21)]}
+
+
 def main() -> int:
     print("Examples")
-    for name, difficulty in [*SOURCES, ("sort", "easy")]:
+    for name, difficulty in [*SOURCES, *(("code", level) for level in FAMILIES), ("sort", "easy")]:
         problem = load_problems(name, "train", 1, difficulty=difficulty)[0]
         print(f"  {name:9} {difficulty:6} {problem.prompt.strip()!r}\n{'':20}-> {problem.answer!r}")
     print(f"  gsm8k            {GSM8K} from the hub, or its jsonl file with --dataset_path")
@@ -432,12 +603,18 @@ def main() -> int:
 
     problems = [Problem(what, "math", "", reference) for what, _, reference, _ in KNOWN_REWARDS]
     rewards = compute_rewards(problems, [response for _, response, _, _ in KNOWN_REWARDS])
-    print(f"{'Rewards':17} {'response':36} {'reference':11} {'expected':8} {'given':5}")
-    for (what, response, reference, expected), given in zip(KNOWN_REWARDS, rewards, strict=True):
+    table = [(*row, given) for row, given in zip(KNOWN_REWARDS, rewards, strict=True)]
+    problems = [Problem(what, "code", "", "", {"tests": DOUBLE}) for what, _, _ in KNOWN_CODE_REWARDS]
+    rewards = compute_rewards(problems, [f"```python\n{code}\n```" for _, code, _ in KNOWN_CODE_REWARDS])
+    for (what, code, expected), given in zip(KNOWN_CODE_REWARDS, rewards, strict=True):
+        table.append((what, code.replace("\n    ", " ").replace("\n", "; "), "2 * x", expected, given))
+
+    print(f"{'Rewards':18} {'response':60} {'reference':11} {'expected':8} {'given':5}")
+    for what, response, reference, expected, given in table:
         off = "" if given == expected else "  <- off"
-        print(f"  {what:15} {response!r:36} {reference:11} {expected:8} {given!s:>5}{off}")
-    num_off = sum(given != expected for given, (*_, expected) in zip(rewards, KNOWN_REWARDS, strict=True))
-    print(f"{len(rewards) - num_off} of {len(rewards)} as expected")
+        print(f"  {what:16} {response!r:60} {reference:11} {expected:8} {given!s:>5}{off}")
+    num_off = sum(given != expected for *_, expected, given in table)
+    print(f"{len(table) - num_off} of {len(table)} as expected")
     return 1 if num_off else 0
 
 

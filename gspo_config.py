@@ -51,8 +51,11 @@ class GSPOConfig:
     gradient_checkpointing: bool = flag(False, "model", "recompute activations in backward: less memory")
 
     dataset: str = flag("mixed", "data", "mixed, math, code, reasoning, gsm8k, sort, or file")
-    dataset_path: str | None = flag(None, "data", "jsonl with question and answer (ending in #### N)")
+    dataset_path: str | None = flag(None, "data", "jsonl in the format of GSM8K, HumanEval or MBPP")
     difficulty: str = flag("auto", "data", "of generated problems", ("auto", "easy", "medium", "hard"))
+    code_reward: str = flag(
+        "all", "data", "of code: 1 only if all tests pass, or the fraction that does", ("all", "fraction")
+    )
     num_train_samples: int = flag(100, "data", "training problems")
     num_eval_samples: int = flag(50, "data", "held-out problems, never shared with training")
 

@@ -304,7 +304,8 @@ class GSPOTrainer:
         model, tokenizer: the policy; its weights are kept in float32, whatever the compute type.
         config: a GSPOConfig.
         reward_fn: (problems, responses) -> list of float, or None for a response that cannot be judged. A
-            problem is any object with a string .prompt; problems and responses are aligned.
+            problem is any object with a string .prompt; problems and responses are aligned. If it has an
+            attribute `metrics`, a dict of sums over the responses of its last call, those are logged too.
         run_log: where to record; by default train() makes the run folder that the config names.
         engine: samples the responses; by default the policy itself, in process.
     """
@@ -445,7 +446,7 @@ class GSPOTrainer:
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
 
     def _sample(self, problems, stream: int):
-        """Responses to the problems and their rewards, sampled and judged by all processes together.
+        """Responses, their rewards, and metrics of both, sampled and judged by all processes together.
 
         stream + i seeds problem i, so that the samples do not depend on how many processes share them.
         """
@@ -457,9 +458,11 @@ class GSPOTrainer:
         generated = time.perf_counter()
         asked = [problem for problem in own for _ in range(config.group_size)]
         rewards = list(self.reward_fn(asked, [rollout.text for rollout in rollouts])) if own else []
-        seconds = {"generation_s": generated - started, "reward_s": time.perf_counter() - generated}
+        metrics = {"generation_s": generated - started, "reward_s": time.perf_counter() - generated}
         gathered = gather_object(list(zip(rollouts, rewards, strict=True)))
-        return [rollout for rollout, _ in gathered], [reward for _, reward in gathered], seconds
+        for counts in gather_object([getattr(self.reward_fn, "metrics", {})] if own else []):
+            metrics |= {name: metrics.get(name, 0) + count for name, count in counts.items()}
+        return [rollout for rollout, _ in gathered], [reward for _, reward in gathered], metrics
 
     def _generate(self, problems, seed: int) -> list[Rollout]:
         config = self.config
@@ -472,7 +475,7 @@ class GSPOTrainer:
         """Sample, judge and score rollout batch number index under the present policy: pi_old from now."""
         config = self.config
         stream = (config.seed << 64) + (index << 32)
-        rollouts, judged, seconds = self._sample(problems, stream)
+        rollouts, judged, sampling_metrics = self._sample(problems, stream)
         rewards = torch.tensor([math.nan if r is None else float(r) for r in judged])  # (B,)
         known = rewards[~rewards.isnan()]
         if len(known) == 0:
@@ -496,7 +499,7 @@ class GSPOTrainer:
             "response_tokens_mean": float(np.mean(lengths)),
             "entropy": -float(np.mean([x for rollout in rollouts for x in rollout.log_probs])),
             "truncated_fraction": float(np.mean([not rollout.finished for rollout in rollouts])),
-            **seconds,
+            **sampling_metrics,
             "scoring_s": time.perf_counter() - started,
         }
         return batch

@@ -46,6 +46,7 @@ GLOSSARY = {
     "reward_std": ("reward", "standard deviation over the judged responses of the batch"),
     "zero_variance_groups": ("share", "groups whose rewards are all equal, which teach nothing"),
     "unjudged_responses": ("count", "responses that could not be judged: no advantage, out of every mean"),
+    "code_timeouts": ("count", "responses whose code ran out of time; from the toolkit's own rewards"),
     "response_tokens_mean": ("tokens", "mean response length, end token included"),
     "truncated_fraction": ("share", "responses cut before their end token"),
     "entropy": ("nats per token", "minus the mean log-probability of the sampled tokens"),

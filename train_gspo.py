@@ -25,7 +25,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from data_loader import compute_rewards, default_max_new_tokens, load_problems
+from data_loader import RewardFunction, default_max_new_tokens, load_problems
 from gspo_config import choose_dtype
 from gspo_implementation import EmergencyStop, GSPOConfig, GSPOTrainer
 from intervals import paired_interval
@@ -139,7 +139,7 @@ def prepare(config: GSPOConfig):
         disable_progress_bar()  # of loading the weights
     # On the CPU first: each process of several then moves it to its own GPU.
     model, tokenizer = load_model(config.model_name, device="cpu")
-    trainer = GSPOTrainer(model, tokenizer, config, compute_rewards)
+    trainer = GSPOTrainer(model, tokenizer, config, RewardFunction(config.code_reward))
     train_problems = trainer.that_fit(train_problems, "training")
     eval_problems = trainer.that_fit(eval_problems, "evaluation")
     trainer.run_log = trainer.open_run_log()

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import needs_sandbox
 
 from data_loader import (
     DATASETS,
+    FAMILIES,
     SOURCES,
     Problem,
     compute_rewards,
@@ -20,7 +22,9 @@ from data_loader import (
 )  # fmt: skip
 
 ROOT = Path(__file__).parents[1]
-GENERATED = [*SOURCES, ("mixed", "easy"), ("sort", "easy")]
+WITHOUT_CODE = [*SOURCES, ("sort", "easy")]
+WITH_CODE = [*(("code", level) for level in FAMILIES), ("mixed", "easy")]
+GENERATED = [*WITHOUT_CODE, *(pytest.param(*case, marks=needs_sandbox) for case in WITH_CODE)]
 
 
 def write_jsonl(path, rows) -> str:
@@ -51,18 +55,19 @@ def test_mirrored_sums_are_on_the_same_side():
     assert not {frozenset(text.split()) for text in train} & {frozenset(text.split()) for text in held_out}
 
 
+@needs_sandbox
 def test_the_same_seed_gives_the_same_problems_in_another_process():
+    everything = [*WITHOUT_CODE, *WITH_CODE]
     code = (
         "import hashlib, data_loader as d;"
-        "sets = [*d.SOURCES, ('mixed', 'easy'), ('sort', 'easy')];"
-        "problems = [d.load_problems(name, 'train', 40, 7, difficulty) for name, difficulty in sets];"
+        f"problems = [d.load_problems(name, 'train', 40, 7, level) for name, level in {everything}];"
         "print(hashlib.sha256(repr(problems).encode()).hexdigest())"
     )
     env = os.environ | {"PYTHONHASHSEED": "123"}
     other = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
     )
-    here = [load_problems(name, "train", 40, 7, difficulty) for name, difficulty in GENERATED]
+    here = [load_problems(name, "train", 40, 7, level) for name, level in everything]
     assert other.stdout.strip() == hashlib.sha256(repr(here).encode()).hexdigest()
     assert load_problems("math", "train", 40, 8) != load_problems("math", "train", 40, 7)
 
@@ -70,15 +75,17 @@ def test_the_same_seed_gives_the_same_problems_in_another_process():
 @pytest.mark.parametrize("name, difficulty", GENERATED)
 def test_every_reference_earns_its_reward_and_another_answer_does_not(name, difficulty):
     problems = load_problems(name, "train", 40, difficulty=difficulty)
-    mark = "" if name == "sort" else "#### "
-    assert compute_rewards(problems, [mark + p.answer for p in problems]) == [1.0] * 40
+    marks = {"math": "#### ", "reasoning": "#### ", "code": "", "exact": ""}
+    assert compute_rewards(problems, [marks[p.kind] + p.answer for p in problems]) == [1.0] * 40
     assert max(compute_rewards(problems, ["I do not know."] * 40)) == 0.0
 
 
-def test_mixed_is_two_to_one():
-    kinds = [p.kind for p in load_problems("mixed", "train", 30)]
-    assert (kinds.count("math"), kinds.count("reasoning")) == (20, 10)
-    assert len(set(kinds[:10])) == 2
+@needs_sandbox
+def test_mixed_is_two_to_two_to_one():
+    kinds = [p.kind for p in load_problems("mixed", "train", 50)]
+    assert [kinds.count(kind) for kind in ("math", "code", "reasoning")] == [20, 20, 10]
+    assert set(kinds[:10]) == {"math", "code", "reasoning"}
+    assert [p.kind for p in load_problems("mixed", "train", 50, seed=1)] != kinds
 
 
 def test_sort_prompt_is_digits_and_equals_sign():
@@ -89,7 +96,7 @@ def test_sort_prompt_is_digits_and_equals_sign():
 
 
 def test_short_answers_only_where_the_prompt_asks_for_them():
-    assert default_max_new_tokens("math", "easy") == 32
+    assert default_max_new_tokens("math", "easy") == 32 and default_max_new_tokens("mixed", "easy") == 128
     assert default_max_new_tokens("math", "hard") is None and default_max_new_tokens("gsm8k", "easy") is None
 
 
@@ -146,7 +153,6 @@ def test_files_that_are_no_jsonl(tmp_path):
     (("maths", "train", 1), "unknown data set 'maths'; choose one of " + ", ".join(DATASETS)),
     (("math", "test", 1), "unknown split 'test'; choose one of train, eval"),
     (("math", "train", 1, 0, "auto"), "unknown difficulty 'auto'"),
-    (("code", "train", 1), "not available yet"),
     (("math", "train", 0), "at least 1"),
     (("file", "train", 1), "--dataset_path"),
     (("sort", "train", 1, 0, "easy", "x.jsonl"), "not sort"),
@@ -185,8 +191,9 @@ def test_math_reward():
     assert (math_reward("#### 1,000", "1000"), math_reward("3 or 4", "4")) == (1.0, 0.0)
 
 
+@needs_sandbox
 def test_self_check_passes():
     done = subprocess.run(
         [sys.executable, "data_loader.py"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 0 and "24 of 24 as expected" in done.stdout
+    assert done.returncode == 0 and "32 of 32 as expected" in done.stdout

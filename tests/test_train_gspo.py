@@ -97,7 +97,7 @@ def test_interrupt_leaves_a_checkpoint_and_exit_code_130(tmp_path):
     [
         (["--algorithm", "ppo"], "gspo"),
         (["--dataset", "maths"], "math"),
-        (["--dataset", "code"], "code"),
+        (["--code_reward", "some"], "fraction"),
         (["--group_size", "1"], "group_size must be at least 2"),
         (["--batch_size", "4", "--mini_batch_size", "3"], "does not divide"),
         (["--left_clip_range", "0"], "left_clip_range must be positive"),

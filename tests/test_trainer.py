@@ -235,7 +235,7 @@ def test_run_folder_is_complete(finished_run):
     metrics = lines_of(run / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6] == list(range(1, t.step + 1))
     for line in metrics:
-        assert set(line) == {"step", *GLOSSARY} - {"kl"}
+        assert set(line) == {"step", *GLOSSARY} - {"kl", "code_timeouts"}
     evaluations = lines_of(run / "eval.jsonl")
     assert [line["step"] for line in evaluations] == [0, 3, 6]
     assert {"pass_at_1", "reward_mean", "interval_95"} < set(evaluations[0])
