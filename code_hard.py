@@ -473,7 +473,7 @@ def places_without_worst_scores(scores):
 def documents_by_common_tag(documents):
     index = {}
     for name in sorted(documents):
-        for tag in {tag.lower().removeprefix("$prefix") for tag in documents[name]}:
+        for tag in sorted({tag.lower().removeprefix("$prefix") for tag in documents[name]}):
             index.setdefault(tag, []).append(name)
     return {tag: names[:$most] for tag, names in index.items() if len(names) >= $least}
 """,

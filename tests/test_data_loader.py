@@ -1,6 +1,5 @@
 """Problems: disjoint, repeatable, and broken input named. Rewards: through the workers."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -60,15 +59,17 @@ def test_the_same_seed_gives_the_same_problems_in_another_process():
     everything = [*WITHOUT_CODE, *WITH_CODE]
     code = (
         "import hashlib, data_loader as d;"
-        f"problems = [d.load_problems(name, 'train', 40, 7, level) for name, level in {everything}];"
+        f"problems = [d.load_problems(name, 'train', 60, 7, level) for name, level in {everything}];"
         "print(hashlib.sha256(repr(problems).encode()).hexdigest())"
     )
-    env = os.environ | {"PYTHONHASHSEED": "123"}
-    other = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
-    )
-    here = [load_problems(name, "train", 40, 7, level) for name, level in everything]
-    assert other.stdout.strip() == hashlib.sha256(repr(here).encode()).hexdigest()
+    digests = set()
+    for hash_seed in ("1", "2", "3", "4"):  # the order of a set of strings depends on it
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": hash_seed},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        digests.add(done.stdout)
+    assert len(digests) == 1
     assert load_problems("math", "train", 40, 8) != load_problems("math", "train", 40, 7)
 
 
