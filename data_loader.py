@@ -17,11 +17,9 @@ Train and eval never share a problem, whatever the counts and seeds: which side 
 text alone. The same seed gives the same problems in the same order on every machine.
 """
 
-import functools
 import gzip
 import hashlib
 import json
-import os
 import random
 import re
 import sys
@@ -29,23 +27,27 @@ import textwrap
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-
-from tqdm import tqdm
 
 from code_benchmarks import code_problem
 from code_easy import EASY
-from code_family import CodeProblem, Family, instantiate
+from code_family import CodeProblem, Family, instantiate, shape_of
 from code_hard import HARD
 from code_medium import MEDIUM
-from code_sandbox import SandboxError, TestResult, check_machine, run_tests
+from code_sandbox import SandboxError, check_machine
 from grading import reference_number
-from worker_pool import PROGRESS_DELAY_S, WorkerPool
+from rewards import (  # noqa: F401  the rewards are part of this module's interface
+    Problem,
+    RewardFunction,
+    code_reward,
+    compute_rewards,
+    grading_job,
+    judge,
+    math_reward,
+    run_code,
+)
 
-GRADING_TIMEOUT_S = 5.0  # a grading takes milliseconds
-MAX_WORKERS = 16  # that judge at the same time
 EVAL_SHARE = 4  # one generated problem in four is for evaluation
 FILE_EVAL_SHARE = 5  # the first fifth of a file, in hash order
 MAX_DRAWS = 1_000_000  # draws from one generator
@@ -57,29 +59,14 @@ SPLITS = ("train", "eval")
 DIFFICULTIES = ("easy", "medium", "hard")
 MIXTURE = {"math": 2, "code": 2, "reasoning": 1}
 FAMILIES = {"easy": EASY, "medium": MEDIUM, "hard": HARD}
-CODE_REWARDS = ("all", "fraction")
+
 GSM8K = "openai/gsm8k"
+MAX_NAMED = 5  # problems, in a message
 GZIP_MAGIC = b"\x1f\x8b"
 
 NUMBER_ONLY = " Answer with only the final number."
 YES_OR_NO = " Answer with only Yes or No."
 STEP_BY_STEP = '\nReason step by step, then give the final answer alone after "####".'
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One problem. `kind` names the reward: math, reasoning, code or exact.
-
-    prompt is the user's message, before any chat template. answer: the reference, a program for code.
-    metadata is JSON-safe: reasoning problems carry the generator's name and entry, which its scorer reads;
-    code problems their tests, as run_tests takes them, and the preamble of an answer's code.
-    """
-
-    id: str
-    kind: str
-    prompt: str
-    answer: str
-    metadata: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -204,7 +191,9 @@ def _require_sandbox() -> None:
     try:
         check_machine()
     except SandboxError as error:
-        raise ValueError(f"code problems cannot be judged here: {error}") from error
+        raise ValueError(
+            f"code problems cannot be judged here: {error}. --dataset math and reasoning need no sandbox"
+        ) from error
 
 
 # Generated problems
@@ -215,8 +204,12 @@ def _generated(name: str, split: str, num_samples: int, seed: int, difficulty: s
     if name == "code":
         streams = [_family_stream(family, split, seed, difficulty) for family in FAMILIES[difficulty]]
     else:
-        sources = SOURCES[name, difficulty]
-        streams = [_source_stream(source, name, split, seed, difficulty, seen) for source in sources]
+        streams = [
+            _source_stream(source, name, split, seed, difficulty, seen)
+            for source in SOURCES[name, difficulty]
+        ]
+    # Few problems are of few kinds: by the seed, not always of the same ones.
+    random.Random(_stable_hash(seed, name, split)).shuffle(streams)
     problems: list[Problem] = []
     while streams and len(problems) < num_samples:
         problems += [problem for stream in streams if (problem := next(stream, None))]
@@ -317,29 +310,43 @@ def _shuffled(problems: list[Problem], seed: int) -> list[Problem]:
 
 def _sample(problems: list[Problem], num_samples: int, seed: int, source: str) -> list[Problem]:
     """num_samples of the problems, of those whose own reference passes their tests."""
-    candidates, chosen, unsound = _shuffled(problems, seed), [], []
+    candidates, chosen, unsound = _shuffled(problems, seed), [], {}
     while candidates and len(chosen) < num_samples:
         count = num_samples - len(chosen)
         batch, candidates = candidates[:count], candidates[count:]
-        for problem, sound in zip(batch, _reference_passes(batch), strict=True):
-            (chosen if sound else unsound).append(problem)
+        for problem, status in zip(batch, _reference_statuses(batch), strict=True):
+            if status == "pass":
+                chosen.append(problem)
+            else:
+                unsound[problem.id] = status
+    named = ", ".join(f"{name} ({status})" for name, status in [*unsound.items()][:MAX_NAMED])
+    left_out = (
+        f"{source}: left out {len(unsound)} problems whose own solution fails their tests in the sandbox "
+        f"(where arguments and results must be plain data): {named}"
+    )
+    if not chosen:
+        raise ValueError(left_out)
     if unsound:
-        names = ", ".join(problem.id for problem in unsound[:5])
-        warnings.warn(
-            f"{source}: left out {len(unsound)} problems whose own solution fails their tests in the sandbox "
-            f"(arguments or results that are no plain data, or too slow): {names}...",
-            stacklevel=3,
-        )
+        warnings.warn(left_out, stacklevel=3)
     if len(chosen) < num_samples:
         warnings.warn(f"{source} has {len(chosen)} problems, {num_samples} were asked for", stacklevel=3)
     return chosen
 
 
-def _reference_passes(problems: list[Problem]) -> list[bool]:
-    if any(problem.kind == "code" for problem in problems):
-        _require_sandbox()
-    results = iter(_run_code([(p.answer, p.metadata["tests"]) for p in problems if p.kind == "code"]))
-    return [p.kind != "code" or getattr(next(results), "status", None) == "pass" for p in problems]
+def _reference_statuses(problems: list[Problem]) -> list[str]:
+    """What the sandbox says of the reference solutions of code problems; "pass" for the others."""
+    code = [problem for problem in problems if problem.kind == "code"]
+    if not code:
+        return ["pass"] * len(problems)
+    _require_sandbox()
+    results = iter(run_code([(problem.answer, problem.metadata["tests"]) for problem in code]))
+    statuses = []
+    for problem in problems:
+        result = next(results) if problem.kind == "code" else None
+        if problem.kind == "code" and result is None:
+            raise ValueError(f"problem {problem.id}: the code sandbox failed on its own solution; try again")
+        statuses.append(result.status if result else "pass")
+    return statuses
 
 
 def _gsm8k_split(split: str) -> list[Problem]:
@@ -373,13 +380,25 @@ def _file_split(path: Path, split: str) -> list[Problem]:
     lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     problems = _checked([(place, _json_object(place, line)) for place, line in lines])
     problems = list({" ".join(problem.prompt.split()): problem for problem in reversed(problems)}.values())
-    problems.sort(key=lambda problem: _stable_hash(" ".join(problem.prompt.split())))
     if len(problems) < 2:
         raise ValueError(
             f"{path} has {len(problems)} different problems; train and eval need at least one each"
         )
-    num_eval = max(1, len(problems) // FILE_EVAL_SHARE)
-    return problems[:num_eval] if split == "eval" else problems[num_eval:]
+    contents = {problem.prompt: _content_hash(problem) for problem in problems}
+    problems.sort(key=lambda problem: (contents[problem.prompt], _stable_hash(problem.prompt)))
+    boundary = max(1, len(problems) // FILE_EVAL_SHARE)
+    while boundary < len(problems) - 1 and (
+        contents[problems[boundary].prompt] == contents[problems[boundary - 1].prompt]
+    ):
+        boundary += 1
+    return problems[:boundary] if split == "eval" else problems[boundary:]
+
+
+def _content_hash(problem: Problem) -> int:
+    """Equal for code problems with one solution, whatever its names: they belong on one side."""
+    return _stable_hash(
+        shape_of(problem.answer) if problem.kind == "code" else " ".join(problem.prompt.split())
+    )
 
 
 def _json_object(place: str, line: str) -> dict:
@@ -419,135 +438,11 @@ def _checked(rows: list[tuple[str, dict]]) -> list[Problem]:
         for (place, _), problem in pairs
         if problem.kind == "math" and reference_number(problem.answer) is None
     ]
-    verdicts = _judge([_job(problem, "") for _, problem in unusual])
+    verdicts = judge([grading_job(problem, "") for _, problem in unusual])
     for (place, _), verdict in zip(unusual, verdicts, strict=True):
         if not isinstance(verdict, float):
             raise ValueError(f"{place}: {verdict or 'the reference answer cannot be judged'}")
     return problems
-
-
-# Rewards
-
-
-def compute_rewards(problems: list[Problem], responses: list[str]) -> list[float | None]:
-    """The reward of each response to its problem, in [0, 1]; None where it could not be judged.
-
-    Responses are untrusted text: answers are graded in worker processes that are killed after
-    GRADING_TIMEOUT_S, code runs in the sandbox. ValueError with the problem's id: its reference is no
-    mathematical value.
-    """
-    return RewardFunction()(problems, responses)
-
-
-class RewardFunction:
-    """compute_rewards with its setting, for a trainer.
-
-    code_reward: "all", 1 only if all tests pass; or "fraction", the share of the tests that pass. metrics: of
-    the last call, sums over its responses.
-    """
-
-    def __init__(self, code_reward: str = "all"):
-        if code_reward not in CODE_REWARDS:
-            raise ValueError(f"unknown code reward {code_reward!r}; choose one of {', '.join(CODE_REWARDS)}")
-        self.code_reward = code_reward
-        self.metrics: dict[str, int] = {}
-
-    def __call__(self, problems: list[Problem], responses: list[str]) -> list[float | None]:
-        pairs = list(zip(problems, responses, strict=True))
-        code = {i: pair for i, pair in enumerate(pairs) if pair[0].kind == "code"}
-        results = _run_code([(_program(*pair), pair[0].metadata["tests"]) for pair in code.values()])
-        graded = iter(_grade([pair for pair in pairs if pair[0].kind != "code"]))
-        run = iter(results)
-        self.metrics = {"code_timeouts": sum(r is not None and r.status == "timeout" for r in results)}
-        return [self._code_reward(next(run)) if i in code else next(graded) for i in range(len(pairs))]
-
-    def _code_reward(self, result: TestResult | None) -> float | None:
-        if result is None:
-            return None
-        return (
-            result.passed / result.total if self.code_reward == "fraction" else float(result.status == "pass")
-        )
-
-
-def math_reward(response: str, answer: str) -> float:
-    """1.0 if the final answer of the response equals `answer`, else 0.0, also where it could not be judged.
-
-    ValueError: `answer` is no mathematical value.
-    """
-    return compute_rewards([Problem("math_reward", "math", "", answer)], [response])[0] or 0.0
-
-
-def code_reward(response: str, tests: dict) -> float:
-    """1.0 if the response's code passes all tests (as code_sandbox.run_tests takes them), else 0.0.
-
-    ValueError: malformed tests. SandboxError: the sandbox does not work here.
-    """
-    return float(run_tests(code_of(response), tests).status == "pass")
-
-
-FENCED = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
-
-
-def code_of(response: str) -> str:
-    """The last fenced block of a response, closed or not; without one, the whole text."""
-    blocks = FENCED.findall(response)
-    return textwrap.dedent(blocks[-1] if blocks else response)
-
-
-def _program(problem: Problem, response: str) -> str:
-    return problem.metadata.get("preamble", "") + code_of(response)
-
-
-def _run_code(jobs: list[tuple[str, dict]]) -> list[TestResult | None]:
-    """run_tests on all cores. None: the sandbox failed."""
-
-    def run(job: tuple[str, dict]) -> TestResult | None:
-        try:
-            return run_tests(*job)
-        except SandboxError as error:
-            warnings.warn(f"a response was not judged: {error}", stacklevel=2)
-            return None
-
-    with ThreadPoolExecutor(_num_workers()) as threads:
-        progress = tqdm(
-            threads.map(run, jobs), total=len(jobs), desc="tests", delay=PROGRESS_DELAY_S, leave=False
-        )
-        return list(progress)
-
-
-def _grade(pairs: list[tuple[Problem, str]]) -> list[float | None]:
-    """The rewards of answers that are compared, exactly or by the graders."""
-    jobs = [_job(*pair) for pair in pairs]
-    judged = iter(_judge([job for job in jobs if job["kind"] != "exact"]))
-    rewards = []
-    for (problem, _), job in zip(pairs, jobs, strict=True):
-        exact = job["kind"] == "exact"
-        reward = float(job["response"].strip() == problem.answer) if exact else next(judged)
-        if isinstance(reward, str):
-            raise ValueError(f"problem {problem.id}: {reward}")
-        rewards.append(reward)
-    return rewards
-
-
-def _job(problem: Problem, response: str) -> dict:
-    if problem.kind not in ("math", "reasoning", "exact"):
-        raise ValueError(f"problem {problem.id}: unknown kind {problem.kind!r}")
-    return {"kind": problem.kind, "response": response, "answer": problem.answer, **problem.metadata}
-
-
-def _judge(jobs: list[dict]) -> list[float | str | None]:
-    return _graders(os.getpid()).map(jobs, "rewards") if jobs else []
-
-
-@functools.cache
-def _graders(process_id: int) -> WorkerPool:
-    """One pool per process: a forked child must not talk over its parent's pipes."""
-    command = [sys.executable, str(Path(__file__).with_name("grading.py"))]
-    return WorkerPool(command, _num_workers(), GRADING_TIMEOUT_S)
-
-
-def _num_workers() -> int:
-    return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
 
 
 # Self-check
@@ -594,19 +489,29 @@ DOUBLE = {"entry_point": "double", "calls": [{"args": [x], "expected": 2 * x} fo
 
 
 def main() -> int:
-    print("Examples")
-    for name, difficulty in [*SOURCES, *(("code", level) for level in FAMILIES), ("sort", "easy")]:
+    code_sets, code_rewards = [("code", level) for level in FAMILIES], KNOWN_CODE_REWARDS
+    try:
+        _require_sandbox()
+    except ValueError as error:
+        print(f"Without code problems: {error}\n")
+        code_sets, code_rewards = [], []
+    for name, difficulty in [*SOURCES, *code_sets, ("sort", "easy")]:
         problem = load_problems(name, "train", 1, difficulty=difficulty)[0]
-        print(f"  {name:9} {difficulty:6} {problem.prompt.strip()!r}\n{'':20}-> {problem.answer!r}")
-    print(f"  gsm8k            {GSM8K} from the hub, or its jsonl file with --dataset_path")
-    print('  file             {"question": "...", "answer": "... #### 17"} a line, with --dataset_path\n')
+        print(f"{name}, {difficulty}\n{_indented(problem.prompt)}\n  ->\n{_indented(problem.answer)}\n")
+    print(
+        f"mixed: {', '.join(f'{share} {name}' for name, share in MIXTURE.items())} of {sum(MIXTURE.values())}"
+    )
+    print(f"gsm8k: {GSM8K} from the hub, or its jsonl file with --dataset_path")
+    print(
+        'file: {"question": "...", "answer": "... #### 17"} a line, HumanEval or MBPP, with --dataset_path\n'
+    )
 
     problems = [Problem(what, "math", "", reference) for what, _, reference, _ in KNOWN_REWARDS]
     rewards = compute_rewards(problems, [response for _, response, _, _ in KNOWN_REWARDS])
     table = [(*row, given) for row, given in zip(KNOWN_REWARDS, rewards, strict=True)]
-    problems = [Problem(what, "code", "", "", {"tests": DOUBLE}) for what, _, _ in KNOWN_CODE_REWARDS]
-    rewards = compute_rewards(problems, [f"```python\n{code}\n```" for _, code, _ in KNOWN_CODE_REWARDS])
-    for (what, code, expected), given in zip(KNOWN_CODE_REWARDS, rewards, strict=True):
+    problems = [Problem(what, "code", "", "", {"tests": DOUBLE}) for what, _, _ in code_rewards]
+    rewards = compute_rewards(problems, [f"```python\n{code}\n```" for _, code, _ in code_rewards])
+    for (what, code, expected), given in zip(code_rewards, rewards, strict=True):
         table.append((what, code.replace("\n    ", " ").replace("\n", "; "), "2 * x", expected, given))
 
     print(f"{'Rewards':18} {'response':60} {'reference':11} {'expected':8} {'given':5}")
@@ -616,6 +521,11 @@ def main() -> int:
     num_off = sum(given != expected for *_, expected, given in table)
     print(f"{len(table) - num_off} of {len(table)} as expected")
     return 1 if num_off else 0
+
+
+def _indented(text: str) -> str:
+    wrapped = [textwrap.fill(line, 100, drop_whitespace=False) for line in text.strip().splitlines()]
+    return textwrap.indent("\n".join(wrapped), "  ")
 
 
 if __name__ == "__main__":

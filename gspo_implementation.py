@@ -491,6 +491,7 @@ class GSPOTrainer:
         null_clip_fraction = self._null_clip_fraction(batch)
         lengths = [len(rollout.response_ids) for rollout in rollouts]
         batch.metrics = {
+            **sampling_metrics,
             "null_clip_fraction": null_clip_fraction,
             "reward_mean": known.mean().item(),
             "reward_std": known.std(correction=0).item(),
@@ -499,7 +500,6 @@ class GSPOTrainer:
             "response_tokens_mean": float(np.mean(lengths)),
             "entropy": -float(np.mean([x for rollout in rollouts for x in rollout.log_probs])),
             "truncated_fraction": float(np.mean([not rollout.finished for rollout in rollouts])),
-            **sampling_metrics,
             "scoring_s": time.perf_counter() - started,
         }
         return batch

@@ -25,11 +25,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from data_loader import RewardFunction, default_max_new_tokens, load_problems
+from data_loader import default_max_new_tokens, load_problems
 from gspo_config import choose_dtype
 from gspo_implementation import EmergencyStop, GSPOConfig, GSPOTrainer
 from intervals import paired_interval
 from model_loader import count_parameters, load_model, resolve_model_name
+from rewards import RewardFunction
 from run_log import run_folder
 
 
@@ -95,12 +96,13 @@ def resolve(config: GSPOConfig) -> GSPOConfig:
     parameters = count_parameters(model_name)
     if config.dataset_path and config.dataset == GSPOConfig.dataset:
         config = replace(config, dataset="file")
+    source = "file" if config.dataset_path else config.dataset
     difficulty = config.difficulty if config.difficulty != "auto" else difficulty_for(parameters)
     config = replace(
         config,
         model_name=model_name,
         difficulty=difficulty,
-        max_new_tokens=config.max_new_tokens or default_max_new_tokens(config.dataset, difficulty),
+        max_new_tokens=config.max_new_tokens or default_max_new_tokens(source, difficulty),
     )
     resolved = config.resolve(parameters)
     if resolved.device == "cuda":

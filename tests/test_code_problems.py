@@ -10,18 +10,12 @@ from wrong_easy import WRONG_EASY
 from wrong_hard import WRONG_HARD
 from wrong_medium import WRONG_MEDIUM
 
+from code_answer import code_of, program_of
 from code_benchmarks import code_problem
 from code_family import NUM_CALLS, TOPICS, instantiate
 from code_sandbox import SandboxError, run_tests
-from data_loader import (
-    FAMILIES,
-    RewardFunction,
-    _run_code,
-    code_of,
-    code_reward,
-    compute_rewards,
-    load_problems,
-)
+from data_loader import FAMILIES, RewardFunction, code_reward, compute_rewards, load_problems
+from rewards import run_code
 
 WRONG = WRONG_EASY | WRONG_MEDIUM | WRONG_HARD
 EVERY_FAMILY = [family for families in FAMILIES.values() for family in families]
@@ -34,6 +28,9 @@ def test_there_are_enough():
     assert len(names) == len(set(names)) >= 60 and set(names) == set(WRONG)
     assert all({family.topic for family in families} == set(TOPICS) for families in FAMILIES.values())
     assert all(sum(family.size for family in families) >= 1500 for families in FAMILIES.values())
+    for family in EVERY_FAMILY:  # no parameter is for show: the two sides would then share problems
+        solutions = {Template(family.solution).substitute(family.values(i)) for i in range(family.size)}
+        assert len(solutions) == family.size, family.entry_point
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY, ids=lambda family: family.entry_point)
@@ -45,7 +42,7 @@ def test_reference_passes_and_stub_and_three_wrong_solutions_fail(family):
         assert len(set(wrong)) == 3
         stub = f"def {family.signature}:\n    pass\n"
         programs = [problem.solution, stub, *wrong]
-        results = _run_code([(program, problem.tests) for program in programs])
+        results = run_code([(program, problem.tests) for program in programs])
         statuses = [result.status for result in results]
         assert statuses[0] == "pass" and statuses[1] == "fail", (index, statuses)
         assert {"pass", "timeout", "crash"}.isdisjoint(statuses[2:]), (index, results)
@@ -73,9 +70,45 @@ def test_tests_of_train_and_eval_differ_and_every_family_is_on_both_sides(level)
     ("1. like this:\n   ```python\n   if x:\n       y\n   ```\n", "if x:\n    y\n"),
     ("```python\ns = '''```'''\n```", "s = '''```'''\n"),
     ("", ""),
+    ("Sure! ```python\nx = 1\n```\nThat was it.", "x = 1\n"),
+    ("```python\nx = 1```\nDone.", "x = 1"),
+    ("~~~python\nx = 1\n~~~\n", "x = 1\n"),
+    ("````\ns = '''\n```\n'''\n````", "s = '''\n```\n'''\n"),
+    ("```python\nx = 1\n```\n```\n", "x = 1\n"),
+    ("Set ```x``` to 1.", "Set ```x``` to 1."),
+    ("```python title='a b'\nx = 1\n```", "x = 1\n"),
+    ("\ufeffx = 1", "x = 1"),
+    ("```python\nf = 1\n```\nIt prints\n```\n14\n```", "14\n"),
 ])  # fmt: skip
 def test_code_of_a_response(response, code):
     assert code_of(response) == code
+
+
+@pytest.mark.parametrize("after", [
+    "It prints\n```\n14\n```", "Use it like this:\n```python\nprint(f(3) == 14)\nx.f = 3\n```",
+    "```python\n# tests", "```python\ndef g(x): return f(x)\n```",
+])  # fmt: skip
+@pytest.mark.parametrize(
+    "code", ["def f(x):\n    return 1\n", "f = lambda x: 1\n", "class f: pass\n", "f: object = abs\n"]
+)
+def test_the_last_block_that_defines_the_function_counts(code, after):
+    assert code_of(f"```\ndef f(x): return 0\n```\n```python\n{code}```\n{after}", "f") == code
+
+
+def test_future_imports_stand_before_a_preamble():
+    program = program_of(
+        "from __future__ import annotations\ndef f(x: List): return x", "f", "from typing import List\n"
+    )
+    assert program.startswith("from __future__ import annotations\nfrom typing import List\n")
+    compile(program, "solution.py", "exec")
+
+
+def test_few_problems_are_of_other_families_for_another_seed():
+    def names(seed):
+        return {p.metadata["tests"]["entry_point"] for p in load_problems("code", "eval", 20, seed=seed)}
+
+    assert names(0) == names(0) != names(1)
+    assert set.union(*map(names, range(12))) == {family.entry_point for family in FAMILIES["easy"]}
 
 
 def test_rewards_are_all_or_nothing_or_the_fraction():
@@ -98,15 +131,15 @@ def test_rewards_are_all_or_nothing_or_the_fraction():
 def test_timeouts_are_counted_and_a_failure_of_the_sandbox_is_no_verdict(monkeypatch):
     problems = load_problems("code", "train", 1) + load_problems("math", "train", 1)
     rewards = RewardFunction()
-    monkeypatch.setattr("data_loader.run_tests", lambda code, tests: run_tests(code, tests, timeout_s=0.3))
+    monkeypatch.setattr("rewards.run_tests", lambda code, tests: run_tests(code, tests, timeout_s=0.3))
     assert rewards(problems * 2, ["while True: pass", problems[1].answer] * 2) == [0.0, 1.0] * 2
     assert rewards.metrics == {"code_timeouts": 2}
 
     def fails(code, tests):
         raise SandboxError("broken")
 
-    monkeypatch.setattr("data_loader.run_tests", fails)
-    with pytest.warns(UserWarning, match="not judged: broken"):
+    monkeypatch.setattr("rewards.run_tests", fails)
+    with pytest.warns(UserWarning, match="1 of 1 programs were not judged: broken"):
         assert rewards(problems, ["x", problems[1].answer]) == [None, 1.0]
     assert rewards.metrics == {"code_timeouts": 0}
 
@@ -142,9 +175,15 @@ MBPP = {
 
 
 def rows_of(template: dict, count: int) -> list[dict]:
-    field = "prompt" if "prompt" in template else "text"
+    """Rows that differ in their texts and, by a line of no effect, in their solutions."""
+    field, code = ("prompt", "canonical_solution") if "prompt" in template else ("text", "code")
     return [
-        template | {field: template[field].replace("each", f"each, {n}").replace("word.", f"word. {n}")}
+        template
+        | {
+            "task_id": n,
+            field: template[field].replace("each", f"each, {n}").replace("word.", f"word. {n}"),
+            code: f"{template[code].rstrip()}\n\nROW = {n}\n",
+        }
         for n in range(count)
     ]
 
@@ -174,20 +213,53 @@ def test_benchmark_files(tmp_path, template, right, wrong):
 
 
 def test_a_problem_whose_own_solution_fails_is_left_out_and_named(tmp_path):
-    rows = rows_of(MBPP, 10)
-    for n in range(9):
-        rows[n]["code"] = "def letters(word): return 0"
-        rows[n]["task_id"] = n
+    path = tmp_path / "rows.jsonl"
+
+    def load(unsound: range) -> list[str]:
+        rows = rows_of(MBPP, 10)
+        for n in unsound:
+            rows[n]["code"] = f"def letters(word): return {n}"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return [p.id for split in ("train", "eval") for p in load_problems("file", split, 8, path=str(path))]
+
+    with pytest.warns(UserWarning, match=r"left out \d problems .*task \d \(fail\)"):
+        assert set(load(range(0, 10, 2))) == {f"task {n}" for n in range(1, 10, 2)}
+    with pytest.raises(ValueError, match="left out 8 problems whose own solution fails"):
+        load(range(10))
+
+
+def test_a_failing_sandbox_is_no_verdict_on_a_problem(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(MBPP, 4)))
+
+    def fails(code, tests):
+        raise SandboxError("broken")
+
+    monkeypatch.setattr("rewards.run_tests", fails)
+    with pytest.warns(UserWarning, match="not judged"), pytest.raises(ValueError, match="sandbox failed"):
+        load_problems("file", "train", 1, path=str(path))
+
+
+def test_one_solution_is_on_one_side_of_a_file(tmp_path):
+    """Rows with the same solution but for its names share a side, wherever the boundary would fall."""
+    rows = rows_of(MBPP, 12)
+    for n, row in enumerate(rows):
+        row["code"] = f"def letters(word):\n    v{n} = {{c: word.count(c) for c in word}}\n    return v{n}\n"
+        row["code"] += f"GROUP = {n // 3}"
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.warns(UserWarning) as warned:
-        kept = load_problems("file", "train", 8, path=str(path)) + load_problems(
-            "file", "eval", 2, path=str(path)
-        )
-    assert [p.id for p in kept] == ["task 7"]
-    assert any(
-        "left out 8 problems" in str(w.message) or "left out 7 problems" in str(w.message) for w in warned
-    )
+    with pytest.warns(UserWarning, match="were asked for"):
+        sides = [
+            {int(p.id.split()[1]) // 3 for p in load_problems("file", split, 12, path=str(path))}
+            for split in ("train", "eval")
+        ]
+    assert not sides[0] & sides[1] and sides[0] | sides[1] == {0, 1, 2, 3}
+
+
+def test_a_decorated_function_is_asked_for_with_its_decorator():
+    prompt = "from functools import cache\n\n@cache\ndef halves(xs):\n    pass\n"
+    problem = code_problem(HUMAN_EVAL | {"prompt": prompt})
+    assert problem.preamble == "from functools import cache\n\n"
 
 
 def test_the_sanitized_mbpp_has_other_names():
@@ -208,6 +280,11 @@ def test_the_sanitized_mbpp_has_other_names():
     (MBPP | {"test_list": ["assert g(1)"], "challenge_test_list": []}, "call none of the functions"),
     (MBPP | {"test_list": [], "challenge_test_list": []}, "has no assert"),
     (MBPP | {"code": "def f(:"}, "code is not Python"),
+    (MBPP | {"test_list": [3]}, "test_list is no list of strings"),
+    (MBPP | {"challenge_test_list": [None]}, "challenge_test_list is no list of strings"),
+    (MBPP | {"test_imports": "import math"}, "test_imports is no list of strings"),
+    (MBPP | {"test_setup_code": 3}, "test_setup_code is int, not str"),
+    (HUMAN_EVAL | {"test": "assert halves([]) == []"}, "test defines no function check"),
 ])  # fmt: skip
 def test_a_broken_row_is_named(tmp_path, row, message):
     path = tmp_path / "rows.jsonl"
