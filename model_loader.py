@@ -117,6 +117,17 @@ def count_parameters(name):
         return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
+def check_memory(name, needed, gpu_bytes=None):
+    """ValueError where training needs more bytes than the GPU has (gpu_bytes: by default this machine's)."""
+    available = gpu_bytes or torch.cuda.get_device_properties(0).total_memory
+    if needed > available:
+        raise ValueError(
+            f"--model_name {name}: training all of its weights needs {needed / 1e9:.0f} GB before "
+            f"activations, this GPU has {available / 1e9:.0f} GB; take a smaller model, such as "
+            "Qwen/Qwen2.5-1.5B-Instruct"
+        )
+
+
 # Hub ids and folders
 
 
@@ -129,8 +140,10 @@ def _locate(name):
             raise ValueError(f"folder {name!r} holds no model, it has no config.json: name a model's folder")
         return name, True
     if Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"there is no folder {name!r}: name a model's folder, a hub id (owner/name) or "
-                         f"one of {', '.join(BUILT_IN)}")
+        raise ValueError(
+            f"there is no folder {name!r}: name a model's folder, a hub id (owner/name) or "
+            f"one of {', '.join(BUILT_IN)}"
+        )
     return name, not _hub_has(name)
 
 
@@ -143,14 +156,17 @@ def _hub_has(name):
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_TIMEOUT_S)
     except GatedRepoError:
-        raise ValueError(f"model {name!r} is gated: accept its licence on its hub page, then run `hf auth "
-                         "login`") from None
+        raise ValueError(
+            f"model {name!r} is gated: accept its licence on its hub page, then run `hf auth login`"
+        ) from None
     except RepositoryNotFoundError:
-        raise ValueError(f"the hub has no model {name!r} (or it is private: run `hf auth login`)"
-                         f"{_suggestion(name)}") from None
+        raise ValueError(
+            f"the hub has no model {name!r} (or it is private: run `hf auth login`){_suggestion(name)}"
+        ) from None
     except EntryNotFoundError:
-        raise ValueError(f"{name!r} on the hub is no transformers model, it has no config.json: name another "
-                         "repository") from None
+        raise ValueError(
+            f"{name!r} on the hub is no transformers model, it has no config.json: name another repository"
+        ) from None
     except (HTTPError, OSError):
         return False
     except ValueError as error:  # the hub library's verdict on an id that cannot be one
@@ -181,8 +197,10 @@ def _check_causal(name, config):
     )
     if headless or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = ", ".join(architectures) or config.model_type
-        raise ValueError(f"model {name!r} is not a causal language model, it is {kind}: name a model whose "
-                         "config.json lists a ...ForCausalLM architecture")
+        raise ValueError(
+            f"model {name!r} is not a causal language model, it is {kind}: name a model whose "
+            "config.json lists a ...ForCausalLM architecture"
+        )
 
 
 def _close(name, known):
@@ -205,8 +223,10 @@ def _dtype(dtype):
 
 
 def _damaged(source, why):
-    return (f"cannot load {source}, its files are damaged, incomplete or unknown to transformers ({why}): "
-            "fetch them again, or name another model")
+    return (
+        f"cannot load {source}, its files are damaged, incomplete or unknown to transformers ({why}): "
+        "fetch them again, or name another model"
+    )
 
 
 def _first_line(error):

@@ -9,7 +9,6 @@ Exit codes: 0 done; 1 failure; 2 bad input (one line: what, why, what to do); 3 
 130 interrupted. Whenever it stops, what was learnt is on disk and --resume continues.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -22,16 +21,19 @@ from typing import get_args, get_type_hints
 # rollout batch up to five times slower; spinning briefly costs nothing (LOG.md). Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-import torch
 from transformers.utils.logging import disable_progress_bar
 
+from command_line import Parser
 from data_loader import default_max_new_tokens, load_problems
 from gspo_config import choose_dtype
 from gspo_implementation import EmergencyStop, GSPOConfig, GSPOTrainer
 from intervals import paired_interval
-from model_loader import count_parameters, load_model, resolve_model_name
+from model_loader import check_memory, count_parameters, load_model, resolve_model_name
 from rewards import RewardFunction
 from run_log import run_folder
+
+# Bytes: float32 weights, gradients and AdamW's two moments, before activations.
+MEMORY_PER_PARAMETER = 16
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,9 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> GSPOConfig:
     """The flags as a configuration; bad values end the program with one line and exit code 2."""
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     types = get_type_hints(GSPOConfig)
     groups = {}
     for f in fields(GSPOConfig):
@@ -79,13 +79,6 @@ def parse(arguments: list[str] | None) -> GSPOConfig:
         )
         group.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"] + shown, **options)
     return GSPOConfig(**vars(parser.parse_args(arguments)))
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One line, without the usage that argparse puts before it."""
-        print(f"{self.prog}: {message}; see --help", file=sys.stderr)
-        sys.exit(2)
 
 
 def resolve(config: GSPOConfig) -> GSPOConfig:
@@ -106,21 +99,10 @@ def resolve(config: GSPOConfig) -> GSPOConfig:
     )
     resolved = config.resolve(parameters)
     if resolved.device == "cuda":
-        check_memory(model_name, parameters, torch.cuda.get_device_properties(0).total_memory)
+        check_memory(model_name, MEMORY_PER_PARAMETER * parameters)
     if config.dtype == "auto":
         print(f"dtype: {resolved.dtype} ({choose_dtype(resolved.device, parameters)[1]})")
     return resolved
-
-
-def check_memory(model_name: str, parameters: int, gpu_bytes: int) -> None:
-    """ValueError where float32 weights, gradients and AdamW moments alone exceed the GPU."""
-    needed = 16 * parameters
-    if needed > gpu_bytes:
-        raise ValueError(
-            f"--model_name {model_name}: training all of its weights needs {needed / 1e9:.0f} GB before "
-            f"activations, this GPU has {gpu_bytes / 1e9:.0f} GB; take a smaller model, such as "
-            "Qwen/Qwen2.5-1.5B-Instruct"
-        )
 
 
 def difficulty_for(parameters: int) -> str:

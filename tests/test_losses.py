@@ -3,9 +3,9 @@
 import functools
 
 import pytest
-import reference
 import torch
 
+import float64_reference as reference
 from gspo_implementation import (
     MAX_LOG_RATIO,
     group_advantages,

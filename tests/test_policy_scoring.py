@@ -1,10 +1,10 @@
 """Scoring against one naive float64 row at a time, value and gradient, for every family of decoder."""
 
 import pytest
-import reference
 import torch
 from conftest import VOCABULARY
 
+import float64_reference as reference
 import policy_scoring
 from policy_scoring import micro_batches, token_log_probs
 

@@ -13,8 +13,9 @@ import torch
 from conftest import make_model
 
 from gspo_config import GSPOConfig
+from model_loader import check_memory
 from run_log import GLOSSARY
-from train_gspo import check_memory, difficulty_for, parse, resolve
+from train_gspo import MEMORY_PER_PARAMETER, difficulty_for, parse, resolve
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--model_name", "tiny", "--dataset", "sort", "--num_train_samples", "6", "--num_eval_samples", "4",
@@ -184,9 +185,9 @@ def test_flags_resolve_by_model_size_and_data():
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded():
-    check_memory("m", 1_500_000_000, 80 * 10**9)
+    check_memory("m", MEMORY_PER_PARAMETER * 1_500_000_000, 80 * 10**9)
     with pytest.raises(ValueError, match="122 GB before activations, this GPU has 80 GB"):
-        check_memory("m", 7_615_616_512, 80 * 10**9)
+        check_memory("m", MEMORY_PER_PARAMETER * 7_615_616_512, 80 * 10**9)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

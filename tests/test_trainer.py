@@ -6,10 +6,10 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import pytest
-import reference
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import float64_reference as reference
 from gspo_implementation import EmergencyStop, GSPOConfig, GSPOTrainer
 from model_loader import load_model
 from rollout import Sampling, TransformersEngine, encode_prompt

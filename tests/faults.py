@@ -1,0 +1,177 @@
+"""Faults put into the implementation, one line at a time, and the check of validation that must see each."""
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    module: str
+    line: str  # of its source, found once
+    instead: str
+    seen_by: str  # a part of the check's name
+
+
+FAULTS = {
+    "wrong sign": Fault(
+        "gspo_implementation",
+        "loss = -_mean",
+        "loss = _mean",
+        "raises what was rewarded",
+    ),
+    "no clipping": Fault(
+        "gspo_implementation",
+        "torch.minimum(ratio * advantages, ratio.clamp(1 - left, 1 + right) * advantages)",
+        "ratio * advantages",
+        "clipping stops the gradient",
+    ),
+    "clipping on the wrong side": Fault(
+        "gspo_implementation",
+        "torch.minimum(",
+        "torch.maximum(",
+        "clipping stops the gradient",
+    ),
+    "clip range of GRPO in the preset": Fault(
+        "gspo_config",
+        '"response", 3e-4, 4e-4),\n    "gspo_token"',
+        '"response", 0.2, 0.27),\n    "gspo_token"',
+        "gspo: the clip ranges",
+    ),
+    "clip range of GRPO in the loss": Fault(
+        "gspo_implementation",
+        "return _clipped_loss(\n        ratio, ratio, advantages[:, None], mask, left_clip_range,",
+        "return _clipped_loss(\n        ratio, ratio, advantages[:, None], mask, 0.2 + left_clip_range,",
+        "gspo: the clip ranges",
+    ),
+    "token mean": Fault(
+        "gspo_implementation",
+        "loss = -_mean_over_tokens(objective, mask).sum() / (denominator or len(mask))",
+        "loss = -(objective * mask).sum() / mask.sum()",
+        "weigh the same",
+    ),
+    "sum over tokens": Fault(
+        "gspo_implementation",
+        "loss = -_mean_over_tokens(objective, mask).sum() / (denominator or len(mask))",
+        "loss = -(objective * mask).sum() / (denominator or len(mask))",
+        "float64 loop",
+    ),
+    "no length normalisation": Fault(
+        "gspo_implementation",
+        "ratio = _bounded_exp(_mean_over_tokens(log_ratio, mask))",
+        "ratio = _bounded_exp(log_ratio.sum(1))",
+        "closed form",
+    ),
+    "sum of logs in the ratio": Fault(
+        "gspo_implementation",
+        "_mean_over_tokens(_token_log_ratio(log_probs, old_log_probs, mask), mask))",
+        "_token_log_ratio(log_probs, old_log_probs, mask).sum(1))",
+        "geometric mean",
+    ),
+    "padding counted": Fault(
+        "gspo_implementation",
+        "/ mask.sum(1).clamp(min=1)",
+        "/ mask.shape[1]",
+        "padding never matters",
+    ),
+    "padding not masked": Fault(
+        "gspo_implementation",
+        "return torch.where(mask, log_probs - old_log_probs, 0.0)",
+        "return log_probs - old_log_probs",
+        "padding never matters",
+    ),
+    "advantages not centred": Fault(
+        "gspo_implementation",
+        "groups - groups.nanmean(1, keepdim=True), 0.0",
+        "groups, 0.0",
+        "centred in each group",
+    ),
+    "advantages not scaled": Fault(
+        "gspo_implementation",
+        "centred / (std + 1e-6)",
+        "centred",
+        "advantages are (r - mean) / std",
+    ),
+    "ties by the standard deviation": Fault(
+        "gspo_implementation",
+        "judged & (highest > lowest)",
+        "judged & (std > 0)",
+        "equal rewards",
+    ),
+    "advantages of other groups": Fault(
+        "gspo_implementation",
+        "    groups = (rewards if rewards.is_floating_point() else rewards.float()).view(-1, group_size)",
+        "    groups = (rewards if rewards.is_floating_point() else rewards.float()).view(group_size, -1).T",
+        "advantages",
+    ),
+    "old log-probs from the new policy": Fault(
+        "gspo_implementation",
+        "            log_probs, metrics = self._update_minib",
+        "            batch.old_log_probs "
+        "|= self._score(self.model, batch, [rows])\n            log_probs, metrics = self._update_minib",
+        "four updates",
+    ),
+    "gradient to the old policy": Fault(
+        "gspo_implementation",
+        "log_ratio = _token_log_ratio(log_probs, old_log_probs.detach(), mask)  # (B, T)",
+        "log_ratio = _token_log_ratio(log_probs, old_log_probs, mask)",
+        "no gradient flows",
+    ),
+    "temperature missing in scoring": Fault(
+        "gspo_implementation",
+        "responses, self.config.temperature)",
+        "responses)",
+        "four updates",
+    ),
+    "temperature missing in drawing": Fault(
+        "rollout",
+        "cumulative = log_probs.double().exp()",
+        "cumulative = torch.log_softmax(logits, -1).double().exp()",
+        "tokens are drawn",
+    ),
+    "temperature ignored by the scorer": Fault(
+        "policy_scoring",
+        "logits[0].float() / temperature",
+        "logits[0].float()",
+        "scoring equals",
+    ),
+    "weights frozen": Fault(
+        "gspo_implementation",
+        "        self.optimizer.step()\n",
+        "",
+        "weights move",
+    ),
+    "gradients left behind": Fault(
+        "gspo_implementation",
+        "        self.optimizer.zero_grad()  # here",
+        "        # here",
+        "four updates",
+    ),
+    "micro-batch as denominator": Fault(
+        "gspo_implementation",
+        "micro_batch, log_probs, denominator=len(rows))",
+        "micro_batch, log_probs, denominator=len(micro_batch))",
+        "micro-batches never",
+    ),
+    "sampler log-probs shifted by one": Fault(
+        "rollout",
+        "log_probs=log_probs[row, :length].tolist()",
+        "log_probs=log_probs[row, :length].roll(1).tolist()",
+        "sampler's log-probs",
+    ),
+    "scoring shifted by one": Fault(
+        "policy_scoring",
+        "[i, len(prompt) - 1 : len(prompt) - 1 + len(response)]",
+        "[i, len(prompt) : len(prompt) + len(response)]",
+        "scoring equals",
+    ),
+    "unbounded exponential": Fault(
+        "gspo_implementation",
+        "log_ratio.clamp(max=MAX_LOG_RATIO).exp()",
+        "log_ratio.exp()",
+        "stay finite",
+    ),
+    "clip fraction by distance": Fault(
+        "gspo_implementation",
+        "clipped = ((advantages > 0) & (ratio > 1 + right)) | ((advantages < 0) & (ratio < 1 - left))",
+        "clipped = (ratio > 1 + right) | (ratio < 1 - left)",
+        "clip_fraction counts",
+    ),
+}
