@@ -126,15 +126,15 @@ def put_after(text):
     ),
     Family(
         "strings",
-        "count_letter(text)",
-        "returns how many times the letter '$letter' occurs in the string text of lowercase letters.",
+        "count_character(text)",
+        "returns how many times the character '$char' occurs in the string text.",
         """
-def count_letter(text):
-    return text.count("$letter")
+def count_character(text):
+    return text.count("$char")
 """,
-        draw=lambda rng, p: [word(rng, letters=3 * p.letter + p.other + "xyz")],
-        edges=lambda p: [[""], [p.letter], [p.letter * 3], [p.other]],
-        parameters={"letter": "abcdefghij", "other": "klmnopqr"},
+        draw=lambda rng, p: [word(rng, letters=3 * p.char + "eK7-")],
+        edges=lambda p: [[""], [p.char], [p.char * 3], [p.char.swapcase() + " "]],
+        parameters={"char": "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;!?+*/=-_"},
     ),
     Family(
         "lists",
@@ -280,7 +280,7 @@ def starts_and_ends_with_letters(text):
             rng.choice(5 * p.first + "xy") + word(rng, max_length=5) + rng.choice(5 * p.last + "xy")
         ],
         edges=lambda p: [
-            *([""], [p.first + "x"], ["x" + p.last], [f"x{p.first}{p.last}x"]),
+            *([""], [f"{p.first}{p.last}x"], [f"x{p.first}{p.last}"], [f"x{p.first}{p.last}x"]),
             *([p.first + middle + p.last] for middle in ("", "x", "yxy", p.last + p.first)),
         ],
         parameters={"first": "abcdefgh", "last": "klmnoprst"},
@@ -526,7 +526,7 @@ def sum_of_named_amounts(text):
         ],
         edges=lambda p: [
             *([""], [f"a{p.sign}10"]),
-            [f"a{p.sign}7{p.separator}b{p.sign}0{p.separator}a{p.sign}5"],
+            [f"a{p.sign}7{p.separator}b{p.sign}0{p.separator}a{p.sign}7"],
         ],
         parameters={
             "separator": (",", ";", "|", "/", "&", "+", " ", "_"),

@@ -9,7 +9,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
 def bracketed(rng, kinds):
-    """A text with brackets of the two kinds, nearly half of the time with a fault somewhere."""
+    """A text with brackets of the two kinds, mostly with a fault somewhere."""
     text, expected = "", []
     for _ in range(rng.randint(2, 6)):
         opening = rng.choice([0, 0, 2])
@@ -19,7 +19,7 @@ def bracketed(rng, kinds):
             text += expected.pop()
     text += "".join(reversed(expected))
     cut = rng.randrange(len(text))
-    return rng.choice([text, text, text[:cut] + text[cut + 1 :], text[:cut] + rng.choice(kinds) + text[cut:]])
+    return rng.choice([text, text[:cut] + text[cut + 1 :], text[:cut] + rng.choice(kinds) + text[cut:]])
 
 
 def lake_map(rng, water):
@@ -38,6 +38,12 @@ def strips(sizes, water):
     width = max(sizes) + 2
     land = "." * width
     return [land] + [row for size in sizes for row in (("." + water * size).ljust(width, "."), land)]
+
+
+def stranded(size, water):
+    """Maps with a straight lake at the first or last row, or at the first or last column."""
+    rows = strips([size], water)
+    return [rows[1:], rows[:-1], [row[1:] for row in rows], [row[:-1] for row in rows]]
 
 
 def nested(rng, depth):
@@ -143,7 +149,7 @@ def wrap_and_pad_lines(text):
             ["a" * p.width],
             ["ab " + "c" * (p.width - 3)],
             ["ab " + "c" * (p.width - 2)],
-            ["ab " + "c" * (p.width + 2) + " d"],
+            ["ab " + "c" * (p.width + 2) + " d e"],
         ],
         parameters={"width": range(8, 18), "side": ("left", "right"), "filler": "._*-"},
     ),
@@ -178,13 +184,16 @@ def first_bracket_fault_index(text):
             [p.kinds[0] * p.limit + p.kinds[1] * p.limit],
             [p.kinds[0] * (p.limit + 1) + p.kinds[1] * (p.limit + 1)],
             [p.kinds[2] * 2 + p.kinds[3] * 2],
-            [p.kinds[0] + "x"],
+            [p.kinds[0] + p.kinds[2] * 2 + p.kinds[3] * 2 + p.kinds[1]],
+            [p.kinds[2] + p.kinds[0] + p.kinds[2:] + p.kinds[1] + p.kinds[3]],
+            [p.kinds[0] + "xx"],
             [p.kinds[0:2] + p.kinds[3]],
+            [p.kinds[0] + p.kinds[3] + p.kinds[1]],
             [p.kinds[0] + p.kinds[2] + p.kinds[1] + p.kinds[3]],
         ],
         parameters={
             "kinds": [a + b for a in ("()", "[]", "{}", "<>") for b in ("()", "[]", "{}", "<>") if a != b],
-            "limit": range(2, 8),
+            "limit": range(3, 9),
         },
     ),
     Family(
@@ -243,10 +252,11 @@ def join_spans_and_drop_short(spans):
         edges=lambda p: [
             [[]],
             [[[3, 3 + p.shortest]]],
-            [[[2 + p.shortest, 3]]],
+            [[[3 + p.shortest, 3], [40, 39 + p.shortest]]],
             [[[0, p.shortest], [p.shortest + p.gap, 2 * p.shortest + p.gap]]],
             [[[0, p.shortest], [p.shortest + p.gap + 1, 2 * p.shortest + p.gap]]],
-            [[[5, 8], [0, 30]]],
+            [[[5, 5], [0, 30]]],
+            [[[p.gap + 2, p.shortest + p.gap + 2], [p.gap + 1, p.shortest + p.gap + 3], [-p.shortest, 0]]],
             [[[x, x + 1] for x in range(p.shortest)]],
         ],
         parameters={"gap": range(1, 11), "shortest": range(3, 13)},
@@ -282,6 +292,7 @@ def pack_boxes_heaviest_first(weights):
             [[1, p.capacity - 1]],
             [[1] * (p.most + 1)],
             [[2, p.capacity - 3, p.capacity - 2]],
+            [[2, p.capacity // 2, p.capacity // 2]],
             [[1, 1, p.capacity]],
         ],
         parameters={"capacity": range(10, 30), "most": range(2, 6)},
@@ -314,10 +325,9 @@ def inland_lake_sizes(rows):
         edges=lambda p: [
             [[]],
             [strips([p.least - 1, p.least, p.least + 2], p.water)],
-            [[".." + p.water * p.least, "." * (p.least + 2)]],
-            [strips([p.least + 1] * 2, p.water)[1:]],
+            [strips([p.least + 2, p.least, p.least + 1, p.least], p.water)],
+            *([rows] for rows in stranded(p.least, p.water)),
             [["." * 6, f".{p.water * 3}..", f"....{p.water}.", f"...{p.water}..", "." * 6]],
-            [strips([p.least], p.water)],
         ],
         parameters={
             "water": "~wo*#=+%",
@@ -393,7 +403,7 @@ def count_multiples_with_calm_digits(low, high):
     return count
 """,
         draw=lambda rng, p: [low := rng.randint(-300, 700), low + rng.randint(100, 900)],
-        edges=lambda p: [[0, 0], [5, 4], [100, 1999], [-60, 60], [-p.divisor, -1], [p.divisor, p.divisor]],
+        edges=lambda p: [[0, 0], [1, 0], [100, 1999], [-60, 60], [-p.divisor, -1], [p.divisor, p.divisor]],
         parameters={"divisor": (2, 4, 5, 7, 8, 13, 14, 16, 17, 19), "most": range(8, 19)},
     ),
     Family(
@@ -422,10 +432,10 @@ def balances_after_transfers(transfers):
         ],
         edges=lambda p: [
             [[]],
-            [[["a", "b", p.overdraft - p.fee]]],
+            [[["c", "b", 5], ["a", "b", p.overdraft - p.fee]]],
             [[["a", "b", p.overdraft - p.fee + 1]]],
             [[["a", "a", 5]]],
-            [[["a", "b", 5], ["b", "c", p.overdraft - p.fee + 5], ["c", "d", 2 * p.overdraft]]],
+            [[["c", "b", 5], ["b", "a", p.overdraft - p.fee + 5], ["a", "d", 2 * p.overdraft]]],
         ],
         parameters={"overdraft": range(20, 70, 5), "fee": range(1, 9)},
     ),
@@ -459,6 +469,7 @@ def places_without_worst_scores(scores):
             [{"ann": [1] * (p.drop + 1), "bob": [2] * (p.drop + 1), "cem": [2] * (p.drop + 1)}],
             [{"ann": [0] * p.drop + [p.floor], "bob": [0] * p.drop + [p.floor - 1]}],
             [{"ann": [p.floor] + [0] * p.drop, "bob": [p.floor + p.bonus] + [0] * p.drop}],
+            [{"ann": [0] * p.drop + [p.floor - 1, p.floor + 1], "bob": [p.floor] * (p.drop + 2)}],
         ],
         parameters={"drop": (2, 3), "bonus": range(2, 8), "floor": range(4, 10)},
     ),
@@ -487,7 +498,7 @@ def documents_by_common_tag(documents):
         ],
         edges=lambda p: [
             [{}],
-            [{"b": [p.prefix + "sun"] * p.least, "a": ["sea"]}],
+            [{"b": [p.prefix + "sun"] * p.least} | {name: ["sea"] for name in "ac"[: p.least - 1]}],
             [{name: ["Sea"] for name in "fedcba"[-p.least :]}],
             [{name: [p.prefix.upper() + "sea", "ice"] for name in "fdbace"}],
             [{name: [p.prefix * 2 + "ice"] for name in "cab"}],
@@ -530,6 +541,7 @@ def count_step_sequences(total):
             [p.short * (p.run + 1)],
             [p.short + p.medium],
             [p.medium * (p.run + 1)],
+            [p.medium * p.run + p.short],
         ],
         parameters={"short": (1, 2), "medium": (3, 4, 5), "long": (7, 9, 11), "run": range(2, 6)},
     ),
@@ -604,6 +616,7 @@ def folder_totals_from_tree(tree):
             [{"a": p.least - p.own - 1}],
             [{"a": {"b": p.least - p.own}}],
             [{"a": {"b": {"c": p.least, "d": {}}}, "e": {"f": 1}}],
+            [{"a": {name: p.least - p.own - 1 for name in "bc"}}],
         ],
         parameters={"own": range(1, 9), "least": range(12, 32, 2)},
     ),
@@ -629,7 +642,10 @@ def spaced_sums_of_integer(n):
     return sums(n, n)
 """,
         draw=lambda rng, p: [rng.randint(8, 20)],
-        edges=lambda p: [[0], [-3], [p.smallest - 1], [2 * p.smallest + p.gap], [2 * p.smallest + p.gap + 2]],
+        edges=lambda p: [
+            *([0], [-3], [p.smallest - 1], [2 * p.skip]),
+            *([2 * p.smallest + p.gap], [2 * p.smallest + p.gap + 2]),
+        ],
         parameters={"smallest": (2, 3, 4), "gap": range(2, 6), "skip": range(4, 10)},
     ),
     Family(
@@ -662,10 +678,10 @@ def robot_on_cylinder(commands):
             [""],
             ["F" * p.rows],
             ["F" * (p.rows + 3)],
-            ["LLFF"],
-            ["R" + "F" * p.columns],
+            ["LLFFLLF"],
+            ["RRRRR" + "F" * p.columns],
             ["R" + "F" * (p.columns + 2)],
-            ["LF"],
+            ["LLLLLF"],
         ],
         parameters={"columns": range(2, 10), "rows": range(2, 10)},
     ),
@@ -724,7 +740,7 @@ def timeline_with_cooldown(jobs):
             ["aa"],
             ["aba"],
             [ALPHABET[: p.batch]],
-            [ALPHABET[: p.batch + 1]],
+            [(ALPHABET[: p.cooldown + 1] * 27)[: 2 * p.batch + 1]],
             ["a" + ALPHABET[: p.batch]],
         ],
         parameters={"cooldown": range(1, 7), "batch": range(3, 14)},
@@ -736,8 +752,8 @@ def timeline_with_cooldown(jobs):
         minutes), sorted by arrival, and returns the list of the minutes at which their service starts. They
         are served in that order, each customer as early as possible once the customer has arrived and a
         counter is free. All counters are free at first, and a counter is free again $rest minutes after a
-        service at it ends. A customer who would have to wait more
-        than $patience minutes leaves at once without being served and has None in the list.""",
+        service at it ends. A customer who would have to wait more than $patience minutes leaves at once
+        without being served and has None in the list.""",
         """
 def serving_start_times(customers):
     free_at, starts = [0] * $counters, []
@@ -760,9 +776,9 @@ def serving_start_times(customers):
         edges=lambda p: [
             [[]],
             [[[3, 5]]],
-            [[[0, 10]] * p.counters + [[10 + p.rest - p.patience, 3]]],
+            [[[0, 10]] * p.counters + [[10 + p.rest - p.patience, 3]] * p.counters + [[12 + 2 * p.rest, 2]]],
             [[[0, 10]] * p.counters + [[9 + p.rest - p.patience, 3]]],
-            [[[0, 10]] * p.counters + [[0, 9]] * p.counters + [[10 + p.rest, 2]]],
+            [[[0, 10]] * p.counters + [[0, 9]] * p.counters + [[9 + p.rest, 2]]],
         ],
         parameters={"counters": (2, 3), "patience": range(2, 10), "rest": range(2, 6)},
     ),
@@ -807,7 +823,7 @@ def evaluate_with_extra_operator(text):
         draw=lambda rng, p: [expression(rng, p.operator)],
         edges=lambda p: [
             [text.replace("@", p.operator)]
-            for text in ("17", "2@3@4", "1+2@3", "9 - 4 - 3", "9-(3-1)", "((4))", "12@5")
+            for text in ("17", "2@3@4", "1+2@3", "9 - 4 - 3", "9-(3-1)", "((4))", "12@5", "(1@2)-(3@4)")
         ],
         parameters={"operator": "@#&%^~!|", "factor": range(2, 11)},
     ),
@@ -874,11 +890,13 @@ def read_settings_by_section(text):
             [text.replace("=", p.separator).replace("#", p.comment)]
             for text in (
                 "",
-                "[in]\nnothing",
+                "[in]\nno-thing > none",
                 "a = b = c",
                 "a=1\n[in]\na = 07 # x\nb=",
-                "[in]\na=1\n[out]\n\n[in]\nb=-2",
-                "# a=1\n b = 2 3",
+                " [in]\na=1\n[out]\n\n[in]\nb=-2",
+                "# a=1\n b = 2/3",
+                "[in\nnothing]\na=[b]",
+                "[in] # x\na=b",
             )
         ],
         parameters={
@@ -918,7 +936,7 @@ def split_record_with_quotes(line):
         ],
         edges=lambda p: [
             [text.replace(",", p.separator).replace("'", p.quote)]
-            for text in ("", ",", "'',a", " 'a,b' , c", "'it''s'", "' a '", "''''", "x'y,z'")
+            for text in ("", ",", "'',a", " 'a,b' , c", "'it''s',b", "' a '", "''''", "x'y,z'")
         ],
         parameters={"separator": ",;|/:&+=", "quote": "'`^~*%!@"},
     ),

@@ -87,7 +87,12 @@ def longest_piece_with_few(text):
     return best
 """,
         draw=lambda rng, p: [word(rng, 14, 7, letters="abcd" + 3 * p.c)],
-        edges=lambda p: [[""], [p.c * (p.k + 1)], ["1" + p.c * (p.k + 1) + "2"], [p.c * (p.k + 1) + "12"]],
+        edges=lambda p: [
+            [""],
+            [p.c * (p.k + 1)],
+            ["1" + p.c * (p.k + 1) + "2"],
+            [(p.c + "1") * (p.k + 2) + "2"],
+        ],
         parameters={"k": range(2, 6), "c": "abcdefghijklmnopqrstuvwxyz"},
     ),
     Family(
@@ -109,7 +114,7 @@ def shift_every_nth_letter(text):
     return result
 """,
         draw=lambda rng, p: [word(rng, 12, 5, letters="abcmtyz A-")],
-        edges=lambda p: [[""], ["z" * 2 * p.n], ["a" * (p.n - 1)], ["A-b" * p.n], ["-" + "c" * p.n]],
+        edges=lambda p: [[""], ["z" * 2 * p.n], ["a" * (2 * p.n - 1)], ["A-b" * p.n], ["-{" + "c" * p.n]],
         parameters={"n": range(2, 6), "s": range(2, 26)},
     ),
     Family(
@@ -126,14 +131,16 @@ def first_heavy_window(numbers):
     return -1
 """,
         draw=lambda rng, p: [
-            integers(rng, -1, p.total // p.w, 5) + integers(rng, 1, 2 * p.total // p.w, 8, p.w)
+            integers(rng, -1, p.total // p.w, 5, 2) + integers(rng, 1, 2 * p.total // p.w + 2, 8, p.w)
         ],
         edges=lambda p: [
             [[]],
             [[p.total] * (p.w - 1)],
             [[p.total] + [0] * (p.w - 1)],
             [[0] * (p.w + 1) + [p.total]],
+            [[1] + [0] * p.w + [p.total - 1]],
             [[p.total - 1] + [0] * (p.w - 1) + [p.total]],
+            [[-1] + [-(-p.total // p.w)] * p.w],
         ],
         parameters={"w": range(2, 6), "total": range(10, 35)},
     ),
@@ -210,7 +217,7 @@ def longest_gentle_climb(numbers):
         edges=lambda p: [
             [[]],
             [[5]],
-            [[0, p.low, 2 * p.low, 3 * p.low, 0]],
+            [[-2 * p.low, -p.low, 0, p.low, -2]],
             [[0, p.high, 2 * p.high]],
             [[1, p.high + 2, p.high + 1 + p.low]],
             [[0, 0, p.low, p.low, 2 * p.low, p.low + p.high, 2 * p.low + p.high]],
@@ -258,7 +265,11 @@ def next_with_digit_sum(n):
     return n
 """,
         draw=lambda rng, p: [rng.randint(1, 10 ** rng.randint(2, 4))],
-        edges=lambda p: [[0], [p.k], [10 * p.k], [10 * (p.k - p.d % p.k) + p.d - 1], [99], [589]],
+        edges=lambda p: [
+            *([0], [8], [p.k], [109], [589]),
+            # The next integer has a fitting digit sum, and its last digit is $d or beside it.
+            *([10 * (p.k - last % p.k) + last - 1] for last in (p.d, (p.d + 1) % 10, (p.d - 1) % 10)),
+        ],
         parameters={"k": range(2, 10), "d": range(10)},
     ),
     Family(
@@ -291,8 +302,9 @@ def capped_totals_by_name(orders):
         "group_by_length_remainder(words)",
         """takes a list of strings and returns a dictionary in which each key is a string, the remainder of a
         word's length when divided by $m (such as '0'), and each value is the list of the words with this
-        remainder in their original order. Words that contain the letter '$c' are left out, and a word that
-        is repeated is listed only once, at its first place. There are no empty lists in the dictionary.""",
+        remainder in their original order. Words that contain the lowercase letter '$c' are left out, and a
+        word that is repeated is listed only once, at its first place. There are no empty lists in the
+        dictionary.""",
         """
 def group_by_length_remainder(words):
     groups = {}
@@ -305,7 +317,7 @@ def group_by_length_remainder(words):
         draw=lambda rng, p: [rng.choices(words(rng, 6, 5, max_length=5, letters="abeoisn" + p.c), k=6)],
         edges=lambda p: [
             [[]],
-            [["ooo", "sos", "o", "ooo"]],
+            [["sos", "ooo", "o", "sos"]],
             [["x" + p.c]],
             [["", "-", "--", p.c.upper() + "-"]],
             [[p.c, "---" + p.c + "-", "-----"]],
@@ -336,7 +348,7 @@ def units_to_reorder(stock, sold):
         edges=lambda p: [
             [{}, {"cup": 2}],
             [{"cup": p.low, "hat": p.low - 1}, {}],
-            [{"cup": 3}, {"cup": 8}],
+            [{"cup": p.low + 3}, {"cup": p.low + 8}],
             [{"hat": p.low + 3, "pen": 0}, {"hat": 3}],
         ],
         parameters={"low": range(2, 12), "high": range(12, 22)},
@@ -421,7 +433,8 @@ def names_of_heavy_nodes(tree):
             [["c", p.limit - 1, [["d", 1, []]]]],
             [["e", 0, [["f", 1, [["g", p.limit, []]]], ["h", 2, []]]]],
             [["k", p.limit, [["m", p.limit - 1, [["n", 0, []]]]]]],
-            [["a", 0, [["b", 0, [["c", p.limit, []]]], ["d", p.limit, []]]]],
+            [["a", 0, [["d", 0, [["c", p.limit, []]]], ["b", p.limit, []]]]],
+            [["p", 0, [["q", p.limit - 1, []], ["r", p.limit - 1, []]]]],
         ],
         parameters={"limit": range(10, 110)},
     ),
@@ -486,7 +499,7 @@ def walk_around_ring(commands):
     return [cell, len(visited)]
 """,
         draw=lambda rng, p: [word(rng, 10, 3, letters="SSJJT")],
-        edges=lambda p: [[""], ["S"], ["TJ"], ["S" * p.n], ["JTJJTJ"], ["TTS"], ["TSTJ"]],
+        edges=lambda p: [[""], ["S"], ["TJ"], ["S" * p.n], ["JTJJTJ"], ["TTSTJ"], ["TSTJ"]],
         parameters={"n": range(7, 21), "j": range(2, 7)},
     ),
     Family(
@@ -514,7 +527,7 @@ def score_with_streaks(results):
             ["LW"],
             ["W" * (p.k - 1)],
             ["W" * p.k],
-            ["W" * p.k + "L" + "W" * (p.k + 1)],
+            ["W" * 3 * p.k + "L" + "W" * (p.k + 1)],
             ["WLLWW"],
         ],
         parameters={"a": range(2, 6), "k": range(3, 6), "loss": range(1, 9)},
@@ -611,6 +624,7 @@ def expand_page_list(text):
             ["9-11,10-13"],
             [f"{p.limit - 2}-{p.limit + 3},1"],
             ["14,5,1-3"],
+            ["11,7,4"],  # which a set does not sort
             [f"{p.k},{2 * p.k - 1}"],
         ],
         parameters={"k": range(2, 11), "limit": range(15, 35, 2)},

@@ -127,18 +127,18 @@ def put_after(text):
     return text + " $word"
 """,
     ],
-    "count_letter": [
+    "count_character": [
         """
-def count_letter(text):
-    return len(text)
+def count_character(text):
+    return len(text.split("$char"))
 """,
         """
-def count_letter(text):
-    return text.find("$letter")
+def count_character(text):
+    return text.find("$char")
 """,
         """
-def count_letter(text):
-    return "$letter" in text
+def count_character(text):
+    return "$char" in text
 """,
     ],
     "without_constant": [

@@ -13,7 +13,7 @@ MISTAKES = {
     ],
     "first_bracket_fault_index": [
         ("len(expected) == $limit", "len(expected) > $limit"),
-        (" or (char == second and expected[-1:] == [second_end])", ""),
+        ("expected[-1:] == [second_end]", "second_end in expected[-2:]"),
         ("return len(text) if expected else -1", "return -1"),
     ],
     "direction_flipping_cipher": [
@@ -23,7 +23,7 @@ MISTAKES = {
     ],
     "join_spans_and_drop_short": [
         ("<= $gap", "< $gap"),
-        ("max(joined[-1][1], end)", "end"),
+        ("max(joined[-1][1], end)", "max(joined[0][1], end)"),
         ("for span in spans)", "for span in spans if abs(span[1] - span[0]) >= $shortest)"),
     ],
     "pack_boxes_heaviest_first": [
@@ -32,9 +32,9 @@ MISTAKES = {
         ("len(box) < $most", "len(box) <= $most"),
     ],
     "inland_lake_sizes": [
-        (">= $least", "> $least"),
-        ("if inland and", "if"),
-        ("sorted(sizes, reverse=True)", "sorted(sizes)"),
+        (" and 0 < x < len(rows[0]) - 1", ""),
+        ("0 < y < len(rows) - 1", "0 < y"),
+        ("sorted(sizes, reverse=True)", "sizes"),
     ],
     "digit_power_tail_and_cycle": [
         ("[seen.index(n), len(seen) - seen.index(n)]", "[seen.index(n), len(seen)]"),
@@ -59,7 +59,7 @@ MISTAKES = {
     "places_without_worst_scores": [
         ("other > total for other in totals.values())", "other > total for other in set(totals.values()))"),
         ("min(kept) >= $floor", "min(values) >= $floor"),
-        ("1 + sum(other > total", "sum(other >= total"),
+        ("min(kept) >= $floor", "max(kept) >= $floor"),
     ],
     "documents_by_common_tag": [
         ('removeprefix("$prefix")', 'lstrip("$prefix")'),
@@ -89,7 +89,7 @@ MISTAKES = {
     "robot_on_cylinder": [
         ("<= $rows", "< $rows"),
         ("% ($columns + 1)", "% $columns"),
-        ("facing = (facing + 2) % 4", "pass"),
+        ("(facing - 1) % 4", "facing - 1"),
     ],
     "expiring_cache_report": [
         ("now - since < $life", "now - since <= $life"),
@@ -123,7 +123,7 @@ MISTAKES = {
     "evaluate_with_extra_operator": [
         (r"\d+|\S", r"\S"),
         ("$factor * value - operand()", "$factor * value - tight()"),
-        ("-tight()", "-additive()"),
+        ("= additive()\n        tokens.pop(0)", "= additive()"),
     ],
     "expand_counted_groups": [
         ("count += char", "count = char"),
@@ -136,10 +136,10 @@ MISTAKES = {
             '= (part.strip() for part in line.split("$separator")[:2])',
         ),
         ("section = line[1:-1]", "section = line[1:-1]\n            settings[section] = {}"),
-        ("int(value) if value.isdigit() else value", "value"),
+        ("[0].strip()", "[0].lstrip()"),
     ],
     "split_record_with_quotes": [
-        ("field += chars.pop(0)", "chars.pop(0)"),
+        ("field += chars.pop(0)", "field += chars.pop(-1)"),
         ("[], None, False", '[], "", False'),
         ('inside or char not in " $separator"', 'char not in " $separator"'),
     ],

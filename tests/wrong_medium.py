@@ -287,8 +287,8 @@ def next_with_digit_sum(n):
 """,
         """
 def next_with_digit_sum(n):
-    n += 1
-    while sum(map(int, str(n))) != $k or n % 10 == $d:
+    n += 2
+    while sum(map(int, str(n))) % $k != 0 or n % 10 == $d:
         n += 1
     return n
 """,
@@ -669,10 +669,8 @@ def expand_page_list(text):
     pages = []
     for entry in text.split(",") if text else []:
         first, _, last = entry.partition("-")
-        for page in range(int(first), int(last or first) + 1):
-            if page <= $limit and page % $k != 0 and page not in pages:
-                pages.append(page)
-    return pages
+        pages += range(int(first), int(last or first) + 1)
+    return list(set(page for page in pages if page <= $limit and page % $k != 0))
 """,
     ],
 }
