@@ -53,7 +53,7 @@ class Task:
 
 
 # The tiny models have about a third of their task, sorting digits, right at the start, sampled.
-SORTING = Task("sort", 20, 32, 8, 8, 26, 256, 5e-5, "float32", "cpu")
+SORTING = Task("sort", 16, 32, 8, 8, 26, 256, 5e-5, "float32", "cpu")
 # Three rollout batches on another model show how its ratios move, not what it learns.
 SHORT = Task("math", 3, 4, 1, 4, 32, 0)
 

@@ -148,19 +148,20 @@ def write_metrics(folder: Path, runs: Iterable[tuple[str, list[dict]]]) -> None:
 def draw_dynamics(path: Path, runs: dict[str, list[dict]], paper: dict[str, float]) -> None:
     """Reward, clip fraction by minibatch and ratio spread of some runs: name to metrics, a dict a batch.
 
-    paper: name to the clip fraction that the paper reports.
+    paper: algorithm to the clip fraction that the paper reports; the other runs are controls.
     """
     figure, (rewards, clipping, ratios) = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     for colour, (name, metrics) in zip(pyplot.cm.tab10.colors, runs.items(), strict=False):
         steps = range(1, len(metrics) + 1)
         rewards.plot(steps, [m["reward_mean"] for m in metrics], label=name, color=colour)
+        if name not in paper:  # a control, whose ratios say nothing more
+            continue
         by_minibatch = zip(*(m["clip_fraction_by_minibatch"] for m in metrics), strict=True)
         means = [sum(fractions) / len(metrics) for fractions in by_minibatch]
         clipping.plot(range(1, len(means) + 1), means, "o-", label=name, color=colour)
-        if name in paper:
-            clipping.axhline(paper[name], color=colour, linestyle=":", label=f"{name} in the paper")
+        clipping.axhline(paper[name], color=colour, linestyle=":", label=f"{name} in the paper, pooled")
         low, high = ([m[f"importance_ratio_{end}"] for m in metrics] for end in ("min", "max"))
-        ratios.fill_between(steps, low, high, color=colour, alpha=0.3, label=name)
+        ratios.fill_between(steps, low, high, color=colour, alpha=0.4, label=name)
     clipping.set_yscale("symlog", linthresh=1e-3)
     for axes, title, x, y in (
         (rewards, "Reward", "rollout batch", "mean reward"),
@@ -169,8 +170,8 @@ def draw_dynamics(path: Path, runs: dict[str, list[dict]], paper: dict[str, floa
     ):
         axes.set(title=title, xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if axes.has_data():
             axes.legend()
-    clipping.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -14,30 +14,10 @@ from gspo_implementation import (
     gspo_token_loss,
     kl_penalty,
 )
+from technical_checks import example, value_and_gradient
 
 LOSSES = {"gspo": gspo_loss, "gspo_token": gspo_token_loss, "grpo": grpo_loss}
 RANGES = {"gspo": (3e-4, 4e-4), "gspo_token": (3e-4, 4e-4), "grpo": (0.2, 0.27)}
-
-
-def example(kind, seed, rows=12, width=9, dtype=torch.float64):
-    """Ragged rows whose ratios fall on both sides of the clip range; both signs and a zero of advantage."""
-    generator = torch.Generator().manual_seed(seed)
-    spread = 0.4 if kind == "grpo" else 1.5e-3
-    old = -torch.rand(rows, width, generator=generator, dtype=dtype) * 3 - 0.1
-    log_probs = old + spread * torch.randn(rows, width, generator=generator, dtype=dtype)
-    lengths = torch.randint(1, width + 1, (rows,), generator=generator)
-    mask = torch.arange(width) < lengths[:, None]
-    advantages = torch.randn(rows, generator=generator, dtype=dtype)
-    advantages[0] = 0.0
-    return log_probs.requires_grad_(), old, advantages, mask
-
-
-def value_and_gradient(loss_fn, log_probs, *rest):
-    log_probs = log_probs.detach().clone().requires_grad_()
-    loss = loss_fn(log_probs, *rest)
-    loss = loss[0] if isinstance(loss, tuple) else loss
-    loss.backward()
-    return loss.item(), log_probs.grad
 
 
 @pytest.mark.parametrize("seed", range(3))
