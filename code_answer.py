@@ -10,8 +10,18 @@ from collections.abc import Iterator
 
 # A fence that opens a block: at the start of a line with any info string, or after prose with a word at most.
 OPENING = re.compile(r"^([ \t]*|(?:(?!```|~~~).)+)(`{3,}|~{3,})[ \t]*([^`~]*)$")
+# One that closes it: alone, or after code that cannot have it in a string or a comment; then nothing but a
+# marker such as <|im_end|> or </think>.
+CLOSING = r"^([^#'\"`{mark}]*){fence}+[ \t]*(?:<.*)?$"
+MARGIN = re.compile(r" *(?:(?:[-*+]|\d+[.)]) +)?")  # of a line, with the mark of a list
+MAX_SHIFT = 3  # of a closing fence to the right of its opening; beyond it is an example in a docstring
+INDENTED = re.compile(r"(?:[ \t\r]*\n)*[ \t]+\S")
+# With a text pattern: parsing untrusted code may end the process that does it.
+FUTURE_IMPORT = re.compile(
+    r"^from[ \t]+__future__[ \t]+import\b(?:[^\n\\(]|\\\r?\n|\([^)]*\))*\n?", re.MULTILINE
+)
+FIRST_DEFINITION = re.compile(r"^(?:@|(?:async )?def |class )", re.MULTILINE)
 DEFINITION = r"^[ \t]*(?:(?:async )?def|class)[ \t]+{name}\b|^{name}[ \t]*(?::[^=\n]*)?=(?!=)"
-FUTURE_IMPORT = re.compile(r"^from __future__ import [^\n]*\n?", re.MULTILINE)
 BYTE_ORDER_MARK = "\ufeff"
 
 
@@ -25,32 +35,36 @@ def code_of(response: str, entry_point: str | None = None) -> str:
     if entry_point is not None:
         definition = re.compile(DEFINITION.format(name=re.escape(entry_point)), re.MULTILINE)
         blocks = [block for block in blocks if definition.search(block)] or blocks
-    return textwrap.dedent(blocks[-1].lstrip(BYTE_ORDER_MARK))
+    code = blocks[-1].lstrip(BYTE_ORDER_MARK)
+    # Not always: it would empty the lines of white space in the strings of code that needs none of it.
+    return textwrap.dedent(code) if INDENTED.match(code) else code
 
 
 def program_of(response: str, entry_point: str | None, preamble: str) -> str:
-    """code_of the response after a preamble, such as the imports that its prompt showed."""
+    """code_of the response with a preamble, such as the imports that its prompt showed.
+
+    It stands before the code, but after imports from __future__, which only a docstring may precede.
+    """
     code = code_of(response, entry_point)
-    if not preamble:
-        return code
-    # Only a docstring may stand before these.
-    future = "".join(line.rstrip("\n") + "\n" for line in FUTURE_IMPORT.findall(code))
-    return future + preamble + FUTURE_IMPORT.sub("", code)
+    head = re.split(FIRST_DEFINITION, code, maxsplit=1)[0]
+    first = max((future.end() for future in FUTURE_IMPORT.finditer(head)), default=0)
+    return code[:first] + preamble + code[first:]
 
 
 def _fenced_blocks(response: str) -> Iterator[str]:
     """Contents of ``` and ~~~ blocks. A closing fence may stand at the end of the last line of code."""
-    fence, lines = None, []
+    closing, furthest, lines = None, 0, []
     for line in response.splitlines(keepends=True):
         stripped = line.rstrip()
-        if fence is None:
+        if closing is None:
             opening = OPENING.match(stripped)
             if opening and (not opening[1].strip() or " " not in opening[3]):
-                fence, lines = opening[2], []
-        elif stripped.endswith(fence):
-            yield "".join(lines) + stripped.rstrip(fence[0])
-            fence = None
+                closing = re.compile(CLOSING.format(mark=opening[2][0], fence=opening[2]))
+                furthest, lines = MARGIN.match(line.expandtabs()).end() + MAX_SHIFT, []
+        elif (end := closing.match(stripped)) and (end[1].strip() or len(end[1].expandtabs()) <= furthest):
+            yield "".join(lines) + end[1].rstrip()
+            closing = None
         else:
             lines.append(line)
-    if fence is not None:
+    if closing is not None:
         yield "".join(lines)

@@ -21,7 +21,7 @@ The machine. Each process is forked from a warm interpreter (sandbox_zygote.py) 
 | namespaces | a file system with the standard library alone; no network; no other processes         |
 | landlock   | nothing but the standard library can be opened, and only to read                       |
 | limits     | memory, threads, descriptors, output, size of a result; time, by killing from outside |
-| user       | nobody, where the caller is root; no capabilities, no new privileges, no environment   |
+| user       | one of its own, if the caller is root; no capabilities, privileges or environment      |
 
 Seccomp and one of namespaces and landlock are required; without them, and on other systems than Linux,
 SandboxError says what is missing. There is no weaker mode. After a failure of the sandbox itself the job is
@@ -29,8 +29,12 @@ run once more, then it is a SandboxError; it is never a verdict.
 
 Not covered: faults of the kernel; side channels such as timing; the processor time of 32 threads until the
 deadline; memory that the kernel holds for a process, page tables above all, up to about as much again as
-memory_mb; where landlock works alone, stat() and readlink() tell which files exist. Programs have no file to
-write, no sub-processes, no shared memory, no network, no third-party packages, and 32 threads at most.
+memory_mb. Where landlock works alone, stat() and readlink() tell which files exist; and if the caller is not
+root there (or is root of a user namespace with few ids), the kernel counts threads for the caller's user as a
+whole: a job starts none while that user has 1,024, so a job that takes them all leaves none to other jobs.
+
+Programs have no file to write, no sub-processes, no shared memory, no network, no third-party packages, and
+32 threads at most, those of a job's two processes together.
 """
 
 import atexit
@@ -38,6 +42,7 @@ import contextlib
 import fcntl
 import functools
 import json
+import math
 import os
 import platform
 import select
@@ -45,6 +50,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -56,7 +62,9 @@ import plain_data
 
 MAX_OUTPUT_BYTES = 2**20  # printed by one process
 MAX_TIMEOUT_S, MAX_MEMORY_MB = 86400.0, 2**20
-MAX_REPLY_BYTES = 4 * 2**20  # one result
+MAX_REPLY_BYTES = 4 * 2**20  # one result, beyond the length of the right one where that is known
+MAX_TESTS_BYTES = 64 * 2**20  # one line of the asserts' process, which may hold their own large arguments
+MAX_ERROR_CHARS = 50_000  # of an exception; honest ones take half of it, and parsing takes 25 bytes for each
 START_TIMEOUT_S = 60.0  # of the interpreter, from a cold disk
 CONTROL_TIMEOUT_S = 20.0  # a fork or a kill takes milliseconds, on an overloaded machine longer
 EXIT_GRACE_S = 0.5  # between a process's last word and its end
@@ -93,15 +101,20 @@ def run_tests(code: str, tests: dict, timeout_s: float = 5.0, memory_mb: int = 5
         {"stdio": [{"stdin": "3\n", "stdout": "14\n"}, ...]}
 
     calls: results are compared strictly, False is not 0; "kwargs" may stand beside "args". asserts: each
-    assert at the top level, and each call such as check(f), is a test. stdio: the code runs once for each
-    test, and its whole output is compared, white space at the ends of lines and at the end aside.
+    assert at the top level, and each call of a function that they define, such as check(f), is a test. stdio:
+    the code runs once for each test, and its whole output is compared, white space at the ends of lines and
+    at the end aside.
+
+    What asserts cannot have, since f runs in another process: an f that changes its arguments in place (it
+    has copies); arguments that are no plain data, such as iterators, functions, Decimals and instances (a
+    ValueError, once they are passed); results of such kinds (an error of the code); a class in place of f.
 
     timeout_s: wall-clock time for all tests together. memory_mb: address space of each process, beside what
     the interpreter itself takes. ValueError: malformed tests or limits. SandboxError: no verdict.
     """
     if not (isinstance(code, str) and 0 < timeout_s < MAX_TIMEOUT_S and 0 < memory_mb < MAX_MEMORY_MB):
         raise ValueError(f"code must be a string, timeout_s {timeout_s} and memory_mb {memory_mb} positive")
-    job = _job_of(tests)
+    code, memory_mb, job = code.removeprefix("\ufeff"), math.ceil(memory_mb), _job_of(tests)
     try:
         return _attempt(lambda sandbox: _tally(job(sandbox, code, timeout_s, memory_mb)))
     except SandboxError as error:
@@ -157,7 +170,7 @@ def _calls_job(name: str, calls: list[dict]) -> Callable:
             deadline = time.monotonic() + timeout_s
             _load_solution(solution, [code, name, "comparable"], deadline)
             for request, right in zip(requests, expected, strict=True):
-                reply = solution.ask(request, deadline)
+                reply = solution.ask(request, deadline, MAX_REPLY_BYTES + len(right))
                 if reply[:1] == "R":
                     yield ("pass", "") if reply[1:] == right else ("fail", f"{name} returned {reply[1:]}")
                 else:
@@ -183,9 +196,10 @@ def _asserts_job(name: str, asserts: str) -> Callable:
 
     def run(sandbox: _Sandbox, code: str, timeout_s: float, memory_mb: int) -> Iterator:
         with sandbox.processes(2, memory_mb) as (solution, tests):
+            ask_tests = functools.partial(tests.ask, max_bytes=MAX_TESTS_BYTES)
             try:
                 order = json.dumps(["tests", asserts, name])
-                count = tests.ask(order, time.monotonic() + CONTROL_TIMEOUT_S)
+                count = ask_tests(order, time.monotonic() + CONTROL_TIMEOUT_S)
             except _Ended as ended:
                 status, detail = ended.args
                 raise (_Broken if status == "timeout" else ValueError)(
@@ -196,15 +210,17 @@ def _asserts_job(name: str, asserts: str) -> Callable:
             deadline = time.monotonic() + timeout_s
             yield int(count[1:])
             _load_solution(solution, [code, name, "encode"], deadline)
-            word = tests.ask("go on", deadline)
+            word = ask_tests("go on", deadline)
             while word != "D":
                 if word[:1] == "C":
-                    word = tests.ask(solution.ask(word[1:], deadline), deadline)
+                    word = ask_tests(solution.ask(word[1:], deadline), deadline)
                     continue
+                if word[:1] == "X":
+                    raise ValueError(f"asserts call {name} with what is no plain data: {_raised(word)[1]}")
                 if word[:1] == "Q":
                     raise _Ended(*_raised(word))
                 yield ("pass", "") if word == "P" else _raised(word)
-                word = tests.ask("go on", deadline)
+                word = ask_tests("go on", deadline)
 
     return run
 
@@ -248,7 +264,7 @@ def _load_solution(solution: "_Process", what: list[str], deadline: float) -> No
 def _raised(reply: str) -> tuple[str, str]:
     """(status, detail) of a reply that is no result. Its text is the code's own: read, never trusted."""
     try:
-        _, message, _ = json.loads(reply[1:])
+        _, message, _ = json.loads(reply[1:MAX_ERROR_CHARS])  # a longer one is cut, and then no JSON
         kind = message.partition(":")[0]
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise _Ended("crash", f"sent what is no reply: {reply[:DETAIL_CHARS]!r}") from None
@@ -289,7 +305,7 @@ class _Process:
     ):
         self.sandbox, self.pid, self.status = sandbox, pid, _RUNNING
         self.channel, self.output, self.max_output_bytes = channel, output, max_output_bytes
-        self.inbox, self.outbox, self.printed = bytearray(), b"", bytearray()
+        self.inbox, self.outbox, self.printed = bytearray(), memoryview(b""), bytearray()
         self.readable = {channel.fileno(), output}
         channel.setblocking(False)
         os.set_blocking(output, False)
@@ -303,20 +319,22 @@ class _Process:
         if first != "ready":
             raise _Broken(first)
 
-    def ask(self, line: str, deadline: float, may_exit: bool = False) -> str:
+    def ask(
+        self, line: str, deadline: float, max_bytes: int = MAX_REPLY_BYTES, may_exit: bool = False
+    ) -> str:
         """The line that answers a line. may_exit: the process may also end, with status 0; then ""."""
         self._read_channel()
         if self.inbox:
             raise _Ended("crash", "replied before it was asked")
-        self.outbox = line.encode("latin-1") + b"\n"  # a reply that is passed on may hold any byte
-        return self.reply(deadline, may_exit)
+        self.outbox = memoryview(line.encode("latin-1") + b"\n")  # a reply passed on may hold any byte
+        return self.reply(deadline, max_bytes, may_exit)
 
-    def reply(self, deadline: float, may_exit: bool = False) -> str:
+    def reply(self, deadline: float, max_bytes: int = MAX_REPLY_BYTES, may_exit: bool = False) -> str:
         searched = 0
         while (end := self.inbox.find(b"\n", searched)) < 0:
             searched = len(self.inbox)
-            if searched > MAX_REPLY_BYTES:
-                raise _Ended("output_limit", f"a result of more than {MAX_REPLY_BYTES} bytes")
+            if searched > max_bytes:
+                raise _Ended("output_limit", f"a result of more than {max_bytes} bytes")
             if self.channel.fileno() not in self.readable:
                 (self.status,) = self.sandbox.end([self.pid], EXIT_GRACE_S)
                 if may_exit and self.status == 0:
@@ -346,7 +364,7 @@ class _Process:
             try:
                 self.outbox = self.outbox[self.channel.send(self.outbox) :]
             except (BrokenPipeError, ConnectionResetError):
-                self.outbox = b""  # nobody reads; what was written before can still be received
+                self.outbox = memoryview(b"")  # nobody reads; what was written before can still be received
         if self.output in events:
             self._read_output()
         if self.channel.fileno() in events:
@@ -400,19 +418,20 @@ class _Sandbox:
                 "the code sandbox needs Linux on x86-64 or aarch64, and this is "
                 f"{platform.system()} on {platform.machine()}: use a virtual machine or a container there"
             )
-        self.control, inherited = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with inherited:  # not as standard input or output, should the caller have closed those
-            theirs = socket.socket(fileno=fcntl.fcntl(inherited, fcntl.F_DUPFD_CLOEXEC, 3))
         zygote = str(Path(__file__).with_name("sandbox_zygote.py"))
         # No site-packages, no bytecode written.
         options = ["-s", "-S", "-B", "-X", "utf8"]
-        self.interpreter = subprocess.Popen(
-            [sys.executable, *options, zygote, str(theirs.fileno()), ",".join(LAYERS)],
-            pass_fds=[theirs.fileno()], env=ENVIRONMENT, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        theirs.close()
-        _sandboxes.add(self)
+        with _no_fork:
+            self.control, inherited = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with inherited:  # not as standard input or output, should the caller have closed those
+                theirs = socket.socket(fileno=fcntl.fcntl(inherited, fcntl.F_DUPFD_CLOEXEC, 3))
+            with theirs:
+                self.interpreter = subprocess.Popen(
+                    [sys.executable, *options, zygote, str(theirs.fileno()), ",".join(LAYERS)],
+                    pass_fds=[theirs.fileno()], env=ENVIRONMENT, start_new_session=True,
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                )  # fmt: skip
+            _sandboxes.add(self)
         try:
             self.layers = self._answer(START_TIMEOUT_S)
             self._require_protection()
@@ -451,21 +470,24 @@ class _Sandbox:
     def _start(
         self, stack: contextlib.ExitStack, memory_mb: int, stdin: bytes, max_output_bytes: int
     ) -> "_Process":
-        channel, their_channel = socket.socketpair()
-        read_end, write_end = os.pipe()
-        stack.enter_context(channel)
-        output = stack.enter_context(open(read_end, "rb", 0))
-        their_output, their_stdin = open(write_end, "wb", 0), open(os.memfd_create("stdin"), "wb", 0)
-        with their_channel, their_output, their_stdin, open(os.devnull, "wb", 0) as nowhere:
-            their_stdin.write(stdin)
-            their_stdin.seek(0)
-            given = [file.fileno() for file in (their_stdin, their_output, nowhere, their_channel)]
-            pid = self._order({"memory_mb": memory_mb}, given)["pid"]
+        with _no_fork:
+            channel, their_channel = socket.socketpair()
+            read_end, write_end = os.pipe()
+            stack.enter_context(channel)
+            output = stack.enter_context(open(read_end, "rb", 0))
+            their_output, their_stdin = open(write_end, "wb", 0), open(os.memfd_create("stdin"), "wb", 0)
+            with their_channel, their_output, their_stdin, open(os.devnull, "wb", 0) as nowhere:
+                their_stdin.write(stdin)
+                their_stdin.seek(0)
+                given = [file.fileno() for file in (their_stdin, their_output, nowhere, their_channel)]
+                self._order({"memory_mb": memory_mb}, given)
+        pid = self._answer(CONTROL_TIMEOUT_S)["pid"]
         return _Process(self, pid, channel, output.fileno(), max_output_bytes)
 
     def end(self, pids: list[int], grace_s: float) -> list[int | None]:
         """Exit statuses, after up to grace_s; None for a process that had to be killed then."""
-        return self._order({"end": pids, "grace_s": grace_s}, [])["statuses"]
+        self._order({"end": pids, "grace_s": grace_s}, [])
+        return self._answer(CONTROL_TIMEOUT_S)["statuses"]
 
     def probe(self) -> dict[str, str]:
         """What a program that tries forbidden acts reports: act -> the exception that stopped it."""
@@ -491,19 +513,18 @@ class _Sandbox:
                 str(folder) for folder in (library, *library.parents) if not folder.stat().st_mode & 0o001
             ]
             raise SandboxError(
-                "user nobody, as which code runs where root starts it, cannot read the standard library in "
+                "other users, as which code runs where root starts it, cannot read the standard library in "
                 f"{library}: chmod o+x {' '.join(closed)}, or use a Python that is installed elsewhere"
             )
         for act, outcome in outcomes.items():
             if outcome == "possible":
                 raise SandboxError(f"the code sandbox leaks on this machine: it is possible to {act}")
 
-    def _order(self, order: dict, descriptors: list[int]) -> dict:
+    def _order(self, order: dict, descriptors: list[int]) -> None:
         try:
             socket.send_fds(self.control, [json.dumps(order).encode()], descriptors)
         except OSError as error:
             raise _Broken(f"the interpreter does not listen: {error}") from error
-        return self._answer(CONTROL_TIMEOUT_S)
 
     def _answer(self, timeout_s: float) -> dict:
         self.control.settimeout(timeout_s)
@@ -559,6 +580,9 @@ print(json.dumps(outcomes))
 
 
 _sandboxes: weakref.WeakSet[_Sandbox] = weakref.WeakSet()
+# Held while this process has the other ends of a process's sockets: a child that another thread forks then
+# would keep them open, and a crash would look like silence. Not held while an answer is awaited.
+_no_fork = threading.RLock()
 
 
 @functools.cache
@@ -600,11 +624,14 @@ def _close_idle_sandboxes() -> None:
 
 def _leave_to_the_parent() -> None:
     """In a forked child: while it holds the sockets, no interpreter would see that the parent is gone."""
+    _no_fork.release()
     for sandbox in _sandboxes:
         sandbox.control.close()
 
 
-os.register_at_fork(after_in_child=_leave_to_the_parent)
+os.register_at_fork(
+    before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_leave_to_the_parent
+)
 
 
 def main() -> int:

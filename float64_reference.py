@@ -16,7 +16,7 @@ def loss(kind, log_probs, old_log_probs, advantages, mask, left, right):
 
     log_probs, old_log_probs (B, T) float64; advantages (B,) or (B, T); mask (B, T) bool.
     """
-    total = torch.zeros((), dtype=torch.float64)
+    total = 0.0 * log_probs[mask].sum()  # differentiable where everything is clipped, too
     for i in range(len(mask)):
         positions = [t for t in range(mask.shape[1]) if mask[i, t]]
         if not positions:
@@ -81,7 +81,7 @@ class Updates:
     """What a rollout batch's optimizer updates came to. B responses, those without tokens included."""
 
     model: torch.nn.Module  # after them, float64
-    old_log_probs: list[torch.Tensor]  # (|y|,) of each response, before the first update
+    advantages: list[float]  # of each response
     log_ratios: list[torch.Tensor]  # (|y|,) log pi - log pi_old as each response's own update saw them
     clip_fractions: list[float]  # of the tokens of each update
     grad_norms: list[float]  # of each update, before clipping
@@ -110,7 +110,7 @@ def updates(
     with torch.no_grad():
         old = [token_log_probs(model, *pair, temperature) for pair in pairs]
     weights = torch.tensor(advantages(rewards, group_size), dtype=torch.float64)
-    result = Updates(model, old, [], [], [])
+    result = Updates(model, weights.tolist(), [], [], [])
     size = len(pairs) // num_updates
     for start in range(0, len(pairs), size):
         rows = range(start, start + size)

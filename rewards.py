@@ -21,6 +21,7 @@ from worker_pool import PROGRESS_DELAY_S, WorkerPool
 GRADING_TIMEOUT_S = 5.0  # a grading takes milliseconds
 MAX_WORKERS = 16  # that judge at the same time
 CODE_REWARDS = ("all", "fraction")
+UNSUPPORTED = "unsupported"  # status: the sandbox cannot run these tests, whatever the code is
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def compute_rewards(problems: list[Problem], responses: list[str]) -> list[float
 
     Responses are untrusted text: answers are graded in worker processes that are killed after
     GRADING_TIMEOUT_S, code runs in the sandbox. ValueError with the problem's id: its reference is no
-    mathematical value.
+    mathematical value, or its tests cannot be run.
     """
     return RewardFunction()(problems, responses)
 
@@ -67,6 +68,9 @@ class RewardFunction:
         code = {i: pair for i, pair in enumerate(pairs) if pair[0].kind == "code"}
         results = run_code([_code_job(*pair) for pair in code.values()])
         graded = iter(_grade([pair for pair in pairs if pair[0].kind != "code"]))
+        for (problem, _), result in zip(code.values(), results, strict=True):
+            if result is not None and result.status == UNSUPPORTED:
+                raise ValueError(f"problem {problem.id}: {result.detail}")
         run = iter(results)
         self.metrics = {"code_timeouts": sum(r is not None and r.status == "timeout" for r in results)}
         return [self._code_reward(next(run)) if i in code else next(graded) for i in range(len(pairs))]
@@ -110,6 +114,8 @@ def run_code(jobs: list[tuple[str, dict]]) -> list[TestResult | None]:
         except SandboxError as error:
             failures.append(error)
             return None
+        except ValueError as error:
+            return TestResult(0, 1, UNSUPPORTED, str(error))
 
     with ThreadPoolExecutor(_num_workers()) as threads:
         progress = tqdm(

@@ -13,12 +13,14 @@ import resource
 import signal
 import stat
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 ARCHITECTURE = {"x86_64": 0, "aarch64": 1}.get(platform.machine())  # column of the tables of system calls
 NOBODY = 65534
+FIRST_OWN_USER = 2**31  # ids that the kernel knows, and that no system gives to anybody
 HIDDEN = ("site-packages", "dist-packages")  # in the standard library's folder, but not of it
 
 
@@ -50,10 +52,18 @@ ROOT_FOLDER = "/tmp"  # in the new mount namespace alone, the new root is mounte
 
 
 def become_nobody() -> None:
-    """Root gives up its user id; its capabilities go with it."""
+    """Root gives up its user id; its capabilities go with it.
+
+    The new one is random, so that what the kernel limits for a user, such as threads, is for this sandbox
+    alone; or nobody's, where the user namespace does not have so many.
+    """
+    own_user = FIRST_OWN_USER + int.from_bytes(os.urandom(3), "big")
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
+    try:
+        os.setresuid(own_user, own_user, own_user)
+    except OSError:
+        os.setresuid(NOBODY, NOBODY, NOBODY)
     # Otherwise /proc/self, which the user namespace's id map is written to, stays root's.
     _prctl(PR_SET_DUMPABLE, 1)
 
@@ -61,9 +71,10 @@ def become_nobody() -> None:
 def enter_namespaces() -> int:
     """New user, process, mount, network, IPC and UTS namespaces; nothing in the file system but one folder.
 
-    That is the current folder, under its own path and read-only; what is HIDDEN in it appears empty. (Nobody
-    may not be able to reach it by its path.) The caller goes on in a child process, which dies with it.
-    Returns what fork_into_pid_namespace needs.
+    That is the current folder, under its own path and read-only; what is HIDDEN in it appears empty. (This
+    user may not be able to reach it by its path.) The caller goes on in a child process, which dies with it;
+    what is left of it only waits, with no descriptors but the standard ones. Returns what
+    fork_into_pid_namespace needs.
     """
     folder = os.getcwd()
     uid, gid = os.getuid(), os.getgid()
@@ -71,6 +82,7 @@ def enter_namespaces() -> int:
     _check(_libc.unshare(flags), "unshare")
     if child := os.fork():  # only a child is in the new process namespace
         try:
+            os.closerange(3, 1 << 20)
             os.waitpid(child, 0)
         finally:
             os._exit(0)
@@ -133,21 +145,28 @@ def landlock_version() -> int:
     return _check(version, "landlock")
 
 
-def restrict_files(readable: list[int]) -> None:
-    """Nothing can be opened any more but the descriptors `readable` and what is in them, and only to read."""
+def rules_to_read(paths: Iterable[str]) -> int:
+    """A descriptor for restrict_files: these paths and what is in them can be opened, and only to read."""
     version = landlock_version()
     rights = (1 << FILE_RIGHTS_BY_ABI[min(version, 5)]) - 1
     known = 24 if version >= 6 else 16 if version >= 4 else 8
     rules = struct.pack("QQQ", rights, NETWORK_RIGHTS, SCOPES)[:known]
     ruleset = _check(_call(_libc.syscall, LANDLOCK_CREATE_RULESET, rules, len(rules), 0), "landlock")
-    for descriptor in readable:
+    for path in paths:
+        descriptor = os.open(path, os.O_PATH)
         is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
         rule = struct.pack("=Qi", READ_FILE | READ_DIR if is_folder else READ_FILE, descriptor)
         done = _call(_libc.syscall, LANDLOCK_ADD_RULE, ruleset, LANDLOCK_RULE_PATH_BENEATH, rule, 0)
+        os.close(descriptor)
         _check(done, "landlock rule")
+    return ruleset
+
+
+def restrict_files(rules: int) -> None:
+    """Put rules_to_read in force, for good, and close their descriptor."""
     _prctl(PR_SET_NO_NEW_PRIVS, 1)
-    _check(_call(_libc.syscall, LANDLOCK_RESTRICT_SELF, ruleset, 0), "landlock")
-    os.close(ruleset)
+    _check(_call(_libc.syscall, LANDLOCK_RESTRICT_SELF, rules, 0), "landlock")
+    os.close(rules)
 
 
 # Seccomp: which system calls there are

@@ -38,20 +38,21 @@ import sandbox_isolation
 LIBRARY = os.path.dirname(os.__file__)
 CHANNEL = 3  # the child's descriptor of its socket to the sandbox
 MESSAGE_CHARS = 300
-MAX_THREADS = 32  # of a sandbox, which has its user to itself in its own namespace
-MAX_THREADS_OF_USER = 1024  # without namespaces, where all that the user runs counts
+MAX_THREADS = 32  # of a sandbox that has its user to itself
+MAX_THREADS_OF_USER = 1024  # where all that the caller's user runs counts
+THREAD_STACK_BYTES = 8 * 2**20  # else it is the caller's limit, which may be beyond memory_mb
 MAX_ARGUMENTS_CHARS = 10_000  # of an exception
 # Loaded before the fork, where they cost a job nothing; a child cannot load compiled modules.
 PRELOADED = """
-    _bisect _blake2 _bz2 _codecs_cn _codecs_hk _codecs_jp _codecs_kr _codecs_tw _csv _datetime _decimal
-    _elementtree _hashlib _heapq _json _lsprof _lzma _md5 _multibytecodec _multiprocessing _opcode _pickle
-    _posixsubprocess _queue _random _sha1 _sha2 _sha256 _sha3 _sha512 _socket _statistics _struct _typing
-    _uuid _zoneinfo array ast asyncio base64 binascii bisect bz2 calendar cmath collections contextlib
-    copy csv dataclasses datetime decimal difflib encodings.ascii encodings.idna encodings.latin_1
-    encodings.utf_16 enum fcntl fractions functools gzip hashlib heapq html inspect io itertools json
-    logging lzma math mmap numbers operator pickle platform pprint pyexpat queue random re resource
-    secrets select shlex statistics string struct termios textwrap threading time timeit traceback types
-    typing unicodedata unittest uuid weakref zlib
+    _bisect _blake2 _bz2 _codecs_cn _codecs_hk _codecs_iso2022 _codecs_jp _codecs_kr _codecs_tw _csv
+    _datetime _decimal _elementtree _hashlib _heapq _json _lsprof _lzma _md5 _multibytecodec
+    _multiprocessing _opcode _pickle _posixsubprocess _queue _random _sha1 _sha2 _sha256 _sha3 _sha512
+    _socket _sqlite3 _statistics _struct _typing _uuid _zoneinfo array ast asyncio base64 binascii bisect
+    bz2 calendar cmath collections contextlib copy csv dataclasses datetime decimal difflib
+    encodings.ascii encodings.idna encodings.latin_1 encodings.utf_16 enum fcntl fractions functools grp
+    gzip hashlib heapq html inspect io itertools json logging lzma math mmap numbers operator pickle
+    platform pprint pyexpat queue random re resource secrets select shlex statistics string struct termios
+    textwrap threading time timeit traceback types typing unicodedata unittest uuid weakref zlib
 """.split()
 # What a call of the solution may raise in the tests, by number, so that a name proves nothing. Not among them
 # is what ends a loop in silence: all(map(f, cases)) would hold if f raised StopIteration.
@@ -79,6 +80,7 @@ def main() -> None:
     prepare_interpreter()
     own_memory = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     layers, fork = isolate(wanted)
+    alone = layers["namespaces"] == "on" or os.geteuid() >= sandbox_isolation.FIRST_OWN_USER
     seccomp = sandbox_isolation.seccomp_filter(sandbox_isolation.ARCHITECTURE)
     os.dup2(nowhere, 2)
     gc.freeze()  # collections in children would otherwise copy every page
@@ -94,7 +96,7 @@ def main() -> None:
             continue
         pid = fork()
         if pid == 0:
-            max_threads = MAX_THREADS if layers["namespaces"] == "on" else MAX_THREADS_OF_USER
+            max_threads = MAX_THREADS if alone else MAX_THREADS_OF_USER
             limits = {"memory_bytes": own_memory + order["memory_mb"] * 2**20, "max_threads": max_threads}
             become_child(*descriptors, seccomp, limits)
         for descriptor in descriptors:
@@ -131,6 +133,7 @@ def prepare_interpreter() -> None:
     site.setquit()  # exit() and quit(), which python -S leaves out
     sys.argv[:] = ["solution.py"]
     os.environ.clear()
+    threading.stack_size(THREAD_STACK_BYTES)
     os.register_at_fork(after_in_child=lambda: random.seed(0))  # after random's own, which seeds by the clock
 
 
@@ -140,29 +143,32 @@ def isolate(wanted: list[str]) -> tuple[dict[str, str], Callable[[], int]]:
     Returns: layer -> "on", or why it is not, and the user's id; and how to fork.
     """
     os.chdir(LIBRARY)
-    visible = [entry.path for entry in os.scandir(LIBRARY) if entry.name not in sandbox_isolation.HIDDEN]
-    readable = [os.open(path, os.O_PATH) for path in visible]
+    layers, fork, rules = {"namespaces": "not wanted", "landlock": "not wanted"}, os.fork, None
+
+    @contextlib.contextmanager
+    def trying(layer: str):
+        try:
+            yield
+        except OSError as error:
+            layers[layer] = error.strerror
+
+    if "landlock" in wanted:
+        with trying("landlock"):  # by root, whose files another user may not reach by their paths
+            visible = (entry for entry in os.scandir(LIBRARY) if entry.name not in sandbox_isolation.HIDDEN)
+            rules = sandbox_isolation.rules_to_read(entry.path for entry in visible)
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):  # root of a namespace that knows no other user is no root
             sandbox_isolation.become_nobody()
-    layers = {"user": f"id {os.geteuid()}", "namespaces": "not wanted", "landlock": "not wanted"}
-    fork = os.fork
     if "namespaces" in wanted:
-        try:
+        with trying("namespaces"):
             own_namespace = sandbox_isolation.enter_namespaces()
             fork = functools.partial(sandbox_isolation.fork_into_pid_namespace, own_namespace)
             layers["namespaces"] = "on"
-        except OSError as error:
-            layers["namespaces"] = error.strerror
-    if "landlock" in wanted:
-        try:
-            sandbox_isolation.restrict_files(readable)
+    if rules is not None:
+        with trying("landlock"):
+            sandbox_isolation.restrict_files(rules)
             layers["landlock"] = "on"
-        except OSError as error:
-            layers["landlock"] = error.strerror
-    for descriptor in readable:
-        os.close(descriptor)
-    return layers, fork
+    return layers | {"user": f"id {os.geteuid()}"}, fork
 
 
 # The child
@@ -182,7 +188,7 @@ def become_child(stdin: int, output: int, nowhere: int, channel: int, seccomp: b
     lines = open(CHANNEL, encoding="latin-1", newline="\n")
 
     def send(text: str) -> None:
-        rest = text.encode("ascii") + b"\n"
+        rest = memoryview(text.encode("ascii") + b"\n")
         while rest:
             rest = rest[os.write(CHANNEL, rest) :]
 
@@ -213,8 +219,8 @@ def serve_solution(lines, send, code: str, name: str, form: str) -> None:
 def run_tests(lines, send, asserts: str, name: str) -> None:
     """In lockstep: "N" and the number of tests, then for each "P" or "E" and why not, then "D".
 
-    In between, "C" and arguments for each call of the solution. "X" and why: these are no tests. "Q" and why:
-    a statement between the tests failed.
+    In between, "C" and arguments for each call of the solution. "X" and why: these are no tests, whatever the
+    solution. "Q" and why: a statement between the tests failed.
     """
 
     def ask(text: str) -> str:
@@ -222,7 +228,11 @@ def run_tests(lines, send, asserts: str, name: str) -> None:
         return lines.readline()
 
     def solution(*arguments, **keywords):
-        reply = ask("C" + plain_data.encode((list(arguments), keywords)))
+        try:
+            request = "C" + plain_data.encode((list(arguments), keywords))
+        except TypeError as error:  # not ValueError: the solution may have returned what is nested too deeply
+            request = "X" + describe(error)  # at which the sandbox ends this process
+        reply = ask(request)
         if reply[:1] == "R":
             return plain_data.decode(reply[1:])
         number, message, text = json.loads(reply[1:])
@@ -236,10 +246,11 @@ def run_tests(lines, send, asserts: str, name: str) -> None:
         programs = [compile(ast.Module([statement], []), "tests.py", "exec") for statement in statements]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return send("X" + describe(error))
-    functions = {name, *(node.name for node in statements if isinstance(node, ast.FunctionDef))}
+    functions = {node.name for node in statements if isinstance(node, ast.FunctionDef)}
     are_tests = [is_test(statement, functions) for statement in statements]
     ask(f"N{sum(are_tests)}")
     namespace = {"__name__": "tests", name: solution}
+    random.seed(asserts)  # as the fork left it, the stream would be the solution's too
     for program, is_one in zip(programs, are_tests, strict=True):
         try:
             exec(program, namespace)
@@ -275,13 +286,21 @@ def run_program(lines, send, code: str) -> None:
             reply = "E" + describe(request)
     except BaseException as error:
         reply = "E" + describe(error)
-    with contextlib.suppress(Exception):  # what the interpreter does at its end
-        threading._shutdown()
-        atexit._run_exitfuncs()
-        vars(sys.modules["__main__"]).clear()  # files left open are written out
-        sys.__stdout__.flush()
-        sys.stdout.flush()
+    end_program()
     send(reply)
+
+
+def end_program() -> None:
+    """What the interpreter does at its end, where a step that fails does not keep back the others' output."""
+
+    def clear_main() -> None:
+        sys.stdout = sys.__stdout__
+        vars(sys.modules["__main__"]).clear()  # files left open are written out
+
+    flushes = [lambda: sys.stdout.flush(), lambda: sys.__stdout__.flush()]
+    for step in (threading._shutdown, atexit._run_exitfuncs, *flushes, clear_main, *flushes):
+        with contextlib.suppress(Exception):
+            step()
 
 
 def run_as_module(code: str, name: str) -> types.ModuleType:

@@ -24,6 +24,7 @@ LOSSES = {"gspo": "gspo_loss", "gspo_token": "gspo_token_loss", "grpo": "grpo_lo
 DTYPES = ("float32", "bfloat16")
 NUM_PROBLEMS, GROUP_SIZE, MAX_NEW_TOKENS = 4, 4, 24
 TEMPERATURES = (1.0, 0.7)
+UPDATE_TEMPERATURE = 1.5  # responses that differ, so that there is something to learn in every group
 # The float64 copy with its AdamW moments takes 24 bytes a parameter, and runs one response at a time.
 MAX_TWIN_PARAMETERS = 20e6
 MAX_Z = 4.5  # standard errors: exceeded by chance once in 150,000 times
@@ -303,7 +304,10 @@ loss_checks = [
 
 
 def checksum_reward(problems, responses) -> list[float]:
-    """A reward that hardly ever ties, whatever the model writes: what is rewarded does not matter here."""
+    """A reward that ties for equal responses alone: what is rewarded does not matter here.
+
+    Equal responses with unequal rewards would cancel to a gradient of rounding errors, which Adam scales up.
+    """
     return [random.Random(response).random() for response in responses]
 
 
@@ -389,13 +393,14 @@ class ModelChecks:
                 size = f"{self.num_parameters / 1e6:.0f}M parameters"
                 yield Check(name, None, f"too slow in float64 with {size}", "")
                 continue
-            trainer = self._trainer(algorithm=kind, learning_rate=5e-5, temperature=0.8, dtype="float32")
+            trainer = self._trainer(algorithm=kind, learning_rate=5e-5, dtype="float32")
             start = deepcopy(trainer.model)
             metrics = trainer.train_step(self.problems)
             twin = self._float64_updates(start, kind, trainer.engine.rollouts)
             moved, expected = (_weights(m) - _weights(start) for m in (trainer.model, twin.model))
             norm = sum(twin.grad_norms) / len(twin.grad_norms)
-            ratios = [row.mean()[None] if kind == "gspo" else row for row in twin.log_ratios]
+            taught = [row for row, a in zip(twin.log_ratios, twin.advantages, strict=True) if a]
+            ratios = [row.mean()[None] if kind == "gspo" else row for row in taught]
             extremes = torch.cat(ratios).min().exp().item(), torch.cat(ratios).max().exp().item()
             farthest = max(abs(extreme - 1) for extreme in extremes)
             given = [metrics[f"importance_ratio_{end}"] for end in ("min", "max")]
@@ -423,7 +428,7 @@ class ModelChecks:
             PAPER_CLIP_RANGES[kind],
             learning_rate=5e-5,
             max_grad_norm=1.0,
-            temperature=0.8,
+            temperature=UPDATE_TEMPERATURE,
         )
 
     def micro_batches(self):
@@ -468,6 +473,7 @@ class ModelChecks:
             group_size=GROUP_SIZE,
             max_new_tokens=MAX_NEW_TOKENS,
             max_length=max(map(len, self.prompts)) + MAX_NEW_TOKENS,
+            temperature=UPDATE_TEMPERATURE,
             **settings,
         )
         engine = RecordingEngine(model, self.tokenizer)

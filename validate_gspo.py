@@ -71,16 +71,14 @@ def main(arguments: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"Model {name}, {device}, {os.cpu_count()} cores, seeds {', '.join(map(str, seeds))}", flush=True)
 
-    planned = plan(name, seeds)
     task = SORTING if name in TINY else SHORT
     problems = load_problems(task.dataset, "eval", NUM_PROBLEMS, options.seed)
+    parts = [technical(model, tokenizer, problems, device)]
+    noise = precision_noise(model, tokenizer, problems, task.max_new_tokens, device)
+    planned = plan(name, seeds)
     with Runs(planned, min(os.cpu_count(), len(planned)) if name in TINY else 1) as runs:
-        parts = [
-            technical(model, tokenizer, problems, device),
-            dynamics(runs, name, seeds),
-            performance(runs, name, seeds),
-        ]
-        noise = precision_noise(model, tokenizer, problems, task.max_new_tokens, device)
+        parts.append(dynamics(runs, name, seeds))
+        parts.append(performance(runs, name, seeds))
         parts.append(clipping(runs, name, seeds[0], noise, parts))
         settings = {"model_name": name, "seeds": list(seeds), "environment": describe_environment()}
         write_results(options.output_dir, settings, parts, time.monotonic() - started)

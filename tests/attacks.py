@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 
 def answer(x: int) -> int:
@@ -542,6 +543,41 @@ if __name__ == "__main__":
     sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8")
     print(f(int(input())))
 """,
+    "standard output detached": f"""
+import io, sys
+def f(x): return {ANSWER}
+if __name__ == "__main__":
+    sys.stdout = io.TextIOWrapper(sys.stdout.detach())
+    print(f(int(input())))
+""",
+    "standard output closed and opened anew": f"""
+import os, sys
+def f(x): return {ANSWER}
+if __name__ == "__main__":
+    sys.stdout.close()
+    sys.stdout = os.fdopen(1, "w")
+    print(f(int(input())))
+""",
+    "fast output": f"""
+import io, os, sys
+class FastOutput(io.IOBase):
+    def __init__(self): self.text = ""
+    def write(self, text): self.text += text
+    def flush(self): self.text = self.text[os.write(1, self.text.encode()) :]
+def f(x): return {ANSWER}
+if __name__ == "__main__":
+    sys.stdout = FastOutput()
+    print(f(int(input())))
+""",
+    "prints at the end": f"""
+import sys
+class Last:
+    def __del__(self): print(self.text)
+def f(x): return {ANSWER}
+if __name__ == "__main__":
+    last, sys.stdout = Last(), open(1, "w", closefd=False)
+    last.text = f(int(input()))
+""",
     "files left open": f"""
 def f(x): return {ANSWER}
 if __name__ == "__main__":
@@ -592,6 +628,14 @@ def f(x): return {ANSWER}
     "lambda": f"f = lambda x: {ANSWER}\n" + MAIN,
     "match": "def f(x):\n    match [x]:\n        case [int(y)]: return y * 7919 % 1009\n" + MAIN,
     "unicode": "def f(x):\n    naïve = 'é' * x\n    return len(naïve) * 7919 % 1009\n" + MAIN,
+    "byte order mark": f"\ufeffdef f(x): return {ANSWER}\n" + MAIN,
+    "rare modules": """
+import grp, sqlite3
+def f(x):
+    assert b"\\x1b$B" in "\u3042".encode("iso2022_jp")
+    return sqlite3.connect(":memory:").execute("select ? * 7919 % 1009", (x,)).fetchone()[0]
+"""
+    + MAIN,
     "windows line ends": f"def f(x):\r\n    return {ANSWER}\r\n" + MAIN.replace("\n", "\r\n"),
 }
 
@@ -602,8 +646,10 @@ PROGRAMS = {"forged": FORGED, "escapes": ESCAPES, "exhausting": EXHAUSTING, "hon
 def faults(kind: str, name: str, run_tests) -> list[str]:
     """What is wrong with the verdicts on one program, in each form of tests."""
     passes, timeout_s = kind == "honest", 0.5 if kind == "exhausting" else 20.0
-    results = {form: run_tests(PROGRAMS[kind][name], tests, timeout_s) for form, tests in TESTS.items()}
-    return [f"{name}, {form}: {r}" for form, r in results.items() if (r.status == "pass") != passes]
+    with ThreadPoolExecutor(len(TESTS)) as threads:
+        results = threads.map(lambda tests: run_tests(PROGRAMS[kind][name], tests, timeout_s), TESTS.values())
+    wrong = [(form, r) for form, r in zip(TESTS, results, strict=True) if (r.status == "pass") != passes]
+    return [f"{name}, {form}: {result}" for form, result in wrong]
 
 
 def main(layers: str, *kinds: str) -> None:

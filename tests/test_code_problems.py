@@ -79,6 +79,18 @@ def test_tests_of_train_and_eval_differ_and_every_family_is_on_both_sides(level)
     ("```python title='a b'\nx = 1\n```", "x = 1\n"),
     ("\ufeffx = 1", "x = 1"),
     ("```python\nf = 1\n```\nIt prints\n```\n14\n```", "14\n"),
+    ("```python\nx = 1  # not ```\ny = 2\n```\nDone.", "x = 1  # not ```\ny = 2\n"),
+    ("```python\ns = '''\n'```\n'''\n```\nDone.", "s = '''\n'```\n'''\n"),
+    ("```python\nx = ~1```\nDone.", "x = ~1"),
+    ("```python\nx = 1\n```<|im_end|>\nDone.", "x = 1\n"),
+    ("```python\nx = 1\n``` </think> Done.", "x = 1\n"),
+    ("```python\nx = 1```</s>", "x = 1"),
+    ("```python\nx = '''\n```2\n'''\n```\nDone.", "x = '''\n```2\n'''\n"),
+    ("```python\ns = '''\n    \n'''\n```", "s = '''\n    \n'''\n"),
+    ("```python\n\n  s = 1\n  t = 2\n```", "\ns = 1\nt = 2\n"),
+    ("```\n'''\n    ```\n    f()\n    ```\n'''\n   ```\nDone.", "'''\n    ```\n    f()\n    ```\n'''\n"),
+    ("\t```\n\tx = 1\n\t```\nDone.", "x = 1\n"),
+    ("1000. ```\n      x = 1\n      ```\nDone.", "x = 1\n"),
 ])  # fmt: skip
 def test_code_of_a_response(response, code):
     assert code_of(response) == code
@@ -95,11 +107,17 @@ def test_the_last_block_that_defines_the_function_counts(code, after):
     assert code_of(f"```\ndef f(x): return 0\n```\n```python\n{code}```\n{after}", "f") == code
 
 
-def test_future_imports_stand_before_a_preamble():
-    program = program_of(
-        "from __future__ import annotations\ndef f(x: List): return x", "f", "from typing import List\n"
-    )
-    assert program.startswith("from __future__ import annotations\nfrom typing import List\n")
+@pytest.mark.parametrize("before", [
+    "", "from __future__ import annotations\n", "'''Of f.'''\r\nfrom __future__ import annotations\r\n",
+    "from __future__ import (\n    annotations,\n    division,\n)\n",
+    "# \f\u2028\nfrom __future__ import \\\n    annotations; x = 1\n",
+    "from __future__ import division\n" * 2,
+])  # fmt: skip
+def test_future_imports_stand_before_a_preamble(before):
+    after = "def f(x: List):\n    return '''\nfrom __future__ import annotations\n'''\n"
+    preamble = "from typing import List\n"
+    program = program_of(before + after, "f", preamble)
+    assert program == before + preamble + after
     compile(program, "solution.py", "exec")
 
 
@@ -226,6 +244,19 @@ def test_a_problem_whose_own_solution_fails_is_left_out_and_named(tmp_path):
         assert set(load(range(0, 10, 2))) == {f"task {n}" for n in range(1, 10, 2)}
     with pytest.raises(ValueError, match="left out 8 problems whose own solution fails"):
         load(range(10))
+
+
+def test_tests_that_cannot_be_run_are_the_problems_fault(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = rows_of(MBPP, 6)
+    rows[0]["test_list"] = ["assert letters(map(str, range(3)))"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.warns(UserWarning, match=r"left out 1 problems .*task 0 \(unsupported\)"):
+        kept = [p for split in ("train", "eval") for p in load_problems("file", split, 6, path=str(path))]
+    assert len(kept) == 5
+    kept[0].metadata["tests"]["asserts"] = "no test"
+    with pytest.raises(ValueError, match=f"problem {kept[0].id}: .*SyntaxError"):
+        compute_rewards(kept[:1], ["x"])
 
 
 def test_a_failing_sandbox_is_no_verdict_on_a_problem(tmp_path, monkeypatch):

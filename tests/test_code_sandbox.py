@@ -86,28 +86,33 @@ def test_attacks_earn_nothing_and_honest_programs_pass(kind, name):
     started = time.monotonic()
     assert faults(kind, name, run_tests) == []
     if kind == "exhausting":
-        assert time.monotonic() - started < 3 * (0.5 + 2)  # for each form of tests, with some grace
+        assert time.monotonic() - started < 0.5 + 5  # on a busy machine
 
 
 @pytest.mark.parametrize("layers", ["namespaces,landlock", "namespaces", "landlock"])
 def test_as_an_ordinary_user_and_with_each_layer_alone(layers, tmp_path):
     """By a user without privileges, with an interpreter that this user may run."""
     user = os.getuid() or 1234
-    pythons = [python for python in (sys.executable, "/usr/bin/python3") if runs(python, user)]
-    if not pythons:
-        pytest.skip("no interpreter of Python 3.11 or later that another user may run")
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    for source in [*(ROOT / name for name in MODULES), Path(__file__).with_name("attacks.py")]:
-        shutil.copy(source, tmp_path)
-    done = subprocess.run(
-        [pythons[0], "attacks.py", layers, "forged", "escapes", "honest"],
-        cwd=tmp_path, user=user, env={"KEPT": str(KEPT)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = run_elsewhere(tmp_path, ["attacks.py", layers, "forged", "escapes", "honest"], user)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["user"] == f"id {user}" and report["faults"] == [] and report["programs"] > 100
     assert [name for name in ("namespaces", "landlock") if report[name] == "on"] == layers.split(",")
+
+
+def run_elsewhere(folder: Path, arguments: list[str], user: int) -> subprocess.CompletedProcess:
+    """Run a program beside the sandbox's modules, with an interpreter that an ordinary user may run."""
+    pythons = [python for python in (sys.executable, "/usr/bin/python3") if runs(python, os.getuid() or 1234)]
+    if not pythons:
+        pytest.skip("no interpreter of Python 3.11 or later that another user may run")
+    for parent in (folder, *folder.parents[:2]):
+        parent.chmod(0o755)
+    for source in [*(ROOT / name for name in MODULES), Path(__file__).with_name("attacks.py")]:
+        shutil.copy(source, folder)
+    return subprocess.run(
+        [pythons[0], *arguments], cwd=folder, user=user, env={"KEPT": str(KEPT)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
 
 
 def runs(python: str, user: int) -> bool:
@@ -215,6 +220,47 @@ def test_what_fails_between_the_tests_is_not_paid_as_a_fraction():
     assert (result.passed, result.total, result.status) == (1, 2, "fail")
 
 
+def test_what_the_tests_draw_is_not_what_the_code_draws():
+    """As in HumanEval/38, whose decoder could be one that draws its answer from the same stream."""
+    draw = "''.join(choice(string.ascii_lowercase) for i in range(randint(10, 20)))"
+    asserts = f"""
+from random import randint, choice
+import string
+def encode(s): return s[::-1]
+def check(candidate):
+    for _ in range(100):
+        str = {draw}
+        assert candidate(encode(str)) == str
+check(f)
+"""
+    tests = {"entry_point": "f", "asserts": asserts}
+    forged = f"def f(s):\n    from random import randint, choice\n    import string\n    return {draw}"
+    assert run_tests(forged, tests).status == "fail"
+    assert run_tests("def f(s): return s[::-1]", tests).status == "pass"
+
+
+def test_results_nested_too_deeply_are_the_codes_fault():
+    code = "def f(x):\n    for _ in range(199): x = [x]\n    return x"
+    assert run_tests(code, {"entry_point": "f", "asserts": "assert f([[f(0)]])"}).status == "error"
+
+
+def test_the_data_of_tests_may_be_large():
+    count = 700_000  # of seven bytes
+    returned = {"args": [count], "expected": list(range(count))}
+    assert run_tests("def f(a): return list(range(a))", {"entry_point": "f", "calls": [returned]}).passed == 1
+    longer = "def f(a): return list(range(2 * a))"
+    assert run_tests(longer, {"entry_point": "f", "calls": [returned]}).status == "output_limit"
+    tests = {"entry_point": "f", "asserts": f"assert f(list(range({count}))) == {count}"}
+    assert run_tests("def f(a): return len(a)", tests).status == "pass"
+
+
+def test_a_large_exception_is_not_parsed():
+    with pytest.raises(code_sandbox._Ended, match="no reply"):
+        code_sandbox._raised("E" + json.dumps([0, "", "x" * 4 * 10**6]))
+    longest = run_tests("def f(x): raise ValueError('\\U0001f600\\n' * 9**3)", calls((0, 0)))
+    assert longest.detail.startswith("ValueError: \U0001f600")
+
+
 def test_time_is_for_all_tests_and_a_deaf_process_costs_the_parent_nothing():
     started = time.monotonic()
     many = {"stdio": [{"stdin": "", "stdout": ""}] * 300}
@@ -251,6 +297,9 @@ def test_stdio_ignores_white_space_at_the_ends_alone():
     ({"entry_point": "f", "asserts": ["assert f()"]}, "string"),
     ({"entry_point": "f", "asserts": "assert f("}, "SyntaxError"),
     ({"entry_point": "f", "asserts": "x = 1"}, "no tests"),
+    ({"entry_point": "f", "asserts": "f()"}, "no tests"),
+    ({"entry_point": "f", "asserts": "assert f()\ntry: f(range(2))\nexcept: 0"}, "range is not plain"),
+    ({"entry_point": "f", "asserts": "assert f(key=lambda: 0) == 1"}, "function is not plain data"),
     ({"entry_point": "f", "asserts": "assert f()\nreturn 1"}, "SyntaxError"),
     ({"entry_point": "class", "asserts": "assert f()"}, "entry_point"),
     ({"entry_point": "f", "calls": [{"args": {"x": 1}, "expected": 1}]}, "args must be a list"),
@@ -270,6 +319,10 @@ def test_impossible_limits_are_a_value_error(arguments):
     code, *limits = arguments
     with pytest.raises(ValueError, match="must be a string"):
         run_tests(code, TESTS["calls"], *limits)
+
+
+def test_limits_may_be_fractions():
+    assert run_tests("def f(x): return 1", calls((0, 1)), timeout_s=2.5, memory_mb=100.5).status == "pass"
 
 
 def test_a_killed_sandbox_is_replaced_and_two_failures_are_an_error(monkeypatch):
@@ -306,16 +359,78 @@ def test_memory_that_the_kernel_takes_back_each_time_is_the_codes_fault(monkeypa
     assert (result.passed, result.status) == (0, "memory")
 
 
-@pytest.mark.parametrize(
-    "before", ["signal.signal(signal.SIGCHLD, signal.SIG_IGN)", "os.close(0); os.close(1)"]
-)
+@pytest.mark.parametrize("before", [
+    "signal.signal(signal.SIGCHLD, signal.SIG_IGN)", "os.close(0); os.close(1)",
+    "resource.setrlimit(resource.RLIMIT_STACK, (2 << 30, resource.getrlimit(resource.RLIMIT_STACK)[1]))",
+    "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))",
+])  # fmt: skip
 def test_callers_in_unusual_states(before, tmp_path):
     program = (
-        f"import os, signal, sys\n{before}\nfrom code_sandbox import run_tests\n"
+        f"import os, resource, signal, sys\n{before}\nfrom code_sandbox import run_tests\n"
         "tests = {'entry_point': 'f', 'calls': [{'args': [], 'expected': 1}]}\n"
-        "sys.exit(run_tests('def f(): return 1', tests).status != 'pass')"
+        "code = 'import threading\\ndef f():\\n    threading.Thread(target=print).start()\\n    return 1'\n"
+        "sys.exit(run_tests(code, tests).status != 'pass')"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_an_idle_sandbox_holds_few_descriptors():
+    run_tests("", TESTS["calls"])
+    outer = idle_sandboxes()[-1].interpreter.pid
+    assert len(os.listdir(f"/proc/{outer}/fd")) == 3
+    assert len(os.listdir(f"/proc/{children_of(outer)[0]}/fd")) < 8
+
+
+def test_a_thread_that_forks_meanwhile_does_not_hold_up_a_crash(monkeypatch):
+    """The forked child has no end of a channel that it could keep open."""
+    forked, make = [], os.memfd_create
+
+    def fork():
+        forked.append(os.fork())
+        if forked == [0]:
+            time.sleep(30)
+            os._exit(0)
+
+    def make_while_a_thread_forks(name):
+        forker.start()
+        forker.join(0.2)
+        return make(name)
+
+    forker = threading.Thread(target=fork)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "memfd_create", make_while_a_thread_forks)
+        result = run_tests("import os\ndef f(x): os.abort()", calls((0, 0)), timeout_s=2.0)
+    forker.join()
+    os.kill(forked[0], signal.SIGKILL)
+    os.waitpid(forked[0], 0)
+    assert result.status == "crash"
+
+
+def test_a_job_that_takes_all_threads_leaves_others_theirs(tmp_path):
+    """Also without namespaces, if root starts it. As a program of its own: see the ordinary user's test."""
+    if os.getuid():
+        pytest.skip("without namespaces an ordinary user's threads are counted together")
+    hog = """
+import threading, time
+def f(x):
+    try:
+        for _ in range(1100): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()
+    except RuntimeError: time.sleep(x)
+    return threading.active_count() <= 32
+"""
+    program = f"""
+import os, sys, threading, time
+import attacks, code_sandbox
+code_sandbox.LAYERS = ("landlock",)
+tests = {{"entry_point": "f", "calls": [{{"args": [1.5], "expected": True}}]}}
+hog = threading.Thread(target=lambda: print(code_sandbox.run_tests({hog!r}, tests, memory_mb=9000).status))
+hog.start()
+time.sleep(1)
+print(code_sandbox.run_tests(attacks.HONEST["many threads"], attacks.TESTS["calls"]).status, flush=True)
+hog.join()
+"""
+    done = run_elsewhere(tmp_path, ["-c", program], 0)
+    assert done.stdout.split() == ["pass"] * 2, done.stderr
 
 
 def test_without_protection_it_refuses(monkeypatch):
