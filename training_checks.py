@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import random
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -113,13 +114,24 @@ def reward_function(run: Run):
     return {"task": compute_rewards, "shuffled": shuffled, "checksum": checksum_reward}[run.rewards]
 
 
+def start_worker(threads: int) -> None:
+    """In a worker process: it ends with its parent, even if that is killed."""
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    torch.set_num_threads(threads)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 class Runs:
     """Runs under way, by name. runs[name] waits for one, and raises what it raised."""
 
     def __init__(self, runs: dict[str, Run], num_workers: int):
         spawn = multiprocessing.get_context("spawn")  # a fork of a process with OpenMP's threads may hang
         threads = max(1, os.cpu_count() // num_workers)
-        self.pool = ProcessPoolExecutor(num_workers, spawn, torch.set_num_threads, (threads,))
+        self.pool = ProcessPoolExecutor(num_workers, spawn, start_worker, (threads,))
         self.futures: dict[str, Future] = {
             name: self.pool.submit(carry_out, run) for name, run in runs.items()
         }
