@@ -82,8 +82,10 @@ class Updates:
 
     model: torch.nn.Module  # after them, float64
     advantages: list[float]  # of each response
+    old_log_probs: list[torch.Tensor]  # (|y|,) of each response, before the first update
     log_ratios: list[torch.Tensor]  # (|y|,) log pi - log pi_old as each response's own update saw them
     clip_fractions: list[float]  # of the tokens of each update
+    num_tokens: list[int]  # of each update
     grad_norms: list[float]  # of each update, before clipping
 
 
@@ -110,7 +112,7 @@ def updates(
     with torch.no_grad():
         old = [token_log_probs(model, *pair, temperature) for pair in pairs]
     weights = torch.tensor(advantages(rewards, group_size), dtype=torch.float64)
-    result = Updates(model, weights.tolist(), [], [], [])
+    result = Updates(model, weights.tolist(), old, [], [], [], [])
     size = len(pairs) // num_updates
     for start in range(0, len(pairs), size):
         rows = range(start, start + size)
@@ -126,6 +128,7 @@ def updates(
         loss(kind, *inputs).backward()
         result.grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item())
         result.clip_fractions.append(clip_fraction(kind, *inputs))
+        result.num_tokens.append(int(mask.sum()))
         result.log_ratios += [(row - old[i]).detach() for row, i in zip(scored, rows, strict=True)]
         optimizer.step()
     return result

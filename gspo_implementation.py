@@ -53,6 +53,8 @@ MAX_LOG_RATIO = 60.0
 EVALUATION_STREAM = 1 << 100
 # Problems evaluated at a time: a step of the progress bar.
 EVALUATION_CHUNK = 16
+# Seconds after which a progress bar appears.
+PROGRESS_DELAY_S = 2.0
 # Checkpoints kept on disk: with float32 weights and AdamW's moments, one takes three times the model.
 CHECKPOINTS_KEPT = 2
 
@@ -711,7 +713,9 @@ class GSPOTrainer:
         # In a log file a bar is a line each time it is drawn: draw it seldom.
         interval = 0.5 if sys.stderr.isatty() else 30.0
         main = self.accelerator.is_main_process
-        return tqdm(disable=not main, mininterval=interval, dynamic_ncols=True, **options)
+        return tqdm(
+            disable=not main, mininterval=interval, delay=PROGRESS_DELAY_S, dynamic_ncols=True, **options
+        )
 
     def _schedule_of(self, problems: Sequence) -> list[list]:
         """The rollout batches of all epochs: each epoch in an order of its own, its last batch what remains.

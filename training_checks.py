@@ -22,17 +22,21 @@ from tqdm import tqdm
 from data_loader import compute_rewards, load_problems
 from gspo_implementation import GSPOConfig, GSPOTrainer
 from intervals import paired_interval
+from loss_checks import PAPER_CLIP_RANGES
+from model_checks import DTYPES, MAX_TIED_GROUPS, TIED, checksum_reward
 from model_loader import load_model
 from policy_scoring import token_log_probs
 from rollout import Sampling, TransformersEngine, encode_prompt
 from run_log import stop_reason, warnings_of
-from technical_checks import DTYPES, PAPER_CLIP_RANGES, checksum_reward
 from validation_report import Check, at_most, between, exactly
 
 PAPER_CLIP_FRACTIONS = {"gspo": 0.15, "grpo": 0.0013}  # of tokens, figure 2
 # Multiples of the paper's range: too narrow, around it, too wide.
 RANGE_FACTORS = {"too narrow": 0.01, "a third": 1 / 3, "paper": 1.0, "triple": 3.0, "too wide": 500.0}
 LEAST_GAIN = 0.01  # of held-out pass@1, at the lower end of its 95 % interval
+# Of a run without a signal: one run in a hundred drifts up a little, which the interval over problems does
+# not know of (ten seeds of tiny: mean -.023, standard deviation .022).
+MOST_CHANCE = 0.03
 NOISE_RESPONSES = 64
 PROGRESS_DELAY_S = 2.0
 
@@ -182,10 +186,10 @@ def movement_checks(gspo: Sequence[dict], grpo: Sequence[dict]):
         "the first minibatch never clips, in either algorithm", first, 0.0, "largest clip fraction",
         "pi_old: it must be the policy before the first update, scored as the update scores it",
     )  # fmt: skip
-    moved = min(m["importance_ratio_std"] for m in both if m["zero_variance_groups"] < 1)
+    spreads = [m["importance_ratio_std"] for m in both if m["zero_variance_groups"] <= MAX_TIED_GROUPS]
     yield Check(
-        "the updates after it see a policy that has moved", moved > 0,
-        f"smallest spread of ratios {moved:.2g}", "more than 0",
+        "the updates after it see a policy that has moved", min(spreads) > 0 if spreads else None,
+        f"smallest spread of ratios {min(spreads):.2g}" if spreads else TIED, "more than 0",
         "pi_old is refreshed between the minibatches, or weights do not move",
     )  # fmt: skip
     for name, metrics, allowed in (("gspo", gspo, 0.02), ("grpo", grpo, 0.1)):
@@ -199,7 +203,7 @@ def movement_checks(gspo: Sequence[dict], grpo: Sequence[dict]):
         "null clip fraction", "the compute type: --dtype float32",
     )  # fmt: skip
     infinite = sorted({name for m in both for name, value in m.items() if not _finite(value)})
-    yield exactly("all figures are finite", infinite, [], "not finite:", "the loss and its gradient")
+    yield exactly("all figures are finite", infinite, [], "the others:", "the loss and its gradient")
     yield exactly(
         "gspo: no alarm was raised", sorted(set(_alarms(gspo))), [], "alarms:", "learning rate, ratio"
     )  # fmt: skip
@@ -267,17 +271,18 @@ def gain(before: Sequence[dict], after: Sequence[dict]) -> tuple[float, float, f
 
 def performance_checks(before: Sequence[dict], after: Sequence[dict], control: Sequence[dict]):
     """Evaluations of each seed: before training, after it, and after training on shuffled rewards."""
-    for name, figures, wanted, fault in (
-        ("gspo raises held-out pass@1", gain(before, after), True,
+    for name, figures, bound, wanted, fault in (
+        ("gspo raises held-out pass@1", gain(before, after), LEAST_GAIN, True,
          "the sign of the loss, advantages, or weights that do not move"),
-        ("with rewards shuffled among the responses it does not", gain(before, control), False,
+        ("with rewards shuffled among the responses it does not", gain(before, control), MOST_CHANCE, False,
          "the evaluation: what improves without a signal is not learning"),
-        ("gspo is ahead of that control", gain(control, after), True, "rewards that do not reach the loss"),
+        ("gspo is ahead of that control", gain(control, after), LEAST_GAIN, True,
+         "rewards that do not reach the loss"),
     ):  # fmt: skip
         mean, low, high = figures
         measured = f"{mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
-        expected = f"lower end {'above' if wanted else 'not above'} {LEAST_GAIN:+g}"
-        yield Check(name, (low > LEAST_GAIN) == wanted, measured, expected, fault)
+        expected = f"lower end {'above' if wanted else 'not above'} {bound:+g}"
+        yield Check(name, (low > bound) == wanted, measured, expected, fault)
 
 
 def performance_table(evaluations: dict[str, Sequence[dict]]) -> list[dict]:

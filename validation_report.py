@@ -44,7 +44,7 @@ class Check:
 
 def at_most(name: str, measured: float, bound: float, what: str, fault: str) -> Check:
     """A check that an error does not exceed a bound. NaN exceeds every bound."""
-    return Check(name, measured <= bound, f"{what} {measured:.2g}", f"{what} at most {bound:g}", fault)
+    return Check(name, bool(measured <= bound), f"{what} {measured:.2g}", f"{what} at most {bound:g}", fault)
 
 
 def each_at_most(name: str, measured: dict[str, float], bound: float, what: str, fault: str) -> Check:
@@ -57,11 +57,12 @@ def each_at_most(name: str, measured: dict[str, float], bound: float, what: str,
 
 def between(name: str, measured: float, low: float, high: float, what: str, fault: str) -> Check:
     expected = f"{what} from {low:g} to {high:g}"
-    return Check(name, low <= measured <= high, f"{what} {measured:.4g}", expected, fault)
+    return Check(name, bool(low <= measured <= high), f"{what} {measured:.4g}", expected, fault)
 
 
 def exactly(name: str, measured, expected, what: str, fault: str) -> Check:
-    return Check(name, measured == expected, f"{what} {measured}", f"{what} {expected}", fault)
+    texts = [f"{what} {'none' if value == [] else value}" for value in (measured, expected)]
+    return Check(name, measured == expected, *texts, fault)
 
 
 @dataclass
@@ -108,8 +109,10 @@ class Part:
 
 
 def _last_line_of(error: Exception) -> str:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{Path(frame.filename).name}, line {frame.lineno}: {frame.line}"
+    """The place of an exception, in the worker process if it came from one."""
+    lines = "".join(traceback.format_exception(error.__cause__ or error)).splitlines()
+    places = [i for i, line in enumerate(lines) if line.strip().startswith("File ")]
+    return " ".join(line.strip() for line in lines[places[-1] :][:2]) if places else "the worker process"
 
 
 def _table(rows: list[dict]) -> str:
@@ -163,6 +166,7 @@ def draw_dynamics(path: Path, runs: dict[str, list[dict]], paper: dict[str, floa
         low, high = ([m[f"importance_ratio_{end}"] for m in metrics] for end in ("min", "max"))
         ratios.fill_between(steps, low, high, color=colour, alpha=0.4, label=name)
     clipping.set_yscale("symlog", linthresh=1e-3)
+    clipping.set_ylim(0, 1)
     for axes, title, x, y in (
         (rewards, "Reward", "rollout batch", "mean reward"),
         (clipping, "Clipped tokens", "minibatch", "share of tokens (log scale above 0.001)"),

@@ -174,4 +174,82 @@ FAULTS = {
         "clipped = (ratio > 1 + right) | (ratio < 1 - left)",
         "clip_fraction counts",
     ),
+    "trainer samples at another temperature": Fault(
+        "gspo_implementation",
+        "Sampling(config.max_new_tokens, config.temperature, config.max_length, seed)",
+        "Sampling(config.max_new_tokens, 1.0, config.max_length, seed)",
+        "four updates",
+    ),
+    "top-k": Fault(
+        "rollout",
+        "    logits = logits.float()  # (B, V)\n",
+        "    logits = logits.float()\n"
+        "    full = torch.log_softmax(logits / (temperature or 1), -1)\n"
+        "    logits = logits.masked_fill(logits < logits.topk(20).values[:, -1:], -1e9)\n",
+        "tokens are drawn",
+    ),
+    "one random stream for all prompts": Fault(
+        "rollout",
+        "np.random.SeedSequence(seed + i,",
+        "np.random.SeedSequence(seed + 0 * i,",
+        "random streams",
+    ),
+    "one random stream for a group": Fault(
+        "rollout", "spawn_key=(g,))", "spawn_key=(0 * g,))", "random streams"
+    ),
+    "end tokens of the generation config ignored": Fault(
+        "rollout", "(tokenizer.eos_token_id, *configured)", "(tokenizer.eos_token_id,)", "responses end"
+    ),
+    "budget off by one": Fault(
+        "rollout",
+        "return min(room, sampling.max_new_tokens)",
+        "return min(room + 1, sampling.max_new_tokens)",
+        "responses end",
+    ),
+    "always finished": Fault(
+        "rollout", "finished=response_ids[-1] in self.end_ids", "finished=True", "responses end"
+    ),
+    "unjudged responses scored as 0": Fault(
+        "gspo_implementation",
+        "[math.nan if r is None else float(r) for r in judged]",
+        "[0.0 if r is None else float(r) for r in judged]",
+        "four updates",
+    ),
+    "one update instead of four": Fault(
+        "gspo_implementation",
+        "size = self.config.mini_batch_size * self.config.group_size",
+        "size = self.config.batch_size * self.config.group_size",
+        "makes four updates",
+    ),
+    "dual clip": Fault(
+        "gspo_implementation",
+        "    loss = -_mean_over_tokens(objective, mask)",
+        "    objective = torch.where(advantages < 0, objective.maximum(3 * advantages), objective)\n"
+        "    loss = -_mean_over_tokens(objective, mask)",
+        "clipping stops",
+    ),
+    "advantages bounded": Fault(
+        "gspo_implementation",
+        "centred / (std + 1e-6), 0.0)",
+        "(centred / (std + 1e-6)).clamp(-1.6, 1.6), 0.0)",
+        "advantages are (r - mean) / std",
+    ),
+    "softmax in bfloat16": Fault(
+        "policy_scoring",
+        '-F.cross_entropy(logits[0].float() / temperature, targets, reduction="none")',
+        "logits[0].log_softmax(-1, torch.bfloat16).gather(1, targets[:, None])[:, 0].float()",
+        "softmax is float32",
+    ),
+    "weights in bfloat16": Fault(
+        "gspo_implementation", "self.model = model.float().to(", "self.model = model.to(", "weights move"
+    ),
+    "weight decay": Fault(
+        "gspo_implementation", "weight_decay=config.weight_decay", "weight_decay=0.1", "four updates"
+    ),
+    "a pass at half the reward": Fault(
+        "gspo_implementation",
+        "[reward == 1.0 for reward in rewards]",
+        "[(reward or 0) > 0 for reward in rewards]",
+        "an evaluation counts",
+    ),
 }

@@ -14,7 +14,7 @@ from gspo_implementation import (
     gspo_token_loss,
     kl_penalty,
 )
-from technical_checks import example, value_and_gradient
+from loss_checks import example, value_and_gradient
 
 LOSSES = {"gspo": gspo_loss, "gspo_token": gspo_token_loss, "grpo": grpo_loss}
 RANGES = {"gspo": (3e-4, 4e-4), "gspo_token": (3e-4, 4e-4), "grpo": (0.2, 0.27)}

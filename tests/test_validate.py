@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from faults import FAULTS
 
-import technical_checks
+import loss_checks
+import model_checks
 from data_loader import load_problems
 from model_loader import load_model
 from training_checks import (
@@ -37,16 +38,21 @@ CLOSING_LINES = [
     "🎉 GSPO implementation looks GOOD!",
 ]
 # What a module with a fault reaches, to be imported anew.
-REACHED = ("gspo_config", "gspo_implementation", "policy_scoring", "rollout", "technical_checks")
+REACHED = ("gspo_config", "gspo_implementation", "policy_scoring", "rollout", "loss_checks", "model_checks")
 
 
-def technical_part(checks, model_name="tiny") -> Part:
-    """checks: the module, with or without a fault in what it imports."""
+def technical_part(losses, checks, model_name="tiny", until="never") -> Part:
+    """losses, checks: loss_checks and model_checks, with or without a fault in what they import.
+
+    until: a part of the name of a check; when that has failed, the others need not run.
+    """
     model, tokenizer = load_model(model_name, device="cpu")
     part = Part("Technical correctness", "")
-    subject = checks.ModelChecks(model, tokenizer, load_problems("sort", "eval", 4), "cpu")
-    for check in [*checks.loss_checks, *subject.all()]:
+    subject = checks.ModelChecks(model, tokenizer, load_problems("sort", "eval", 8), "cpu")
+    for check in [*losses.CHECKS, *subject.all()]:
         part.run(check())
+        if any(until in failure.name for failure in part.failed):
+            break
     return part
 
 
@@ -59,7 +65,8 @@ def test_a_fault_is_seen_where_it_is(name, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     for module in REACHED:
         monkeypatch.delitem(sys.modules, module, raising=False)
-    part = technical_part(importlib.import_module("technical_checks"))
+    modules = map(importlib.import_module, ("loss_checks", "model_checks"))
+    part = technical_part(*modules, until=fault.seen_by)
     assert Path(sys.modules[fault.module].__file__).parent == tmp_path
     assert any(fault.seen_by in check.name for check in part.failed), part.failed
     assert "look at: " in capsys.readouterr().out
@@ -67,7 +74,7 @@ def test_a_fault_is_seen_where_it_is(name, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("model_name", ["tiny", "tiny-moe"])
 def test_nothing_fails_without_a_fault(model_name):
-    assert technical_part(technical_checks, model_name).failed == []
+    assert technical_part(loss_checks, model_checks, model_name).failed == []
 
 
 # Verdicts on training, from figures that are made up
@@ -181,7 +188,7 @@ def test_a_check_that_raises_has_failed_and_nan_is_no_small_error(capsys):
     part.close()
     assert [check.name for check in part.failed] == ["checks"]
     printed = capsys.readouterr().out
-    assert "test_validate.py, line" in printed and "1 of 2 FAILED: checks" in printed
+    assert 'test_validate.py", line' in printed and "1 of 2 FAILED: checks" in printed
     assert at_most("x", math.nan, 1, "", "").passed is False
     assert each_at_most("x", {"a": 0.0, "b": math.nan}, 1, "error", "there").fault == "b: there"
 
