@@ -71,21 +71,28 @@ class ModelChecks:
         return [self.scoring, self.sampling, self.random_streams, self.endings, *updates]
 
     def scoring(self):
-        """Against one row at a time without padding, with all logits; gradients of the norms and biases."""
+        """Against one row at a time without padding, with all logits; gradients of the norms and biases.
+
+        Groups share their prompts; then one response to each prompt, which shares nothing.
+        """
         fault = "policy_scoring.token_log_probs: positions, padding, temperature"
         parameters = [p for p in self.model.parameters() if p.dim() == 1]
         errors, gradient_errors = {}, {}
-        for temperature in TEMPERATURES[:2]:
-            pairs = _pairs(self._sample(temperature))
+        for name, temperature, step in (
+            ("in groups, T=1", 1.0, 1),
+            ("T=0.7", 0.7, 1),
+            ("alone", 0.7, GROUP_SIZE),
+        ):
+            pairs = _pairs(self._sample(temperature))[::step]
             fast = policy_scoring.token_log_probs(self.model, *zip(*pairs, strict=True), temperature)
             slow = [reference.token_log_probs(self.model, *pair, temperature) for pair in pairs]
-            errors[f"T={temperature}"] = _largest_gap(fast, slow)
+            errors[name] = _largest_gap(fast, slow)
             gradients = []
             for rows in (fast, slow):
                 weighted = [torch.linspace(-1, 1, len(row), device=row.device) * row for row in rows]
                 parts = torch.autograd.grad(torch.cat(weighted).sum(), parameters)
                 gradients.append(torch.cat([part.flatten().double() for part in parts]))
-            gradient_errors[f"T={temperature}"] = relative_error(*gradients)
+            gradient_errors[name] = relative_error(*gradients)
         yield each_at_most("scoring equals a naive forward", errors, 1e-3, "largest error", fault)
         yield each_at_most("so do its gradients", gradient_errors, 1e-3, "relative error", fault)
         with torch.no_grad(), torch.autocast(torch.device(self.device).type, torch.bfloat16):

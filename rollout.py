@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+
+from prompt_cache import can_share_prompts, run_prompts
 
 # Rows sampled at a time: bounds the key-value cache when an evaluation hands over hundreds of prompts.
 MAX_ROWS = 128
@@ -64,8 +65,7 @@ class TransformersEngine:
         self.model = model
         self.tokenizer = tokenizer
         self.end_ids = _end_token_ids(model, tokenizer)
-        layers = DynamicCache(config=model.config).layers
-        if not all(hasattr(layer, "batch_repeat_interleave") for layer in layers):
+        if not can_share_prompts(model):
             raise ValueError(
                 f"{model.config.model_type} has recurrent layers, whose state cannot be repeated "
                 "for a group yet: use a model with attention layers only"
@@ -100,7 +100,10 @@ class TransformersEngine:
         log_probs = torch.zeros(len(budget), max(budgets), device=device)  # (B, T)
         lengths = torch.zeros_like(budget)  # (B,)
 
-        logits, cache, attention_mask = self._prefill(prompts, group_size)
+        logits, cache, attention_mask = run_prompts(self.model, prompts)
+        logits = logits.repeat_interleave(group_size, dim=0)  # (B, V)
+        attention_mask = attention_mask.repeat_interleave(group_size, dim=0)  # (B, P)
+        cache.batch_repeat_interleave(group_size)
         live = torch.arange(len(budget), device=device)  # responses in the batch; logits, cache in this order
         done = torch.zeros_like(live, dtype=torch.bool)  # those among them that have ended
         for step in range(max(budgets)):
@@ -136,32 +139,6 @@ class TransformersEngine:
                 )
             )
         return rollouts
-
-    def _prefill(self, prompts, group_size):
-        """Run each prompt once and repeat its state for its group: logits (B, V), cache, mask (B, P)."""
-        device = self.model.get_input_embeddings().weight.device
-        width = max(len(prompt) for prompt in prompts)
-        input_ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (Q, P), left-padded
-        attention_mask = torch.zeros(len(prompts), width, dtype=torch.long)  # (Q, P)
-        for i, prompt in enumerate(prompts):
-            input_ids[i, width - len(prompt) :] = torch.tensor(prompt)
-            attention_mask[i, width - len(prompt) :] = 1
-        attention_mask = attention_mask.to(device)
-        cache = DynamicCache(config=self.model.config)
-        logits = self.model(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]  # (Q, V)
-        cache.batch_repeat_interleave(group_size)
-        return (
-            logits.repeat_interleave(group_size, dim=0),
-            cache,
-            attention_mask.repeat_interleave(group_size, dim=0),
-        )
 
 
 def _uniforms(seed: int, num_prompts: int, group_size: int, length: int) -> torch.Tensor:

@@ -128,8 +128,8 @@ FAULTS = {
     ),
     "temperature ignored by the scorer": Fault(
         "policy_scoring",
-        "logits[0].float() / temperature",
-        "logits[0].float()",
+        "logits.float() / temperature",
+        "logits.float()",
         "scoring equals",
     ),
     "weights frozen": Fault(
@@ -161,6 +161,24 @@ FAULTS = {
         "[i, len(prompt) - 1 : len(prompt) - 1 + len(response)]",
         "[i, len(prompt) : len(prompt) + len(response)]",
         "scoring equals",
+    ),
+    "shared prompts mixed up": Fault(
+        "policy_scoring",
+        "cache.batch_select_indices(prompt_of)",
+        "cache.batch_select_indices(prompt_of.flip(0))",
+        "scoring equals",
+    ),
+    "positions after a shared prompt": Fault(
+        "policy_scoring",
+        "position_ids=mask.sum(1, keepdim=True) +",
+        "position_ids=mask.sum(1, keepdim=True) + 1 +",
+        "scoring equals",
+    ),
+    "shared prompts without a gradient": Fault(
+        "policy_scoring",
+        "logits, cache, prompt_mask = run_prompts(model, shared)",
+        "with torch.no_grad():\n        logits, cache, prompt_mask = run_prompts(model, shared)",
+        "so do its gradients",
     ),
     "unbounded exponential": Fault(
         "gspo_implementation",
@@ -236,8 +254,8 @@ FAULTS = {
     ),
     "softmax in bfloat16": Fault(
         "policy_scoring",
-        '-F.cross_entropy(logits[0].float() / temperature, targets, reduction="none")',
-        "logits[0].log_softmax(-1, torch.bfloat16).gather(1, targets[:, None])[:, 0].float()",
+        '-F.cross_entropy(logits.float() / temperature, targets, reduction="none")',
+        "logits.log_softmax(-1, torch.bfloat16).gather(1, targets[:, None])[:, 0].float()",
         "softmax is float32",
     ),
     "weights in bfloat16": Fault(

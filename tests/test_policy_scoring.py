@@ -21,14 +21,27 @@ def ragged_rows(seed=0, rows=7):
     return [ids(p) for p, _ in lengths], [ids(r) for _, r in lengths]
 
 
+def groups(seed=0, size=3):
+    """Three prompts of different lengths, each with a group of responses of 0 to 13 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(length):
+        return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+    prompts = [prompt for prompt in map(ids, (12, 3, 7)) for _ in range(size)]
+    lengths = [0, 1, *torch.randint(0, 14, (len(prompts) - 2,), generator=generator).tolist()]
+    return prompts, list(map(ids, lengths))
+
+
 def gradient_of(model, loss):
     model.zero_grad()
     loss.backward()
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 
-def test_values_and_gradients_match_the_naive_forward(any_model):
-    prompts, responses = ragged_rows()
+@pytest.mark.parametrize("rows", [ragged_rows, groups])
+def test_values_and_gradients_match_the_naive_forward(any_model, rows):
+    prompts, responses = rows()
     weights = [torch.linspace(-1, 1, len(r)) for r in responses]
     scored = token_log_probs(any_model, prompts, responses, temperature=0.7)
     naive = [
@@ -49,6 +62,20 @@ def test_rows_do_not_depend_on_their_company(any_model):
     for i in range(len(prompts)):
         alone = token_log_probs(any_model, [prompts[i]], [responses[i]])[0]
         torch.testing.assert_close(together[i], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_shared_prompt_runs_once(llama, monkeypatch):
+    prompts, responses = groups()
+    tokens = []
+    embedding = llama.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _layer, inputs, _output: tokens.append(inputs[0].numel()))
+    token_log_probs(llama, prompts, responses)
+    shared, tokens[:] = list(tokens), []
+    monkeypatch.setattr(policy_scoring, "can_share_prompts", lambda model: False)
+    token_log_probs(llama, prompts, responses)
+    handle.remove()
+    widest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    assert shared == [3 * 12, 9 * (max(map(len, responses)) - 1)] and tokens == [9 * widest]
 
 
 def test_scoring_twice_gives_the_same_bits(llama):

@@ -38,7 +38,10 @@ CLOSING_LINES = [
     "🎉 GSPO implementation looks GOOD!",
 ]
 # What a module with a fault reaches, to be imported anew.
-REACHED = ("gspo_config", "gspo_implementation", "policy_scoring", "rollout", "loss_checks", "model_checks")
+REACHED = (
+    "gspo_config", "gspo_implementation", "policy_scoring", "prompt_cache", "rollout",
+    "loss_checks", "model_checks",
+)  # fmt: skip
 
 
 def technical_part(losses, checks, model_name="tiny", until="never") -> Part:
