@@ -44,7 +44,7 @@ def checksum_reward(problems, responses) -> list[float | None]:
     return [None if x < UNJUDGED_SHARE else x for x in sums]
 
 
-def first_letter_reward(problems, responses) -> list[float]:
+def three_valued_reward(problems, responses) -> list[float]:
     """1, 0.5 or 0, for the check of the evaluation: only 1 is a pass."""
     return [random.Random(response).choice([0.0, 0.5, 1.0]) for response in responses]
 
@@ -286,10 +286,10 @@ class ModelChecks:
         )  # fmt: skip
 
     def evaluation(self):
-        trainer = self._trainer(dtype="float32", reward_fn=first_letter_reward)
+        trainer = self._trainer(dtype="float32", reward_fn=three_valued_reward)
         before = _weights(trainer.model)
         first, second = trainer.evaluate(self.problems), trainer.evaluate(self.problems)
-        rewards = first_letter_reward(None, [r.text for r in trainer.engine.rollouts])
+        rewards = three_valued_reward(None, [r.text for r in trainer.engine.rollouts])
         passed = (np.array(rewards) == 1).reshape(-1, GROUP_SIZE).mean(1).tolist()
         right = first == second and first["pass_by_problem"] == passed
         right &= first["pass_at_1"] == np.mean(passed) and bool((_weights(trainer.model) == before).all())

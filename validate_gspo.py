@@ -65,7 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
             check_memory(name, MEMORY_PER_PARAMETER * count_parameters(name))
         model, tokenizer = load_model(name)
         options.output_dir.mkdir(parents=True, exist_ok=True)
-        (options.output_dir / "results.json").write_text("{}")  # not after two minutes
+        (options.output_dir / "results.json").write_text(
+            '{"passed": null}\n'
+        )  # fails now rather than at the end
     except (ValueError, OSError) as error:
         print(f"validate_gspo.py: {error}", file=sys.stderr)
         return 2
