@@ -241,10 +241,10 @@ class ModelChecks:
         )
 
     def micro_batches(self):
-        norms = []
-        for tokens in (4096, 1):
-            trainer = self._trainer(dtype="float32", micro_batch_tokens=tokens)
-            norms.append(trainer.train_step(self.problems)["grad_norm"])
+        norms = [  # one trainer at a time: each has a copy of the model and its optimizer's moments
+            self._trainer(dtype="float32", micro_batch_tokens=tokens).train_step(self.problems)["grad_norm"]
+            for tokens in (4096, 1)
+        ]
         name = "the trainer's micro-batches never matter"
         if norms[0] == 0:
             yield Check(name, None, TIED, "")

@@ -29,6 +29,7 @@ from policy_scoring import token_log_probs
 from rollout import Sampling, TransformersEngine, encode_prompt
 from run_log import stop_reason, warnings_of
 from validation_report import Check, at_most, between, exactly
+from worker_pool import PROGRESS_DELAY_S
 
 PAPER_CLIP_FRACTIONS = {"gspo": 0.15, "grpo": 0.0013}  # of tokens, figure 2
 # Multiples of the paper's range: too narrow, around it, too wide.
@@ -38,7 +39,6 @@ LEAST_GAIN = 0.01  # of held-out pass@1, at the lower end of its 95 % interval
 # not know of (ten seeds of tiny: mean -.023, standard deviation .022).
 MOST_CHANCE = 0.03
 NOISE_RESPONSES = 64
-PROGRESS_DELAY_S = 2.0
 
 
 @dataclass(frozen=True)

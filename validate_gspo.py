@@ -1,6 +1,6 @@
 """Proof that GSPO works on this machine, before it is paid for at scale.
 
-    python validate_gspo.py                               two to three minutes, no network, no GPU
+    python validate_gspo.py                               one to three minutes, no network, no GPU
     python validate_gspo.py --model_name tiny-moe         the same on a mixture of experts
     python validate_gspo.py --model_name Qwen/Qwen2.5-0.5B-Instruct     what makes sense on a model of yours
     python validate_gspo.py --seeds 5                     parts 2 and 3 with five seeds
@@ -8,7 +8,7 @@
 Four parts: (1) the properties that implementations get wrong, against float64 loops; (2) the dynamics
 of real training, beside GRPO's; (3) held-out pass@1 before and after, with a control; (4) clip ranges, and
 which of them this machine's precision allows. Everything also goes to validation_results/: results.json,
-metrics.jsonl and dynamics.png. Exit codes: 0 all is well; 1 a check failed; 2 bad input.
+metrics.jsonl and dynamics.png. Exit codes: 0 all is well; 1 a check failed; 2 bad input; 130 interrupted.
 """
 
 import argparse
