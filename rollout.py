@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from prompt_cache import can_share_prompts, run_prompts
 
@@ -25,6 +26,8 @@ MAX_ROWS = 128
 # Finished rows leave the batch when they make up this share of it; leaving one by one would copy the
 # key-value cache at almost every step.
 COMPACT_SHARE = 0.25
+# Tokens summed at a time when a token is drawn.
+CDF_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -79,25 +82,27 @@ class TransformersEngine:
         Raises:
             ValueError: an empty prompt, or one that leaves no room for a token under sampling.max_length.
         """
-        budgets = [_response_budget(prompt, sampling) for prompt in prompts]
+        budgets = torch.tensor([_response_budget(prompt, sampling) for prompt in prompts])
+        budgets = budgets.repeat_interleave(group_size)  # (B,)
         prompts_at_a_time = max(1, MAX_ROWS // group_size)
         rollouts = []
         with _evaluating(self.model), torch.no_grad():
             for start in range(0, len(prompts), prompts_at_a_time):
-                chunk = slice(start, start + prompts_at_a_time)
-                uniforms = _uniforms(sampling.seed + start, len(prompts[chunk]), group_size, max(budgets))
-                rollouts += self._generate_chunk(
-                    prompts[chunk], budgets[chunk], group_size, sampling.temperature, uniforms
-                )
+                chunk = prompts[start : start + prompts_at_a_time]
+                budget = budgets[start * group_size :][: len(chunk) * group_size]
+                uniforms = _uniforms(sampling.seed + start, len(chunk), group_size, int(budgets.max()))
+                rollouts += self._generate_chunk(chunk, budget, sampling.temperature, uniforms)
         return rollouts
 
-    def _generate_chunk(self, prompts, budgets, group_size, temperature, uniforms) -> list[Rollout]:
+    def _generate_chunk(self, prompts, budget, temperature, uniforms) -> list[Rollout]:
+        """Of at most budget (B,) tokens each, drawn at uniforms (B, T)."""
         device = self.model.get_input_embeddings().weight.device
-        uniforms = uniforms.to(device)  # (B, T) float64
+        group_size, longest = len(budget) // len(prompts), int(budget.max())
+        budget = budget.to(device)
+        uniforms = uniforms.to(device)
         end_ids = torch.tensor(self.end_ids, device=device)
-        budget = torch.tensor(budgets, device=device).repeat_interleave(group_size)  # (B,)
-        tokens = torch.zeros(len(budget), max(budgets), dtype=torch.long, device=device)  # (B, T)
-        log_probs = torch.zeros(len(budget), max(budgets), device=device)  # (B, T)
+        tokens = torch.zeros(len(budget), longest, dtype=torch.long, device=device)  # (B, T)
+        log_probs = torch.zeros(len(budget), longest, device=device)  # (B, T)
         lengths = torch.zeros_like(budget)  # (B,)
 
         logits, cache, attention_mask = run_prompts(self.model, prompts)
@@ -106,7 +111,7 @@ class TransformersEngine:
         cache.batch_repeat_interleave(group_size)
         live = torch.arange(len(budget), device=device)  # responses in the batch; logits, cache in this order
         done = torch.zeros_like(live, dtype=torch.bool)  # those among them that have ended
-        for step in range(max(budgets)):
+        for step in range(longest):
             token, log_prob = _sample(logits, temperature, uniforms[live, step])
             tokens[live, step], log_probs[live, step] = token, log_prob
             lengths[live[~done]] = step + 1
@@ -154,18 +159,35 @@ def _uniforms(seed: int, num_prompts: int, group_size: int, length: int) -> torc
 def _sample(logits, temperature, uniform):
     """Draw by inverting the cumulative distribution at uniform (B,): tokens and log-probabilities (B,).
 
-    The sum runs in float64: in float32 its error over a 150k vocabulary is larger than many tokens'
-    probabilities. A token of probability 0 is never drawn.
+    First the block of CDF_BLOCK tokens, then the token in it, so that the sums that need float64 (in float32
+    their error over a 150k vocabulary is larger than many tokens' probabilities) are over few numbers: half
+    the time of one cumulative sum. A token of probability 0 is never drawn.
     """
     logits = logits.float()  # (B, V)
     if temperature == 0:
         token = logits.argmax(-1)
         return token, torch.zeros_like(token, dtype=torch.float32)
-    log_probs = torch.log_softmax(logits / temperature, dim=-1)
-    cumulative = log_probs.double().exp().cumsum(-1)
-    threshold = uniform * cumulative[:, -1]
-    token = torch.searchsorted(cumulative, threshold[:, None], right=True)  # (B, 1)
-    return token.squeeze(1), log_probs.gather(1, token).squeeze(1)
+    logits = logits / temperature
+    highest = logits.amax(-1, keepdim=True)
+    weights = F.pad((logits - highest).exp_(), (0, -logits.shape[1] % CDF_BLOCK))  # softmax, times a constant
+    weights = weights.view(len(logits), -1, CDF_BLOCK)
+    blocks = weights.sum(-1, dtype=torch.float64)  # (B, V / CDF_BLOCK)
+    cumulative = blocks.cumsum(-1)
+    total = cumulative[:, -1:]
+    threshold = uniform[:, None] * total
+    block = _first_above(cumulative, threshold)  # (B, 1)
+    threshold = threshold - (cumulative - blocks).gather(1, block)
+    weights = weights.gather(1, block[:, :, None].expand(-1, 1, CDF_BLOCK))[:, 0]  # (B, CDF_BLOCK)
+    token = block * CDF_BLOCK + _first_above(weights.double().cumsum(-1), threshold)
+    log_probs = (logits.gather(1, token) - highest).double() - total.log()
+    return token.squeeze(1), log_probs.squeeze(1).float()
+
+
+def _first_above(cumulative, threshold):
+    """Index (B, 1) of the first of cumulative (B, N) above threshold (B, 1), which rounding may have raised
+    to the last of them or a little more."""
+    threshold = torch.minimum(threshold, cumulative[:, -1:] * (1 - 2**-52))
+    return torch.searchsorted(cumulative, threshold, right=True)
 
 
 def _response_budget(prompt, sampling: Sampling) -> int:

@@ -18,13 +18,14 @@ from types import NoneType
 from typing import get_args, get_type_hints
 
 # Waiting OpenMP threads spin for long before they sleep. On a CPU that other processes share, that made a
-# rollout batch up to five times slower; spinning briefly costs nothing (LOG.md). Read when torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# rollout batch up to five times slower; spinning briefly costs little (LOG.md). Read when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from transformers.utils.logging import disable_progress_bar
 
 from command_line import Parser
 from data_loader import default_max_new_tokens, load_problems
+from freed_memory import keep_freed_memory
 from gspo_config import choose_dtype
 from gspo_implementation import EmergencyStop, GSPOConfig, GSPOTrainer
 from intervals import paired_interval
@@ -37,6 +38,7 @@ MEMORY_PER_PARAMETER = 16
 
 
 def main(arguments: list[str] | None = None) -> int:
+    keep_freed_memory()
     try:
         config = resolve(parse(arguments))
         print(json.dumps({k: v for k, v in asdict(config).items() if v is not None}, indent=2))

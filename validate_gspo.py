@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as in train_gspo.py: torch reads it
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in train_gspo.py: torch reads it
 
 import torch
 from transformers.utils.logging import disable_progress_bar

@@ -122,8 +122,8 @@ FAULTS = {
     ),
     "temperature missing in drawing": Fault(
         "rollout",
-        "cumulative = log_probs.double().exp()",
-        "cumulative = torch.log_softmax(logits, -1).double().exp()",
+        "(logits - highest).exp_()",
+        "((logits - highest) * temperature).exp_()",
         "tokens are drawn",
     ),
     "temperature ignored by the scorer": Fault(

@@ -95,6 +95,18 @@ def test_draws_follow_the_softmax():
     torch.testing.assert_close(log_prob, expected.log()[token].float())
 
 
+def test_draws_invert_the_cumulative_distribution_of_a_large_vocabulary():
+    # blocks of tokens that are whole, cut short by the vocabulary's end, or without any probability
+    logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(0)) * 4
+    logits[:, 256:768] = -200
+    uniform = torch.rand(2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    token, log_prob = _sample(logits.expand(len(uniform), -1), 1.0, uniform)
+    expected = torch.softmax(logits[0].double(), -1)
+    slow = torch.searchsorted(expected.cumsum(-1), uniform, right=True)
+    assert (token != slow).sum() <= 1, "but for a uniform within rounding of a boundary"
+    torch.testing.assert_close(log_prob, expected.log()[token].float())
+
+
 def test_first_tokens_of_a_model_follow_its_softmax(llama):
     sampled = engine(llama).generate([PROMPTS[0]], 6000, Sampling(max_new_tokens=1, temperature=1.3, seed=7))
     observed = torch.bincount(torch.tensor([r.response_ids[0] for r in sampled]), minlength=VOCABULARY)
