@@ -603,7 +603,7 @@ class GSPOTrainer:
         own = teaching[self.accelerator.process_index :: self.accelerator.num_processes]
         prompts = [batch.rollouts[row].prompt_ids for row in own]
         responses = [batch.rollouts[row].response_ids for row in own]
-        split = micro_batches(prompts, responses, self.config.micro_batch_tokens)
+        split = micro_batches(self.model, prompts, responses, self.config.micro_batch_tokens)
         return [[own[i] for i in indices] for indices in split]
 
     def _log_probs(self, model, batch: RolloutBatch, rows: list[int]) -> dict[int, torch.Tensor]:

@@ -2,16 +2,16 @@
 
     log pi(y_t | x, y_<t) = log_softmax(logits / temperature)[y_t],   t = 1 .. |y|        (float32)
 
-How it is fast: a prompt that several rows share runs once, and its responses attend to its keys and values
-(prompt_cache.py); gradients meet there, so that this is exact, to rounding. Logits are computed at response
-positions only (the output layer of a 49k to 152k vocabulary is a fifth of a small model's arithmetic, and its
-full (B, S, V) output is what usually exhausts memory).
+How it is fast: a pass is one packed row, in which each prompt stands once and nothing is padded
+(group_attention.py). The output layer sees response positions only, a chunk at a time, and makes its logits
+anew in backward: memory does not grow with vocabulary x tokens.
 
-Rows by themselves are right-padded, so causality alone keeps padding out of every real position: no attention
-mask is built, positions count from 0, and the result does not depend on the tokenizer's padding side.
+Models whose tokens meet elsewhere than in plain attention get right-padded rows of prompt and response. Causality
+alone keeps padding out of every real position: no attention mask is built, positions count from 0, and the
+result does not depend on the tokenizer's padding side.
 
-Shapes: B sequences, Q distinct prompts of P positions, T response positions, S positions of prompt and
-response, N response tokens of all rows together, H hidden width, V vocabulary.
+Shapes: B sequences, S positions of prompt and response, N response tokens of all rows together, H hidden width,
+V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,15 @@ from contextlib import contextmanager
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from prompt_cache import can_share_prompts, run_prompts
+from group_attention import PackedGroups, attending_in, can_pack
 
-# Padded tokens of one forward pass. Bounds activations and logits when a caller hands over a large batch;
-# the trainer cuts its micro-batches smaller than this.
+# Tokens of one forward pass. Bounds activations when a caller hands over a large batch; the trainer cuts its
+# micro-batches smaller than this.
 MAX_FORWARD_TOKENS = 16384
+# Logits held at a time: in float32, with their softmax and its gradient, 400 MB.
+MAX_LOGITS = 1 << 25
 
 
 def token_log_probs(
@@ -50,7 +53,7 @@ def token_log_probs(
     """
     _check_rows(model, prompts, responses, temperature)
     scored: list[torch.Tensor | None] = [None] * len(prompts)
-    for rows in micro_batches(prompts, responses, MAX_FORWARD_TOKENS):
+    for rows in micro_batches(model, prompts, responses, MAX_FORWARD_TOKENS):
         batch = _score_rows(model, [prompts[i] for i in rows], [responses[i] for i in rows], temperature)
         for i, log_probs in zip(rows, batch, strict=True):
             scored[i] = log_probs
@@ -58,14 +61,39 @@ def token_log_probs(
 
 
 def micro_batches(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], max_tokens: int
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    max_tokens: int,
 ) -> list[list[int]]:
-    """Split rows into forward passes of at most max_tokens padded tokens, at least one row each.
+    """Split rows into forward passes of at most max_tokens tokens, at least one row each.
 
-    Rows are sorted by length first, so that a pass holds rows of similar length and little padding. The
-    split depends on lengths alone: scoring the same rows again runs the same shapes, which makes the
-    importance ratio of an unchanged policy exactly 1.
+    The split depends on the rows alone: scoring them again runs the same shapes, which makes the importance
+    ratio of an unchanged policy exactly 1.
     """
+    split = _split_packed if can_pack(model) else _split_padded
+    return split(prompts, responses, max_tokens)
+
+
+def _split_packed(prompts, responses, max_tokens) -> list[list[int]]:
+    """The rows of a prompt stay together, and count its tokens once."""
+    first = {}
+    for i, prompt in enumerate(prompts):
+        first.setdefault(tuple(prompt), i)
+    batches, tokens, seen = [], max_tokens, None
+    for i in sorted(range(len(prompts)), key=lambda i: first[tuple(prompts[i])]):
+        group = first[tuple(prompts[i])]
+        tokens += len(responses[i]) + (len(prompts[i]) if group != seen else 0)
+        if tokens > max_tokens:
+            batches.append([])
+            tokens = len(responses[i]) + len(prompts[i])
+        batches[-1].append(i)
+        seen = group
+    return batches
+
+
+def _split_padded(prompts, responses, max_tokens) -> list[list[int]]:
+    """Sorted by length, so that a pass holds rows of similar length and little padding."""
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -90,98 +118,72 @@ def _check_rows(model, prompts, responses, temperature) -> None:
 
 
 def _score_rows(model, prompts, responses, temperature) -> list[torch.Tensor]:
-    """One pass over rows: each prompt once where that can be, else every row by itself."""
-    if not any(responses):
-        return [torch.zeros(0, device=model.get_input_embeddings().weight.device) for _ in responses]
-    shared = sorted({tuple(prompt) for prompt in prompts})
-    if len(shared) < len(prompts) and can_share_prompts(model) and not _recomputes(model):
-        return _score_after_shared_prompts(model, shared, prompts, responses, temperature)
-    return _score_whole_rows(model, prompts, responses, temperature)
-
-
-def _score_after_shared_prompts(model, shared, prompts, responses, temperature) -> list[torch.Tensor]:
-    """The distinct prompts (Q, P) once, then the responses (B, T) on their keys and values."""
-    logits, cache, prompt_mask = run_prompts(model, shared)
-    device, lengths = logits.device, [len(response) for response in responses]
-    place = {prompt: i for i, prompt in enumerate(shared)}
-    prompt_of = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=device)  # (B,)
-    nonempty = torch.tensor([n > 0 for n in lengths], device=device)
-    first_tokens = torch.tensor([response[0] for response in responses if response], device=device)
-    firsts = _log_probs(logits[prompt_of[nonempty]], first_tokens, temperature)
-
-    inputs = [response[:-1] for response in responses]  # the last token predicts nothing
-    input_ids, predicts = _right_padded(inputs, device)  # (B, T - 1)
-    rest = firsts.new_zeros(0)
-    if input_ids.numel():
-        cache.batch_select_indices(prompt_of)
-        mask = prompt_mask[prompt_of]  # (B, P)
-        with _output_layer_at(model, predicts):
-            logits = model(
-                input_ids=input_ids,
-                attention_mask=torch.cat([mask, torch.ones_like(input_ids)], dim=1),
-                position_ids=mask.sum(1, keepdim=True) + torch.arange(input_ids.shape[1], device=device),
-                past_key_values=cache,
-                use_cache=True,
-            ).logits  # (1, N - B, V)
-        rest = _log_probs(logits[0], _joined([response[1:] for response in responses], device), temperature)
-
-    firsts_of_rows, rests = iter(firsts.split(1)), rest.split([len(row) for row in inputs])
-    return [
-        torch.cat([next(firsts_of_rows), row]) if n else row for n, row in zip(lengths, rests, strict=True)
-    ]
-
-
-def _score_whole_rows(model, prompts, responses, temperature) -> list[torch.Tensor]:
-    """Right-padded rows of prompt and response (B, S)."""
+    """One pass over rows."""
     device = model.get_input_embeddings().weight.device
-    input_ids, _ = _right_padded([[*p, *r] for p, r in zip(prompts, responses, strict=True)], device)
-    predicts = torch.zeros_like(input_ids, dtype=torch.bool)
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        predicts[i, len(prompt) - 1 : len(prompt) - 1 + len(response)] = True
-    with _output_layer_at(model, predicts):
-        logits = model(input_ids=input_ids, use_cache=False).logits  # (1, N, V)
     lengths = [len(response) for response in responses]
-    return list(_log_probs(logits[0], _joined(responses, device), temperature).split(lengths))
+    if not any(lengths):
+        return [torch.zeros(0, device=device) for _ in responses]
+    run = _run_packed if can_pack(model) else _run_padded
+    output, places = run(model, prompts, responses, device)
+    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, torch.tensor(places, device=device))
+    targets = torch.tensor([token for response in responses for token in response], device=device)
+    step = max(1, MAX_LOGITS // model.get_output_embeddings().weight.shape[0])
+    chunks = zip(hidden.split(step), targets.split(step), strict=True)
+    log_probs = [
+        checkpoint(_log_probs, model, output, *chunk, temperature, use_reentrant=False) for chunk in chunks
+    ]
+    return list(torch.cat(log_probs).split(lengths))
 
 
-def _right_padded(rows, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (B, S), and whether each is a row's own; no real position attends to the padding."""
-    lengths = torch.tensor([len(row) for row in rows])
-    input_ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    own = torch.arange(input_ids.shape[1]) < lengths[:, None]
-    input_ids[own] = _joined(rows, "cpu")
-    return input_ids.to(device), own.to(device)
+def _run_packed(model, prompts, responses, device):
+    """The model's body over a packed row: its output, and the places (N,) that predict the responses' tokens."""
+    rows_of: dict[tuple, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        rows_of.setdefault(tuple(prompt), []).append(i)
+    # a response's last token predicts nothing
+    packed = PackedGroups(
+        [(prompt, [responses[i][:-1] for i in rows]) for prompt, rows in rows_of.items()], device
+    )
+    with attending_in(model, packed):
+        output = model.base_model(
+            input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False
+        )
+    order = [i for rows in rows_of.values() for i in rows]
+    predictors = dict(zip(order, (p for group in packed.predictors for p in group), strict=True))
+    return output, [place for i, row in enumerate(responses) for place in predictors[i][: len(row)]]
 
 
-def _joined(rows, device) -> torch.Tensor:
-    return torch.tensor([token for row in rows for token in row], dtype=torch.long, device=device)
+def _run_padded(model, prompts, responses, device):
+    """The same over rows (B, S) of prompt and response, with places in the flattened (B * S,)."""
+    rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
+    width = max(map(len, rows))
+    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    output = model.base_model(input_ids=input_ids, use_cache=False)
+    places = [
+        i * width + len(prompt) - 1 + t
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+        for t in range(len(response))
+    ]
+    return output, places
 
 
-def _log_probs(logits, targets, temperature) -> torch.Tensor:
-    """Of the targets (N,) under logits (N, V), in float32."""
+def _log_probs(model, output, hidden, targets, temperature) -> torch.Tensor:
+    """Of the targets (n,), from the hidden states (n, H) that predict them, in float32."""
+    with _body_returning(model, output, hidden[None]):
+        logits = model(input_ids=targets[None], use_cache=False).logits[0]  # (n, V)
     return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
 
 
-def _recomputes(model) -> bool:
-    """Gradient checkpointing runs layers again in backward, and then has no cache."""
-    return any(
-        getattr(module, "gradient_checkpointing", False) and module.training for module in model.modules()
-    )
-
-
 @contextmanager
-def _output_layer_at(model, positions: torch.Tensor):
-    """Within it, the output layer sees the hidden states at positions (B, S) only, as one row (1, N, H).
+def _body_returning(model, output, hidden: torch.Tensor):
+    """Within it, the model's body returns its output with other hidden states (1, n, H) and computes nothing.
 
-    A hook on the layer's input leaves whatever the model does to its logits afterwards (Gemma's soft cap,
-    Granite's scaling) in place, which calling the output layer by hand would miss.
+    The model then applies its output layer and whatever it does to its logits afterwards (Gemma's soft cap,
+    Granite's scaling), which calling the output layer by hand would miss.
     """
-
-    def keep_positions(_layer, inputs):
-        return (inputs[0][positions].unsqueeze(0), *inputs[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(keep_positions)
+    stand_in = type(output)(**{**output, "last_hidden_state": hidden})
+    model.base_model.forward = lambda *_args, **_kwargs: stand_in
     try:
         yield
     finally:
-        handle.remove()
+        del model.base_model.forward

@@ -10,6 +10,10 @@ from collections.abc import Sequence
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+# Tokens that a layer's keys and values may still take when they are laid out anew.
+ROOM = 64
 
 
 def can_share_prompts(model) -> bool:
@@ -32,6 +36,7 @@ def run_prompts(model, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, 
         mask[i, width - len(prompt) :] = 1
     mask = mask.to(device)
     cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     logits = model(
         input_ids=input_ids.to(device),
         attention_mask=mask,
@@ -41,3 +46,48 @@ def run_prompts(model, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, 
         logits_to_keep=1,
     ).logits[:, -1]
     return logits, cache, mask
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values with room behind them, in the compute type; without gradients.
+
+    transformers' own layer copies everything to append a token, and keeps float32 under autocast, which
+    attention then casts at every token.
+    """
+
+    _rooms = (
+        None  # keys and values (B, heads, S + room, head width); self.keys and self.values are their first S
+    )
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        if self._rooms is None or end > self._rooms[0].shape[2]:
+            self._rooms = [
+                _with_room(kept, new, end)
+                for kept, new in ((self.keys, key_states), (self.values, value_states))
+            ]
+        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
+            room[:, :, start:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self._rooms)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self._rooms = None
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self._rooms = None
+
+
+def _with_room(kept: torch.Tensor, new: torch.Tensor, length: int) -> torch.Tensor:
+    """What is kept (B, heads, S, width), or nothing yet, in a buffer for length + ROOM tokens."""
+    device = new.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else new.dtype
+    room = new.new_empty(*new.shape[:2], length + ROOM, new.shape[3], dtype=dtype)
+    if kept.numel():
+        room[:, :, : kept.shape[2]] = kept
+    return room

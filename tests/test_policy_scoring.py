@@ -5,6 +5,7 @@ import torch
 from conftest import VOCABULARY
 
 import float64_reference as reference
+import group_attention
 import policy_scoring
 from policy_scoring import micro_batches, token_log_probs
 
@@ -39,8 +40,10 @@ def gradient_of(model, loss):
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 
+@pytest.mark.parametrize("scores_at_a_time", [group_attention.MAX_SCORES, 300])
 @pytest.mark.parametrize("rows", [ragged_rows, groups])
-def test_values_and_gradients_match_the_naive_forward(any_model, rows):
+def test_values_and_gradients_match_the_naive_forward(any_model, rows, scores_at_a_time, monkeypatch):
+    monkeypatch.setattr(group_attention, "MAX_SCORES", scores_at_a_time)
     prompts, responses = rows()
     weights = [torch.linspace(-1, 1, len(r)) for r in responses]
     scored = token_log_probs(any_model, prompts, responses, temperature=0.7)
@@ -64,18 +67,19 @@ def test_rows_do_not_depend_on_their_company(any_model):
         torch.testing.assert_close(together[i], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_a_shared_prompt_runs_once(llama, monkeypatch):
+def test_a_packed_row_holds_every_prompt_once_and_no_padding(llama, monkeypatch):
     prompts, responses = groups()
     tokens = []
     embedding = llama.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda _layer, inputs, _output: tokens.append(inputs[0].numel()))
     token_log_probs(llama, prompts, responses)
-    shared, tokens[:] = list(tokens), []
-    monkeypatch.setattr(policy_scoring, "can_share_prompts", lambda model: False)
+    packed, tokens[:] = list(tokens), []
+    monkeypatch.setattr(policy_scoring, "can_pack", lambda model: False)
     token_log_probs(llama, prompts, responses)
     handle.remove()
+    own = sum(max(0, len(response) - 1) for response in responses)  # the last token predicts nothing
     widest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    assert shared == [3 * 12, 9 * (max(map(len, responses)) - 1)] and tokens == [9 * widest]
+    assert packed == [12 + 3 + 7 + own] and tokens == [9 * widest]
 
 
 def test_scoring_twice_gives_the_same_bits(llama):
@@ -94,13 +98,20 @@ def test_a_small_token_budget_changes_nothing_but_the_passes(llama, monkeypatch)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_micro_batches_hold_every_row_once_within_the_budget():
+def test_micro_batches_hold_every_row_once_within_the_budget(llama, monkeypatch):
     prompts, responses = ragged_rows(4, rows=20)
-    batches = micro_batches(prompts, responses, 40)
-    assert sorted(i for batch in batches for i in batch) == list(range(20))
-    for batch in batches:
-        longest = max(len(prompts[i]) + len(responses[i]) for i in batch)
-        assert longest * len(batch) <= 40 or len(batch) == 1
+    prompts[10:] = prompts[:10]  # two responses to each
+    for padded in (False, True):
+        monkeypatch.setattr(policy_scoring, "can_pack", lambda model, packs=not padded: packs)
+        batches = micro_batches(llama, prompts, responses, 40)
+        assert sorted(i for batch in batches for i in batch) == list(range(20))
+        for batch in batches:
+            longest = max(len(prompts[i]) + len(responses[i]) for i in batch)
+            once = sum(map(len, {tuple(prompts[i]) for i in batch})) + sum(len(responses[i]) for i in batch)
+            assert (longest * len(batch) if padded else once) <= 40 or len(batch) == 1
+        if not padded:
+            pairs = [batch for batch in batches if 3 in batch or 13 in batch]
+            assert len(pairs) == 1, "the responses to a prompt stay together where they fit"
 
 
 def test_logits_are_made_at_response_positions_only(llama):
