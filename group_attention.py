@@ -58,17 +58,24 @@ class Rows:
         self.slots = (packed >= 0).nonzero()[:, 0].to(device)  # padded places (n,) of the real tokens
         self.places = packed[packed >= 0].to(device)  # their packed places (n,)
 
-    def padded(self, packed: torch.Tensor, num_keys: int) -> torch.Tensor:
-        """(N, heads, D) to (R, K, G, T, J, D), 0 where there is no token."""
+    def padded(self, packed: torch.Tensor) -> torch.Tensor:
+        """(N, heads, D) to (R * G * T, heads, D), 0 where there is no token."""
         rows = packed.new_zeros(math.prod(self.shape), *packed.shape[1:])
-        rows.index_copy_(0, self.slots, packed.index_select(0, self.places))
-        rows = rows.view(*self.shape, num_keys, packed.shape[1] // num_keys, packed.shape[2])
-        return rows.permute(0, 3, 1, 2, 4, 5).contiguous()
+        return rows.index_copy_(0, self.slots, packed.index_select(0, self.places))
 
     def write(self, padded: torch.Tensor, packed: torch.Tensor) -> None:
-        """(R, K, G, T, J, D) into (N, heads, D)."""
-        rows = padded.permute(0, 2, 3, 1, 4, 5).reshape(-1, *packed.shape[1:])
-        packed.index_copy_(0, self.places, rows.index_select(0, self.slots))
+        """(R * G * T, heads, D) into (N, heads, D)."""
+        packed.index_copy_(0, self.places, padded.index_select(0, self.slots).to(packed.dtype))
+
+    def by_row(self, padded: torch.Tensor) -> torch.Tensor:
+        """(R * G * T, heads, D) as (R * G, heads, T, D)."""
+        groups, size, length = self.shape
+        return padded.view(groups * size, length, *padded.shape[1:]).transpose(1, 2)
+
+    def by_group(self, padded: torch.Tensor) -> torch.Tensor:
+        """(R * G * T, heads, D) as (R, heads, G * T, D)."""
+        groups, size, length = self.shape
+        return padded.view(groups, size * length, *padded.shape[1:]).transpose(1, 2)
 
 
 class PackedGroups:
@@ -99,26 +106,28 @@ class PackedGroups:
         self.prompt_lengths = torch.tensor([len(prompt) for prompt, _ in groups], device=device)  # (R,)
         self._masks = {}
 
-    def mask(self, shared: int, block: slice, window: int | None) -> torch.Tensor:
-        """What a block of a row's tokens sees of shared prompt keys and of own keys up to its end: 0, else -inf.
+    def prompt_mask(self, window: int | None) -> torch.Tensor | None:
+        """What response tokens see of their prompts: 0, else -inf. (R, 1, 1 or G * T, P); None: everything.
 
-        (R, 1, 1, b, 1, shared + end) float32. Made once for all layers.
+        Made once for all layers.
         """
-        start, end = block.start, block.stop
-        key = (shared, start, end, window)
+        if window is None and len(self.prompt_lengths.unique()) == 1:
+            return None
+        key = window
         if key not in self._masks:
-            lengths = self.prompt_lengths[:, None] * bool(shared)  # a prompt's own rows start at position 0
-            device = lengths.device
-            query = lengths + torch.arange(start, end, device=device)  # positions (R, b)
-            in_prompt = torch.arange(shared, device=device).expand(len(lengths), -1)
-            keys = torch.cat([in_prompt, lengths + torch.arange(end, device=device)], 1)  # (R, shared + end)
-            seen = keys[:, None] <= query[:, :, None]
-            seen[:, :, :shared] &= (in_prompt < lengths)[:, None]
+            _, size, length = self.responses.shape
+            place = torch.arange(self.prompts.shape[2], device=self.input_ids.device)
+            lengths = self.prompt_lengths[:, None, None]  # (R, 1, 1)
+            hidden = place >= lengths  # (R, 1, P)
             if window is not None:
-                seen &= keys[:, None] > query[:, :, None] - window
-            mask = torch.zeros(seen.shape, device=device).masked_fill_(~seen, -torch.inf)
-            self._masks[key] = mask[:, None, None, :, None]
+                position = lengths + torch.arange(length, device=place.device)[:, None]  # (R, T, 1)
+                hidden = (hidden | (position - place >= window)).repeat(1, size, 1)  # (R, G * T, P)
+            self._masks[key] = _additive(hidden)[:, None]
         return self._masks[key]
+
+
+def _additive(hidden: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
 
 @contextmanager
@@ -143,150 +152,184 @@ def _attention(
 ):  # fmt: skip
     """transformers' attention interface: query (1, heads, N, D), key and value (1, K, N, D) to (1, N, heads, D)."""
     assert not dropout and s_aux is None and position_bias is None, "can_pack() should have refused the model"
-    terms = _Terms(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    packed = [states[0].transpose(0, 1) for states in (query, key, value)]  # (N, heads, D)
     device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    packed = [states[0].transpose(0, 1).to(dtype) for states in (query, key, value)]  # (N, heads, D)
-    return _PackedAttention.apply(*packed, _groups, terms)[None], None
+    flash = (
+        device == "cpu" and sliding_window is None and softcap is None and key.shape[-1] == value.shape[-1]
+    )
+    if flash:
+        kernel = FlashKernel(scaling)
+        packed = [states.float() for states in packed]
+    else:
+        kernel = PlainKernel(scaling, sliding_window, softcap)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+        packed = [states.to(dtype) for states in packed]
+    return _PackedAttention.apply(*packed, _groups, kernel)[None].to(query.dtype), None
 
 
 AttentionInterface.register(NAME, _attention)
 
 
+class _PackedAttention(torch.autograd.Function):
+    """Attention of packed queries (N, heads, D) to keys and values (N, K, D); output (N, heads, D).
+
+    Three plain attentions: of prompts to themselves, of responses to themselves, of responses to their prompts.
+    The last two share a softmax: with l the logarithm of a part's sum of exponentials, the part's output counts
+    exp(l - log(exp(l_1) + exp(l_2))). The gradient of a part under the common softmax is that of the part alone,
+    given the common output and the common l.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, groups: PackedGroups, kernel):
+        output = query.new_empty(*query.shape[:2], value.shape[-1])
+        with torch.autocast(query.device.type, enabled=False):
+            prompts, responses = groups.prompts, groups.responses
+            of_prompts = [prompts.padded(states) for states in (query, key, value)]
+            out, prompt_sums = kernel.forward(*map(prompts.by_row, of_prompts), None)
+            prompts.write(out.transpose(1, 2).flatten(0, 1), output)
+            log_sums = None
+            if len(responses.slots):
+                of_responses = [responses.padded(states) for states in (query, key, value)]
+                own, own_sums = kernel.forward(*map(responses.by_row, of_responses), None)
+                shared, shared_sums = kernel.forward(
+                    responses.by_group(of_responses[0]), *map(prompts.by_row, of_prompts[1:]), groups
+                )
+                own_sums, shared_sums = (
+                    x.transpose(1, 2).reshape(-1, query.shape[1]) for x in (own_sums, shared_sums)
+                )
+                log_sums = torch.logaddexp(own_sums, shared_sums)  # (R * G * T, heads)
+                out = own.transpose(1, 2).flatten(0, 1) * (own_sums - log_sums).exp()[..., None].to(own.dtype)
+                share = (shared_sums - log_sums).exp()[..., None].to(own.dtype)
+                out += shared.transpose(1, 2).flatten(0, 1) * share
+                responses.write(out, output)
+        ctx.save_for_backward(query, key, value, output, prompt_sums, log_sums)
+        ctx.groups, ctx.kernel = groups, kernel
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        query, key, value, output, prompt_sums, log_sums = ctx.saved_tensors
+        groups, kernel = ctx.groups, ctx.kernel
+        prompts, responses = groups.prompts, groups.responses
+        of_prompts = [prompts.padded(states) for states in (grad_output, query, key, value, output)]
+        grads = kernel.backward(*map(prompts.by_row, of_prompts), prompt_sums, None)
+        grad_prompts = [grad.transpose(1, 2).flatten(0, 1) for grad in grads]
+        packed = [torch.empty_like(states) for states in (query, key, value)]
+        if len(responses.slots):
+            of_responses = [responses.padded(states) for states in (grad_output, query, key, value, output)]
+            by_row, by_group = responses.by_row, responses.by_group
+            grads = kernel.backward(*map(by_row, of_responses), by_row(log_sums[..., None])[..., 0], None)
+            grad_own = [grad.transpose(1, 2).flatten(0, 1) for grad in grads]
+            grad_query, *grad_shared = kernel.backward(
+                *map(by_group, of_responses[:2]),
+                *map(prompts.by_row, of_prompts[2:4]),
+                by_group(of_responses[4]),
+                by_group(log_sums[..., None])[..., 0],
+                groups,
+            )
+            grad_own[0] += grad_query.transpose(1, 2).flatten(0, 1)
+            for grad, shared in zip(grad_prompts[1:], grad_shared, strict=True):
+                grad += shared.transpose(1, 2).flatten(0, 1)
+            for grad, to in zip(grad_own, packed, strict=True):
+                responses.write(grad, to)
+        for grad, to in zip(grad_prompts, packed, strict=True):
+            prompts.write(grad, to)
+        return *packed, None, None
+
+
 @dataclass(frozen=True)
-class _Terms:
-    """What the scores of a layer are made with."""
+class FlashKernel:
+    """torch's fused attention on a CPU, which tells the logarithm of its sums. In float32: faster than bfloat16
+    for rows of some hundred tokens, backward four times."""
+
+    scaling: float
+
+    def forward(self, query, key, value, groups: PackedGroups | None):
+        """Causal, or (with groups) of responses to their prompts: output (B, heads, L, D), log-sums (B, heads, L)."""
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query,
+            key,
+            value,
+            0.0,
+            groups is None,
+            attn_mask=groups and groups.prompt_mask(None),
+            scale=self.scaling,
+        )
+
+    def backward(self, grad_output, query, key, value, output, log_sums, groups: PackedGroups | None):
+        """Gradients of query, key and value, given the output and the log-sums of the whole softmax."""
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_output, query, key, value, output, log_sums, 0.0, groups is None,
+            attn_mask=groups and groups.prompt_mask(None), scale=self.scaling,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlainKernel:
+    """The same in plain tensor operations, for any device, with sliding windows and soft caps. Scores are made anew
+    in backward, a block of queries at a time."""
 
     scaling: float
     window: int | None
     softcap: float | None
 
+    def forward(self, query, key, value, groups):
+        mask = self._mask(groups, query, key)
+        key, value = (self._for_each_head(states, query) for states in (key, value))
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        for block in _blocks(query, key):
+            scores, _ = self._scores(query[:, :, block], key, _rows_of(mask, block))
+            log_sums[:, :, block] = scores.logsumexp(-1)
+            # a window may hide the whole prompt
+            weights = (scores - log_sums[:, :, block, None].clamp(min=torch.finfo(torch.float32).min)).exp()
+            output[:, :, block] = weights.to(query.dtype) @ value
+        return output, log_sums
 
-class _PackedAttention(torch.autograd.Function):
-    """Attention of packed queries (N, heads, D) to keys and values (N, K, D); output (N, heads, D)."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, groups: PackedGroups, terms: _Terms):
-        output = query.new_empty(*query.shape[:2], value.shape[-1])
-        sums = []
-        with torch.autocast(query.device.type, enabled=False):
-            for part in _parts(groups, query, key, value):
-                padded = torch.empty_like(part.query[..., :1]).repeat_interleave(value.shape[-1], -1)
-                log_sums = part.query[..., :1].float()
-                for block in part.blocks():
-                    scores, _ = part.scores(block, groups, terms)
-                    log_sums[:, :, :, block] = scores.logsumexp(-1, keepdim=True)
-                    weights = scores.sub_(log_sums[:, :, :, block]).exp_().to(query.dtype)
-                    padded[:, :, :, block] = _weighted_sum(weights, part.value, part.prompt_value)
-                part.rows.write(padded, output)
-                sums.append(log_sums)
-        ctx.save_for_backward(query, key, value, output, *sums)
-        ctx.groups, ctx.terms = groups, terms
-        return output
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        query, key, value, output, *sums = ctx.saved_tensors
-        grads = [torch.empty_like(states) for states in (query, key, value)]
+    def backward(self, grad_output, query, key, value, output, log_sums, groups):
+        mask, num_keys = self._mask(groups, query, key), key.shape[1]
+        key, value = (self._for_each_head(states, query) for states in (key, value))
+        grad_query = torch.empty_like(query)
+        grad_key, grad_value = (torch.zeros_like(states, dtype=torch.float32) for states in (key, value))
         # what the softmax takes off the gradient of every weight: the sum of weight x gradient
-        centre = (grad_output.float() * output.float()).sum(-1, keepdim=True)  # (N, heads, 1)
-        grad_prompt = None
-        for part, log_sums in zip(_parts(ctx.groups, query, key, value), sums, strict=True):
-            grad_out = part.rows.padded(grad_output, key.shape[1])
-            offset = part.rows.padded(centre, key.shape[1])
-            grad_query = torch.empty_like(part.query)
-            grad_key, grad_value, grad_prompt_key, grad_prompt_value = (
-                torch.zeros_like(states, dtype=torch.float32) for states in part.keys_and_values()
-            )
-            for block in part.blocks():
-                scores, slope = part.scores(block, ctx.groups, ctx.terms)
-                weights = scores.sub_(log_sums[:, :, :, block]).exp_()
-                block_grad = grad_out[:, :, :, block]
-                grad_weights = _products(block_grad, part.value, part.prompt_value, block).float()
-                grad_scores = grad_weights.sub_(offset[:, :, :, block]).mul_(weights).mul_(ctx.terms.scaling)
-                grad_scores = (grad_scores if slope is None else grad_scores.mul_(slope)).to(query.dtype)
-                grad_query[:, :, :, block] = _weighted_sum(grad_scores, part.key, part.prompt_key)
-                _add_transposed(grad_scores, part.query[:, :, :, block], grad_key, grad_prompt_key)
-                _add_transposed(weights.to(query.dtype), block_grad, grad_value, grad_prompt_value)
-            if grad_prompt is None:  # of the responses, which come first: here they meet in their prompts
-                grad_prompt = grad_prompt_key, grad_prompt_value
-            else:
-                grad_key[:, :, 0] += grad_prompt[0]
-                grad_value[:, :, 0] += grad_prompt[1]
-            part.rows.write(grad_query, grads[0])
-            part.rows.write(grad_key[..., None, :].to(key.dtype), grads[1])
-            part.rows.write(grad_value[..., None, :].to(value.dtype), grads[2])
-        return *grads, None, None
+        centre = (grad_output.float() * output.float()).sum(-1, keepdim=True)
+        for block in _blocks(query, key):
+            scores, slope = self._scores(query[:, :, block], key, _rows_of(mask, block))
+            weights = (scores - log_sums[:, :, block, None]).exp()
+            out = grad_output[:, :, block]
+            grad_scores = ((out @ value.transpose(-1, -2)).float() - centre[:, :, block]) * weights * slope
+            grad_scores = grad_scores.to(query.dtype)
+            grad_query[:, :, block] = grad_scores @ key
+            grad_key += grad_scores.transpose(-1, -2) @ query[:, :, block]
+            grad_value += weights.to(query.dtype).transpose(-1, -2) @ out
+        return grad_query, *(grad.unflatten(1, (num_keys, -1)).sum(2) for grad in (grad_key, grad_value))
+
+    def _mask(self, groups, query, key):
+        if groups is not None:
+            return groups.prompt_mask(self.window)
+        place = torch.arange(key.shape[2], device=key.device)
+        distance = place[:, None] - place
+        return _additive((distance < 0) | (distance >= (self.window or len(place))))[None, None]
+
+    def _scores(self, query, key, mask):
+        """(B, heads, b, L) float32, and their slope over the products of query and key."""
+        scores, slope = (query @ key.transpose(-1, -2)).float() * self.scaling, self.scaling
+        if self.softcap is not None:
+            capped = torch.tanh(scores / self.softcap)
+            scores, slope = capped * self.softcap, (1 - capped.square()) * self.scaling
+        return scores if mask is None else scores + mask, slope
+
+    @staticmethod
+    def _for_each_head(states, query):
+        return states.repeat_interleave(query.shape[1] // states.shape[1], 1)
 
 
-@dataclass
-class _Part:
-    """The prompts, or the responses, as padded rows: each attends to its own keys, and to its prompt's."""
-
-    rows: Rows
-    query: torch.Tensor  # (R, K, G, T, J, D)
-    key: torch.Tensor  # (R, K, G, T, D)
-    value: torch.Tensor
-    prompt_key: torch.Tensor  # (R, K, P, D); P = 0 for the prompts themselves
-    prompt_value: torch.Tensor
-
-    def keys_and_values(self):
-        return self.key, self.value, self.prompt_key, self.prompt_value
-
-    def blocks(self):
-        """Slices of positions, such that a block's scores stay within MAX_SCORES."""
-        num_groups, num_keys, size, length, heads, _ = self.query.shape
-        scores = num_groups * num_keys * size * heads * (self.prompt_key.shape[2] + length)  # of a position
-        step = max(1, MAX_SCORES // max(1, scores))
-        return [slice(start, min(start + step, length)) for start in range(0, length, step)]
-
-    def scores(self, block: slice, groups: PackedGroups, terms: _Terms):
-        """(R, K, G, b, J, P + end of block) float32; and their slope under the soft cap, if there is one."""
-        scores = _products(self.query[:, :, :, block], self.key, self.prompt_key, block).float()
-        scores *= terms.scaling
-        slope = None
-        if terms.softcap is not None:
-            capped = torch.tanh(scores / terms.softcap)
-            scores, slope = capped * terms.softcap, 1 - capped.square()
-        return scores.add_(groups.mask(self.prompt_key.shape[2], block, terms.window)), slope
+def _rows_of(mask, block):
+    return mask if mask is None or mask.shape[2] == 1 else mask[:, :, block]
 
 
-def _parts(groups: PackedGroups, query, key, value):
-    """The responses, then the prompts."""
-    num_keys = key.shape[1]
-
-    def padded(rows):
-        return [rows.padded(query, num_keys), *(rows.padded(x, num_keys)[..., 0, :] for x in (key, value))]
-
-    prompts, responses = padded(groups.prompts), padded(groups.responses)
-    of_prompt = [states[:, :, 0] for states in prompts[1:]]  # (R, K, P, D)
-    yield _Part(groups.responses, *responses, *of_prompt)
-    yield _Part(groups.prompts, *prompts, *(states[:, :, :0] for states in of_prompt))
-
-
-def _products(x, own, prompt, block: slice):
-    """Of x (R, K, G, b, J, D) with its prompt's (R, K, P, D) and its own (R, K, G, T, D) up to the block's end.
-
-    (R, K, G, b, J, P + end)
-    """
-    with_prompt = x.flatten(2, 4) @ prompt.transpose(-1, -2)
-    with_own = x.flatten(3, 4) @ own[:, :, :, : block.stop].transpose(-1, -2)
-    shape = x.shape[:-1]
-    return torch.cat([with_prompt.view(*shape, -1), with_own.view(*shape, block.stop)], -1)
-
-
-def _weighted_sum(weights, own, prompt):
-    """Of prompt (R, K, P, D) and own (R, K, G, T, D) under weights (R, K, G, b, J, P + end): (R, K, G, b, J, D)."""
-    shape, split = weights.shape[:-1], prompt.shape[2]
-    of_prompt = weights[..., :split].flatten(2, 4) @ prompt
-    of_own = weights[..., split:].flatten(3, 4) @ own[:, :, :, : weights.shape[-1] - split]
-    return of_own.view(*shape, -1).add_(of_prompt.view(*shape, -1))
-
-
-def _add_transposed(weights, x, own, prompt) -> None:
-    """Add weights' (R, K, G, b, J, P + end) products with x (R, K, G, b, J, D), summed over its rows, to own and
-    prompt."""
-    split = prompt.shape[2]
-    end = weights.shape[-1] - split
-    prompt += weights[..., :split].flatten(2, 4).transpose(-1, -2) @ x.flatten(2, 4)
-    own[:, :, :, :end] += weights[..., split:].flatten(3, 4).transpose(-1, -2) @ x.flatten(3, 4)
+def _blocks(query, key) -> list[slice]:
+    """Slices of query positions, such that a block's scores stay within MAX_SCORES."""
+    step = max(1, MAX_SCORES // max(1, query.shape[0] * query.shape[1] * key.shape[2]))
+    return [slice(start, start + step) for start in range(0, query.shape[2], step)]
