@@ -1,21 +1,19 @@
 """Attention over a packed row, in which the responses of a group share their prompt's keys and values.
 
 A packed row holds every token of a forward pass once: each prompt, then its responses, group after group.
-Nothing is padded and no prompt is repeated, so that all layers but attention see exactly the tokens that there
-are. Attention is the one place where tokens meet, and there a response sees its prompt and itself:
+Nothing is padded and no prompt is repeated, so that all layers but attention see exactly the tokens that
+there are. Attention is the one place where tokens meet, and there a response sees its prompt and itself:
 
-    softmax([q k_prompt | q k_own] * scaling + mask) [v_prompt | v_own]
+    softmax([q k_prompt | q k_own] * scaling) [v_prompt | v_own],   causal among its own
 
-How it is fast: all responses of a group meet their prompt's keys in one matrix product, whose rows are the
-tokens and the query heads that share a key head; scores are made anew in backward instead of kept, for a block
-of token positions at a time, and own keys only up to the diagonal.
+How it is fast: every response token of a group meets the prompt's one copy of keys in one attention call, and
+its own row's in another; a common softmax joins the two. Scores are made anew in backward, never kept.
 
-Shapes: N packed tokens; R groups, one prompt and at most G responses each; T positions of a row, b of a block;
-P prompt positions; K key heads, each for J query heads; D head width.
+Shapes: N packed tokens; R groups, one prompt and at most G responses each; T positions of a row, P of a
+prompt; heads of queries, K of keys; D head width. In a kernel: B rows, L query positions, b of a block.
 """
 
 import inspect
-import math
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache
 
 NAME = "gspo_groups"  # as transformers knows it
-# Attention scores held at a time; with their copies in float32 and in the compute type about 200 MB.
+# Attention scores that PlainKernel holds at a time; with their copies about 200 MB.
 MAX_SCORES = 1 << 24
 
 
@@ -57,15 +55,18 @@ class Rows:
         packed = packed.flatten()
         self.slots = (packed >= 0).nonzero()[:, 0].to(device)  # padded places (n,) of the real tokens
         self.places = packed[packed >= 0].to(device)  # their packed places (n,)
+        self.padding = (packed < 0).nonzero()[:, 0].to(device)  # padded places without a token
+        self.read = packed.clamp(min=0).to(device)  # (R * G * T,) packed places, any for padding
 
     def padded(self, packed: torch.Tensor) -> torch.Tensor:
         """(N, heads, D) to (R * G * T, heads, D), 0 where there is no token."""
-        rows = packed.new_zeros(math.prod(self.shape), *packed.shape[1:])
-        return rows.index_copy_(0, self.slots, packed.index_select(0, self.places))
+        rows = packed.index_select(0, self.read)
+        return rows.index_fill_(0, self.padding, 0.0) if len(self.padding) else rows
 
     def write(self, padded: torch.Tensor, packed: torch.Tensor) -> None:
         """(R * G * T, heads, D) into (N, heads, D)."""
-        packed.index_copy_(0, self.places, padded.index_select(0, self.slots).to(packed.dtype))
+        rows = padded.index_select(0, self.slots) if len(self.padding) else padded
+        packed.index_copy_(0, self.places, rows.to(packed.dtype))
 
     def by_row(self, padded: torch.Tensor) -> torch.Tensor:
         """(R * G * T, heads, D) as (R * G, heads, T, D)."""
@@ -81,8 +82,8 @@ class Rows:
 class PackedGroups:
     """Groups of token ids, a prompt and its responses each, as one packed row.
 
-    Attributes: input_ids, position_ids (1, N); predictors, for each group and each response the packed places
-    whose hidden states predict the response's tokens and one more: the prompt's last, then the response's own.
+    Attributes: input_ids, position_ids (1, N); predictors, for each group and each response the packed
+    places whose hidden states predict the response's tokens and one more: the prompt's last, then its own.
     """
 
     def __init__(self, groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device):
@@ -150,7 +151,7 @@ def _attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
     s_aux=None, position_bias=None, **kwargs,
 ):  # fmt: skip
-    """transformers' attention interface: query (1, heads, N, D), key and value (1, K, N, D) to (1, N, heads, D)."""
+    """transformers' interface: query (1, heads, N, D), keys, values (1, K, N, D) to (1, N, heads, D)."""
     assert not dropout and s_aux is None and position_bias is None, "can_pack() should have refused the model"
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     packed = [states[0].transpose(0, 1) for states in (query, key, value)]  # (N, heads, D)
@@ -174,10 +175,10 @@ AttentionInterface.register(NAME, _attention)
 class _PackedAttention(torch.autograd.Function):
     """Attention of packed queries (N, heads, D) to keys and values (N, K, D); output (N, heads, D).
 
-    Three plain attentions: of prompts to themselves, of responses to themselves, of responses to their prompts.
-    The last two share a softmax: with l the logarithm of a part's sum of exponentials, the part's output counts
-    exp(l - log(exp(l_1) + exp(l_2))). The gradient of a part under the common softmax is that of the part alone,
-    given the common output and the common l.
+    Three plain attentions: of prompts to themselves, of responses to themselves, of responses to their
+    prompts. The last two share a softmax: with l the log-sum of a part (the logarithm of its softmax's
+    denominator), the part's output counts exp(l - log(exp(l_1) + exp(l_2))). A part's gradient is that of the
+    part alone, given the common output and the common log-sum.
     """
 
     @staticmethod
@@ -240,13 +241,18 @@ class _PackedAttention(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class FlashKernel:
-    """torch's fused attention on a CPU, which tells the logarithm of its sums. In float32: faster than bfloat16
-    for rows of some hundred tokens, backward four times."""
+    """torch's fused attention on a CPU, which tells its log-sums.
+
+    In float32: for rows of tens of tokens four times faster backward than in bfloat16, and never much slower.
+    """
 
     scaling: float
 
     def forward(self, query, key, value, groups: PackedGroups | None):
-        """Causal, or (with groups) of responses to their prompts: output (B, heads, L, D), log-sums (B, heads, L)."""
+        """Causal, or (with groups) of responses to their prompts.
+
+        Returns: output (B, heads, L, D), and log-sums (B, heads, L).
+        """
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query,
             key,
@@ -267,8 +273,10 @@ class FlashKernel:
 
 @dataclass(frozen=True)
 class PlainKernel:
-    """The same in plain tensor operations, for any device, with sliding windows and soft caps. Scores are made anew
-    in backward, a block of queries at a time."""
+    """The same in plain tensor operations, for any device, with sliding windows and soft caps.
+
+    A block of queries at a time: never more than MAX_SCORES scores.
+    """
 
     scaling: float
     window: int | None

@@ -547,11 +547,13 @@ class GSPOTrainer:
             if parameter.grad is None:  # no row of this process reached it
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm).item()
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+        if grad_norm > self.config.max_grad_norm:  # else a pass over all gradients would multiply them by 1
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.max_grad_norm, grad_norm)
         seen = dict(gather_object(list(seen.items())))
         with torch.no_grad():
             _, metrics = self._loss_of(batch, rows, seen, denominator=len(rows))
-        metrics |= {"grad_norm": grad_norm, "learning_rate": self.schedule.get_last_lr()[0]}
+        metrics |= {"grad_norm": grad_norm.item(), "learning_rate": self.schedule.get_last_lr()[0]}
         self._stop_if(stop_reason(metrics))
         self.optimizer.step()
         self.schedule.step()

@@ -6,12 +6,12 @@ How it is fast: a pass is one packed row, in which each prompt stands once and n
 (group_attention.py). The output layer sees response positions only, a chunk at a time, and makes its logits
 anew in backward: memory does not grow with vocabulary x tokens.
 
-Models whose tokens meet elsewhere than in plain attention get right-padded rows of prompt and response. Causality
-alone keeps padding out of every real position: no attention mask is built, positions count from 0, and the
-result does not depend on the tokenizer's padding side.
+Models whose tokens meet elsewhere than in plain attention get right-padded rows of prompt and response.
+Causality alone keeps padding out of every real position: no attention mask is built, positions count from 0,
+and the result does not depend on the tokenizer's padding side.
 
-Shapes: B sequences, S positions of prompt and response, N response tokens of all rows together, H hidden width,
-V vocabulary.
+Shapes: B sequences, S positions of prompt and response, N response tokens of all rows together, n of a chunk,
+H hidden width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -128,15 +128,17 @@ def _score_rows(model, prompts, responses, temperature) -> list[torch.Tensor]:
     hidden = output.last_hidden_state.flatten(0, 1).index_select(0, torch.tensor(places, device=device))
     targets = torch.tensor([token for response in responses for token in response], device=device)
     step = max(1, MAX_LOGITS // model.get_output_embeddings().weight.shape[0])
-    chunks = zip(hidden.split(step), targets.split(step), strict=True)
-    log_probs = [
-        checkpoint(_log_probs, model, output, *chunk, temperature, use_reentrant=False) for chunk in chunks
+    chunks = [
+        (model, output, *chunk, temperature)
+        for chunk in zip(hidden.split(step), targets.split(step), strict=True)
     ]
-    return list(torch.cat(log_probs).split(lengths))
+    # the last chunk's logits are kept: backward begins with it, and would make them again at once
+    log_probs = [checkpoint(_log_probs, *chunk, use_reentrant=False) for chunk in chunks[:-1]]
+    return list(torch.cat([*log_probs, _log_probs(*chunks[-1])]).split(lengths))
 
 
 def _run_packed(model, prompts, responses, device):
-    """The model's body over a packed row: its output, and the places (N,) that predict the responses' tokens."""
+    """The model's body over a packed row: its output, and the places (N,) that predict response tokens."""
     rows_of: dict[tuple, list[int]] = {}
     for i, prompt in enumerate(prompts):
         rows_of.setdefault(tuple(prompt), []).append(i)
@@ -171,7 +173,8 @@ def _log_probs(model, output, hidden, targets, temperature) -> torch.Tensor:
     """Of the targets (n,), from the hidden states (n, H) that predict them, in float32."""
     with _body_returning(model, output, hidden[None]):
         logits = model(input_ids=targets[None], use_cache=False).logits[0]  # (n, V)
-    return -F.cross_entropy(logits.float() / temperature, targets, reduction="none")
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    return -F.cross_entropy(logits, targets, reduction="none")
 
 
 @contextmanager

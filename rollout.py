@@ -167,20 +167,17 @@ def _sample(logits, temperature, uniform):
     if temperature == 0:
         token = logits.argmax(-1)
         return token, torch.zeros_like(token, dtype=torch.float32)
-    logits = logits / temperature
-    highest = logits.amax(-1, keepdim=True)
-    weights = F.pad((logits - highest).exp_(), (0, -logits.shape[1] % CDF_BLOCK))  # softmax, times a constant
-    weights = weights.view(len(logits), -1, CDF_BLOCK)
+    weights = torch.softmax(logits / temperature, -1)
+    weights = F.pad(weights, (0, -weights.shape[1] % CDF_BLOCK)).view(len(logits), -1, CDF_BLOCK)
     blocks = weights.sum(-1, dtype=torch.float64)  # (B, V / CDF_BLOCK)
     cumulative = blocks.cumsum(-1)
-    total = cumulative[:, -1:]
-    threshold = uniform[:, None] * total
+    threshold = uniform[:, None] * cumulative[:, -1:]
     block = _first_above(cumulative, threshold)  # (B, 1)
     threshold = threshold - (cumulative - blocks).gather(1, block)
     weights = weights.gather(1, block[:, :, None].expand(-1, 1, CDF_BLOCK))[:, 0]  # (B, CDF_BLOCK)
-    token = block * CDF_BLOCK + _first_above(weights.double().cumsum(-1), threshold)
-    log_probs = (logits.gather(1, token) - highest).double() - total.log()
-    return token.squeeze(1), log_probs.squeeze(1).float()
+    within = _first_above(weights.double().cumsum(-1), threshold)  # (B, 1)
+    token = block * CDF_BLOCK + within
+    return token.squeeze(1), weights.gather(1, within).log().squeeze(1)
 
 
 def _first_above(cumulative, threshold):
