@@ -549,7 +549,9 @@ class GSPOTrainer:
             parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
         if grad_norm > self.config.max_grad_norm:  # else a pass over all gradients would multiply them by 1
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.max_grad_norm, grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(
+                self.model.parameters(), self.config.max_grad_norm, grad_norm
+            )
         seen = dict(gather_object(list(seen.items())))
         with torch.no_grad():
             _, metrics = self._loss_of(batch, rows, seen, denominator=len(rows))
