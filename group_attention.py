@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import AttentionInterface, DynamicCache
@@ -134,22 +135,19 @@ def _additive(hidden: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def attending_in(model, groups: PackedGroups):
     """Within it, the model's forward pass over groups.input_ids attends as packed groups."""
-    global _groups
     config = model.config.get_text_config(decoder=True)
     usual = config._attn_implementation
-    config._attn_implementation, _groups = NAME, groups
+    AttentionInterface.register(NAME, partial(_attention, groups))
+    config._attn_implementation = NAME
     try:
         yield
     finally:
-        config._attn_implementation, _groups = usual, None
-
-
-_groups: PackedGroups | None = None
+        config._attn_implementation = usual
 
 
 def _attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, softcap=None,
-    s_aux=None, position_bias=None, **kwargs,
+    groups, module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None,
+    softcap=None, s_aux=None, position_bias=None, **kwargs,
 ):  # fmt: skip
     """transformers' interface: query (1, heads, N, D), keys, values (1, K, N, D) to (1, N, heads, D)."""
     assert not dropout and s_aux is None and position_bias is None, "can_pack() should have refused the model"
@@ -166,10 +164,7 @@ def _attention(
         kernel = PlainKernel(scaling, sliding_window, softcap)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
         packed = [states.to(dtype) for states in packed]
-    return _PackedAttention.apply(*packed, _groups, kernel)[None].to(query.dtype), None
-
-
-AttentionInterface.register(NAME, _attention)
+    return _PackedAttention.apply(*packed, groups, kernel)[None].to(query.dtype), None
 
 
 class _PackedAttention(torch.autograd.Function):

@@ -147,9 +147,7 @@ def _run_packed(model, prompts, responses, device):
         [(prompt, [responses[i][:-1] for i in rows]) for prompt, rows in rows_of.items()], device
     )
     with attending_in(model, packed):
-        output = model.base_model(
-            input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False
-        )
+        output = _body(model)(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False)
     order = [i for rows in rows_of.values() for i in rows]
     predictors = dict(zip(order, (p for group in packed.predictors for p in group), strict=True))
     return output, [place for i, row in enumerate(responses) for place in predictors[i][: len(row)]]
@@ -160,7 +158,7 @@ def _run_padded(model, prompts, responses, device):
     rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
     width = max(map(len, rows))
     input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    output = model.base_model(input_ids=input_ids, use_cache=False)
+    output = _body(model)(input_ids=input_ids, use_cache=False)
     places = [
         i * width + len(prompt) - 1 + t
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
@@ -177,6 +175,12 @@ def _log_probs(model, output, hidden, targets, temperature) -> torch.Tensor:
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
+def _body(model) -> torch.nn.Module:
+    """The part of the model before its output layer."""
+    parts = model.get_decoder(), model.base_model, getattr(model, "model", None)
+    return next(part for part in parts if part is not None and part is not model)
+
+
 @contextmanager
 def _body_returning(model, output, hidden: torch.Tensor):
     """Within it, the model's body returns its output with other hidden states (1, n, H) and computes nothing.
@@ -184,9 +188,11 @@ def _body_returning(model, output, hidden: torch.Tensor):
     The model then applies its output layer and whatever it does to its logits afterwards (Gemma's soft cap,
     Granite's scaling), which calling the output layer by hand would miss.
     """
+    body, calls = _body(model), []
     stand_in = type(output)(**{**output, "last_hidden_state": hidden})
-    model.base_model.forward = lambda *_args, **_kwargs: stand_in
+    body.forward = lambda *_args, **_kwargs: calls.append(1) or stand_in
     try:
         yield
     finally:
-        del model.base_model.forward
+        del body.forward
+    assert calls, f"{type(model).__name__} does not run its decoder as a part"

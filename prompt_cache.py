@@ -1,6 +1,5 @@
-"""Run each prompt once, and let all of its responses attend to its keys and values.
+"""Run each prompt once in sampling, and let all of its responses attend to its keys and values.
 
-A group's prompt then costs one forward pass instead of one for each response, in sampling and in scoring.
 Prompts are left-padded, so that every response starts at the same place in the cache.
 
 Shapes: Q prompts, B responses, P padded prompt length, V vocabulary.
@@ -23,10 +22,7 @@ def can_share_prompts(model) -> bool:
 
 
 def run_prompts(model, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-    """Logits (Q, V) after each prompt, the cache, and the mask (Q, P) of the prompts' own tokens.
-
-    Differentiable where gradients are enabled: those of all responses meet in the cache.
-    """
+    """Logits (Q, V) after each prompt, the cache, and the mask (Q, P) of the prompts' own tokens."""
     device = model.get_input_embeddings().weight.device
     width = max(map(len, prompts))
     input_ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (Q, P)
@@ -48,6 +44,18 @@ def run_prompts(model, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, 
     return logits, cache, mask
 
 
+def decoding_mask(model, cache: DynamicCache, mask: torch.Tensor) -> torch.Tensor:
+    """The mask (B, S) of the tokens that the next one sees, as the model takes it with least work.
+
+    Where every layer sees everything, that is (B, 1, 1, S) to add to the scores, in the compute type: a 0 / 1
+    mask would be converted in every layer, at every token.
+    """
+    if not (model._supports_attention_backend and all(type(layer) is RoomyLayer for layer in cache.layers)):
+        return mask
+    added = torch.zeros(mask.shape, dtype=cache.layers[0].keys.dtype, device=mask.device)
+    return added.masked_fill_(mask == 0, -torch.inf)[:, None, None]
+
+
 class RoomyLayer(DynamicLayer):
     """Keys and values with room behind them, in the compute type; without gradients.
 
@@ -55,9 +63,8 @@ class RoomyLayer(DynamicLayer):
     attention then casts at every token.
     """
 
-    _rooms = (
-        None  # keys and values (B, heads, S + room, head width); self.keys and self.values are their first S
-    )
+    # Keys and values (B, heads, S + room, head width); self.keys and self.values are their first S.
+    _rooms = None
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from prompt_cache import can_share_prompts, run_prompts
+from packed_weights import packed_weights
+from prompt_cache import can_share_prompts, decoding_mask, run_prompts
 
 # Rows sampled at a time: bounds the key-value cache when an evaluation hands over hundreds of prompts.
 MAX_ROWS = 128
@@ -86,7 +87,8 @@ class TransformersEngine:
         budgets = budgets.repeat_interleave(group_size)  # (B,)
         prompts_at_a_time = max(1, MAX_ROWS // group_size)
         rollouts = []
-        with _evaluating(self.model), torch.no_grad():
+        rows = min(len(budgets), prompts_at_a_time * group_size)
+        with _evaluating(self.model), torch.no_grad(), packed_weights(self.model, rows):
             for start in range(0, len(prompts), prompts_at_a_time):
                 chunk = prompts[start : start + prompts_at_a_time]
                 budget = budgets[start * group_size :][: len(chunk) * group_size]
@@ -125,7 +127,7 @@ class TransformersEngine:
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(live), 1)], dim=1)
             logits = self.model(
                 input_ids=token[:, None],
-                attention_mask=attention_mask,
+                attention_mask=decoding_mask(self.model, cache, attention_mask),
                 position_ids=attention_mask.sum(1, keepdim=True) - 1,
                 past_key_values=cache,
                 use_cache=True,

@@ -47,6 +47,13 @@ FAMILIES = {
     # a window shorter than the sequences, and logits that are capped after the output layer
     "gemma2": ("gemma2", {**COMMON, "sliding_window": 5, "final_logit_softcapping": 3.0,
                           "query_pre_attn_scalar": 8}),
+    # positions with an offset, an output layer that reads the decoder's decoder
+    "opt": ("opt", {"vocab_size": VOCABULARY, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48,
+                    "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
+                    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}),
+    "mistral": ("mistral", {**COMMON, "sliding_window": 5}),
+    # attention sinks: rows by themselves
+    "gpt_oss": ("gpt_oss", {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}),
     "gemma3": ("gemma3_text", {**COMMON, "sliding_window": 5, "query_pre_attn_scalar": 8}),
 }  # fmt: skip
 

@@ -128,8 +128,8 @@ FAULTS = {
     ),
     "temperature ignored by the scorer": Fault(
         "policy_scoring",
-        "logits.float() / temperature",
-        "logits.float()",
+        "else logits.float() / temperature",
+        "else logits.float()",
         "scoring equals",
     ),
     "weights frozen": Fault(
@@ -158,8 +158,8 @@ FAULTS = {
     ),
     "scoring shifted by one": Fault(
         "policy_scoring",
-        "predictors[i][: len(row)]]",
-        "predictors[i][-len(row) :]]",
+        "torch.tensor(places, device=device)",
+        "torch.tensor(places, device=device).sub(1).clamp(min=0)",
         "scoring equals",
     ),
     "shared prompts mixed up": Fault(
@@ -260,7 +260,7 @@ FAULTS = {
     ),
     "softmax in bfloat16": Fault(
         "policy_scoring",
-        '-F.cross_entropy(logits.float() / temperature, targets, reduction="none")',
+        '-F.cross_entropy(logits, targets, reduction="none")',
         "logits.log_softmax(-1, torch.bfloat16).gather(1, targets[:, None])[:, 0].float()",
         "softmax is float32",
     ),

@@ -7,6 +7,7 @@ from conftest import VOCABULARY
 import float64_reference as reference
 import group_attention
 import policy_scoring
+from group_attention import can_pack
 from policy_scoring import micro_batches, token_log_probs
 
 
@@ -80,6 +81,21 @@ def test_a_packed_row_holds_every_prompt_once_and_no_padding(llama, monkeypatch)
     own = sum(max(0, len(response) - 1) for response in responses)  # the last token predicts nothing
     widest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     assert packed == [12 + 3 + 7 + own] and tokens == [9 * widest]
+
+
+def test_models_whose_tokens_meet_elsewhere_are_not_packed(any_model, llama):
+    assert can_pack(any_model) == (any_model.config.model_type != "gpt_oss")
+    llama.train()  # may drop out
+    assert not can_pack(llama)
+    llama.eval()
+
+
+def test_bfloat16_stays_near_float32(llama):
+    prompts, responses = groups()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = torch.cat(token_log_probs(llama, prompts, responses))
+    exact = torch.cat(token_log_probs(llama, prompts, responses))
+    assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().mean() < 0.02
 
 
 def test_scoring_twice_gives_the_same_bits(llama):

@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import VOCABULARY, make_model
 
+import prompt_cache
 from model_loader import load_model
+from packed_weights import packed_weights
 from policy_scoring import token_log_probs
 from rollout import Sampling, TransformersEngine, _sample, _uniforms, encode_prompt
 
@@ -120,6 +122,27 @@ def test_impossible_tokens_are_never_drawn():
     logits = torch.tensor([[-float("inf"), 0.0, -float("inf")]] * 2)
     token, log_prob = _sample(logits, 1.0, torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64))
     assert token.tolist() == [1, 1] and log_prob.tolist() == [0, 0]
+
+
+def test_packed_weights_multiply_as_bfloat16_does(any_model):
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        usual = any_model(input_ids=ids).logits.float()
+        with packed_weights(any_model, 8):
+            packed = any_model(input_ids=ids).logits.float()
+    assert (packed - usual).norm() < 0.02 * usual.norm()
+    assert not any("forward" in vars(module) for module in any_model.modules())
+    with packed_weights(any_model, 8):  # float32: nothing to gain
+        assert not any("forward" in vars(module) for module in any_model.modules())
+
+
+def test_a_cache_with_room_keeps_what_it_had_when_it_grows(llama, monkeypatch):
+    sampling = Sampling(max_new_tokens=12, seed=3)
+    roomy = engine(llama).generate(PROMPTS, 2, sampling)
+    monkeypatch.setattr(prompt_cache, "ROOM", 1)
+    assert [r.response_ids for r in engine(llama).generate(PROMPTS, 2, sampling)] == [
+        r.response_ids for r in roomy
+    ]
 
 
 def test_temperature_zero_is_greedy(llama):

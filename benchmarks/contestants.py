@@ -1,0 +1,79 @@
+"""Contestants of a benchmark: environments of their own, processes of their own, turn by turn."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+# glibc: keep freed memory, as freed_memory.py does for this toolkit.
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+
+
+def environment_of(peer: str, packages: Sequence[str], unwanted: Sequence[str] = ()) -> Path:
+    """The Python of a peer's environment, benchmarks/.peers/PEER, which is made where it is missing."""
+    folder = FOLDER / ".peers" / peer
+    python = folder / "bin" / "python"
+    if not python.exists():
+        print(f"making {folder} with {', '.join(packages)}", flush=True)
+        venv.create(folder, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        if unwanted:
+            subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *unwanted], check=True)
+    return python
+
+
+def model_folder() -> str:
+    """The embedded model as both load it."""
+    code = "import model_loader, model_cache; model_loader.load_model(model_cache.EMBEDDED_NAME); "
+    code += "print(model_cache.converted_folder())"
+    printed = subprocess.run(
+        [sys.executable, "-c", code], cwd=FOLDER.parent, check=True, stdout=subprocess.PIPE
+    )
+    return printed.stdout.decode().split()[-1]
+
+
+class Worker:
+    """A contestant in a process of its own, which does a rollout batch for each line (workloads.py)."""
+
+    def __init__(self, command: Sequence, threads: int, **variables: str):
+        environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(threads), **variables}
+        self.process = subprocess.Popen(
+            command, cwd=FOLDER, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        while self._line() != "ready":
+            pass
+
+    def turn(self) -> dict:
+        print("go", file=self.process.stdin, flush=True)
+        while not (line := self._line()).startswith("{"):
+            pass
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def _line(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.process.args} ended with exit code {self.process.wait()}")
+        return line.strip()
+
+
+def alternate(workers: dict[str, Worker], turns: int) -> dict[str, list[dict]]:
+    """The answers of each to so many turns, taken in turn; the first, which warms up, is left out."""
+    answers = {who: [] for who in workers}
+    for _ in range(turns):
+        for who, worker in workers.items():
+            answers[who].append(worker.turn())
+    for worker in workers.values():
+        worker.close()
+    return {who: taken[1:] for who, taken in answers.items()}

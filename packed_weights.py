@@ -1,0 +1,38 @@
+"""Linear layers with bfloat16 weights laid out once for a CPU's matrix units, for many small products.
+
+A product of few rows, as in sampling, otherwise spends more time on laying its weights out than on multiplying.
+"""
+
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def packed_weights(model: nn.Module, num_rows: int):
+    """Within it, the model's linear layers use packed copies of their weights as they are now; no gradients.
+
+    Where nothing would be gained (no CPU, no autocast to bfloat16) the layers stay as they are.
+
+    Args:
+        num_rows: about how many rows most products will have.
+    """
+    device = model.get_input_embeddings().weight.device.type
+    bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    gains = device == "cpu" and bfloat16 and torch.backends.mkldnn.is_available()
+    layers = [module for module in model.modules() if type(module) is nn.Linear] if gains else []
+    for layer in layers:
+        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().bfloat16(), num_rows)
+        bias = None if layer.bias is None else layer.bias.detach().bfloat16()
+        layer.forward = partial(_linear, weight, bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _linear(weight, bias, inputs: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(inputs.bfloat16(), weight, bias, "none", [], "")
