@@ -1,6 +1,6 @@
 """Linear layers with bfloat16 weights laid out once for a CPU's matrix units, for many small products.
 
-A product of few rows, as in sampling, otherwise spends more time on laying its weights out than on multiplying.
+A product of few rows, as in sampling, otherwise spends more time on laying the weights out than on itself.
 """
 
 from contextlib import contextmanager
