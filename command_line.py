@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+MAX_MESSAGE = 1000  # characters
+
 
 class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
@@ -11,5 +13,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """One line, without the usage that argparse puts before it."""
-        print(f"{self.prog}: {message}; see --help", file=sys.stderr)
+        complain(self.prog, f"{message}; see --help")
         sys.exit(2)
+
+
+def complain(program: str, message: object) -> None:
+    """One line on standard error, whatever text of a model or a file the message quotes: nothing in it moves
+    the cursor, and it ends somewhere."""
+    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(message))
+    text = text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} ..."
+    print(f"{program}: {text}", file=sys.stderr)

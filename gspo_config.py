@@ -47,6 +47,7 @@ class GSPOConfig:
 
     model_name: str = flag("auto", "model", "hub id, folder, smollm2-135m, tiny, tiny-moe; auto: by GPU")
     dtype: str = flag("auto", "model", "compute type over float32 weights", ("auto", "float32", "bfloat16"))
+    trust_remote_code: bool = flag(False, "model", "run code that comes with the model; it can do anything")
     device: str | None = flag(None, "model", "default: cuda where there is one", ("cuda", "cpu"))
     gradient_checkpointing: bool = flag(False, "model", "recompute activations in backward: less memory")
 

@@ -23,26 +23,28 @@ Shapes: Q queries, G group size, B = Q * G sequences (groups contiguous), T resp
 """
 
 import math
-import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from alarms import EmergencyStop, repetition, stop_if, stop_reason, unreadable_characters
 from gspo_config import GSPOConfig
 from intervals import wilson_interval
 from policy_scoring import micro_batches, token_log_probs
 from rollout import Rollout, Sampling, TransformersEngine, encode_prompt
-from run_log import STATE_FILE, RunLog, find_checkpoint, gibberish_reason, peak_memory_gb, stop_reason
+from rollout_batch import RolloutBatch
+from run_log import peak_memory_gb
+from training_run import Interrupted, TrainingRun
 
 # exp() of an unbounded log-ratio overflows to inf, and inf * 0 in the backward of min() is NaN in every
 # weight. exp(60) = 1e26 stays finite in float32 through the loss and its gradient; the largest ratio that
@@ -55,8 +57,6 @@ EVALUATION_STREAM = 1 << 100
 EVALUATION_CHUNK = 16
 # Seconds after which a progress bar appears.
 PROGRESS_DELAY_S = 2.0
-# Checkpoints kept on disk: with float32 weights and AdamW's moments, one takes three times the model.
-CHECKPOINTS_KEPT = 2
 
 
 # ----------------------------------------------------------------------------------------------- the losses
@@ -260,45 +260,6 @@ LOSSES = {"gspo": gspo_loss, "gspo_token": gspo_token_loss, "grpo": grpo_loss}
 # ------------------------------------------------------------------------------------------------ the trainer
 
 
-class EmergencyStop(RuntimeError):
-    """Training cannot go on; the weights are those before the update that went bad."""
-
-
-@dataclass
-class RolloutBatch:
-    """What one rollout batch is trained on. B = Q * G responses, groups contiguous."""
-
-    problems: list  # (Q,)
-    rollouts: list[Rollout]  # (B,)
-    rewards: torch.Tensor  # (B,); NaN: not judged
-    advantages: torch.Tensor  # (B,)
-    teaches: torch.Tensor  # (B,) bool: has an advantage, or a KL term to pull it; the others cost nothing
-    old_log_probs: dict[int, torch.Tensor] = field(default_factory=dict)  # row to (|y|,), of those that teach
-    reference_log_probs: dict[int, torch.Tensor] = field(default_factory=dict)  # under the starting model
-    metrics: dict = field(default_factory=dict)  # what is known before the updates
-
-    def best_and_worst(self, group_size: int) -> list[dict]:
-        """The best and the worst response of the group whose rewards differ most, for samples.jsonl."""
-        groups = self.advantages.view(-1, group_size)  # (Q, G)
-        group = int((groups.amax(1) - groups.amin(1)).argmax())
-        rows = {"best": int(groups[group].argmax()), "worst": int(groups[group].argmin())}
-        problem = self.problems[group]
-        asked = {name: getattr(problem, name, None) for name in ("id", "prompt", "answer")}
-        return [self._sample_record(kind, group * group_size + row, asked) for kind, row in rows.items()]
-
-    def _sample_record(self, kind: str, row: int, asked: dict) -> dict:
-        rollout, reward = self.rollouts[row], self.rewards[row].item()
-        return {
-            "kind": kind,
-            **asked,
-            "response": rollout.text,
-            "reward": None if math.isnan(reward) else reward,
-            "advantage": self.advantages[row].item(),
-            "tokens": len(rollout.response_ids),
-            "finished": rollout.finished,
-        }
-
-
 class GSPOTrainer:
     """Trains a causal language model with the configured algorithm.
 
@@ -308,11 +269,10 @@ class GSPOTrainer:
         reward_fn: (problems, responses) -> list of float, or None for a response that cannot be judged. A
             problem is any object with a string .prompt; problems and responses are aligned. If it has an
             attribute `metrics`, a dict of sums over the responses of its last call, those are logged too.
-        run_log: where to record; by default train() makes the run folder that the config names.
         engine: samples the responses; by default the policy itself, in process.
     """
 
-    def __init__(self, model, tokenizer, config: GSPOConfig, reward_fn, run_log=None, engine=None):
+    def __init__(self, model, tokenizer, config: GSPOConfig, reward_fn, engine=None):
         self.config = config = config.resolve(sum(p.numel() for p in model.parameters()))
         positions = getattr(model.config, "max_position_embeddings", None)
         if positions is not None and config.max_length > positions:
@@ -321,7 +281,6 @@ class GSPOTrainer:
         self.model = model.float().to(self.accelerator.device).eval()
         self.tokenizer = tokenizer
         self.reward_fn = reward_fn
-        self.run_log = run_log
         self.engine = engine or TransformersEngine(self.model, tokenizer)
         self.reference_model = deepcopy(self.model).requires_grad_(False) if config.kl_coef else None
         if config.gradient_checkpointing:
@@ -334,58 +293,17 @@ class GSPOTrainer:
         )
         self.loss = LOSSES[config.algorithm]
         self.step = 0  # rollout batches trained on
-        self.best_pass_rate = -1.0
-        self._updating = False  # the weights are in the middle of a rollout batch's updates
-        self.stop_requested = False  # set it (from a signal handler, say) to stop after the rollout batch
-
-    # ---- the loop
+        self.halvings = 0  # of micro_batch_tokens, for want of memory
+        self.stop_requested = False  # set it (in a signal handler, say) to stop after the update in progress
+        self._stepping = False  # the optimizer is at the weights
 
     def train(self, train_problems: Sequence, eval_problems: Sequence) -> dict:
-        """Run the configured epochs; returns the evaluations {"before", "after"}, and {"finished"}.
-
-        Raises:
-            ValueError: no problem whose prompt leaves room for a response, or a run folder already in use.
-            EmergencyStop: a loss, gradient or ratio that must not reach the weights; the state before it is
-                in the last checkpoint.
-        """
-        config = self.config
-        train_problems = self.that_fit(train_problems, "training")
-        eval_problems = self.that_fit(eval_problems, "evaluation")
-        log = self.run_log = self.run_log or self.open_run_log()
-        if config.resume:
-            self.load_checkpoint(find_checkpoint(config.resume, config.output_dir))
-        batches = self._schedule_of(train_problems)
-        recorded = self._recorded_evaluations()
-        before = recorded[0] if recorded else self._evaluate_and_record(eval_problems)
-        after = recorded[-1] if recorded else before
-        bar = self._progress(total=len(batches), initial=self.step, desc="training", unit="batch")
-        try:
-            # The processes agree on stopping: a signal may reach one of them at any moment.
-            while self.step < len(batches) and not any(gather_object([self.stop_requested])):
-                start = self.step
-                window = batches[start : start + config.update_frequency]
-                # The K batches are sampled before the first of their updates: pi_old is the policy itself.
-                for batch in [self._collect(problems, start + k) for k, problems in enumerate(window)]:
-                    self._stop_if(gibberish_reason([*log.history, batch.metrics]))
-                    self._record(batch, self._update(batch), bar)
-                if _passed_multiple(start, self.step, config.eval_frequency) and self.step < len(batches):
-                    after = self._evaluate_and_record(eval_problems)
-                if _passed_multiple(start, self.step, config.save_frequency):
-                    self.save_checkpoint()
-            if self.step == len(batches):
-                after = self._evaluate_and_record(eval_problems)
-                self._save_model("final_model")
-        finally:
-            # Whatever ends it, what was learnt is on disk, but for half a batch's updates.
-            bar.close()
-            if not self._updating:
-                self.save_checkpoint()
-            log.close()
-        return {"before": before, "after": after, "finished": self.step == len(batches)}
+        """Run the configured epochs in a run folder; what it returns and raises is TrainingRun's."""
+        return TrainingRun(self, train_problems, eval_problems).train()
 
     def train_step(self, problems: Sequence) -> dict:
         """One rollout batch on these problems: sample, reward, score, update. Returns its metrics."""
-        metrics = self._update(self._collect(problems, self.step))
+        metrics = self.update(self.collect(problems, self.step))
         self.step += 1
         return metrics
 
@@ -400,7 +318,8 @@ class GSPOTrainer:
         size = self.config.group_size
         rollouts, rewards = [], []
         starts = range(0, len(problems), EVALUATION_CHUNK)
-        for start in self._progress(iterable=starts, desc="evaluating", unit="chunk", leave=False):
+        for start in self.progress_bar(iterable=starts, desc="evaluating", unit="chunk", leave=False):
+            self.stop_here_if_asked()
             chunk = problems[start : start + EVALUATION_CHUNK]
             sampled, judged, _ = self._sample(chunk, EVALUATION_STREAM + start)
             rollouts += sampled
@@ -464,7 +383,12 @@ class GSPOTrainer:
         gathered = gather_object(list(zip(rollouts, rewards, strict=True)))
         for counts in gather_object([getattr(self.reward_fn, "metrics", {})] if own else []):
             metrics |= {name: metrics.get(name, 0) + count for name, count in counts.items()}
-        return [rollout for rollout, _ in gathered], [reward for _, reward in gathered], metrics
+        rollouts, rewards = [rollout for rollout, _ in gathered], [reward for _, reward in gathered]
+        if not all(math.isfinite(x) for rollout in rollouts for x in rollout.log_probs):
+            raise EmergencyStop(self.broken_weights() or "the policy's log-probabilities are not finite")
+        if not all(reward is None or math.isfinite(reward) for reward in rewards):
+            raise EmergencyStop("the reward function returned a number that is not finite; None: not judged")
+        return rollouts, rewards, metrics
 
     def _generate(self, problems, seed: int) -> list[Rollout]:
         config = self.config
@@ -473,7 +397,7 @@ class GSPOTrainer:
         with self._computing():
             return self.engine.generate(prompts, config.group_size, sampling)
 
-    def _collect(self, problems: Sequence, index: int) -> RolloutBatch:
+    def collect(self, problems: Sequence, index: int) -> RolloutBatch:
         """Sample, judge and score rollout batch number index under the present policy: pi_old from now."""
         config = self.config
         stream = (config.seed << 64) + (index << 32)
@@ -491,10 +415,16 @@ class GSPOTrainer:
         if self.reference_model is not None:
             batch.reference_log_probs = self._score(self.reference_model, batch, self._minibatches(batch))
         null_clip_fraction = self._null_clip_fraction(batch)
+        scoring_s = time.perf_counter() - started
         lengths = [len(rollout.response_ids) for rollout in rollouts]
+        gaps = [
+            (torch.tensor(rollouts[row].log_probs) - old).abs().mean().item()
+            for row, old in batch.old_log_probs.items()
+        ]
         batch.metrics = {
             **sampling_metrics,
             "null_clip_fraction": null_clip_fraction,
+            "sampler_gap": float(np.mean(gaps)) if gaps else 0.0,
             "reward_mean": known.mean().item(),
             "reward_std": known.std(correction=0).item(),
             "zero_variance_groups": (groups == 0).all(1).double().mean().item(),
@@ -502,47 +432,39 @@ class GSPOTrainer:
             "response_tokens_mean": float(np.mean(lengths)),
             "entropy": -float(np.mean([x for rollout in rollouts for x in rollout.log_probs])),
             "truncated_fraction": float(np.mean([not rollout.finished for rollout in rollouts])),
-            "scoring_s": time.perf_counter() - started,
+            "repetition": float(np.mean([repetition(rollout.response_ids) for rollout in rollouts])),
+            "unreadable_characters": float(np.mean([unreadable_characters(r.text) for r in rollouts])),
+            "scoring_s": scoring_s,
         }
         return batch
 
-    def _update(self, batch: RolloutBatch) -> dict:
-        """The batch's optimizer updates; returns the metrics of the whole rollout batch."""
-        self._updating = True
-        started = time.perf_counter()
-        seen: dict[int, torch.Tensor] = {}  # each response's log-probabilities as its update saw them
-        updates = []
-        for rows in self._minibatches(batch):
-            log_probs, metrics = self._update_minibatch(batch, rows)
-            seen |= log_probs
-            updates.append(metrics)
+    def update(self, batch: RolloutBatch) -> dict:
+        """The updates that the rollout batch still lacks; returns the metrics of the whole batch."""
+        stop_if(stop_reason(batch.metrics), batch.metrics)
+        for rows in self._minibatches(batch)[len(batch.updates) :]:
+            self._update_minibatch(batch, rows)
+            self.stop_here_if_asked()
         with torch.no_grad():
             everything = list(range(len(batch.rollouts)))
-            _, pooled = self._loss_of(batch, everything, seen, denominator=len(everything))
+            _, pooled = self._loss_of(batch, everything, batch.seen, denominator=len(everything))
         self.optimizer.zero_grad()  # sampling needs the gradients' memory
-        self._updating = False
-        seconds = time.perf_counter() - started
+        updates = batch.updates
         metrics = {
             **pooled,
             "clip_fraction_by_minibatch": [update["clip_fraction"] for update in updates],
             "grad_norm": float(np.mean([update["grad_norm"] for update in updates])),
             "learning_rate": updates[-1]["learning_rate"],
             **batch.metrics,
-            "update_s": seconds,
+            "update_s": sum(update["seconds"] for update in updates),
         }
         tokens = sum(len(rollout.response_ids) for rollout in batch.rollouts)
         total = sum(metrics[name] for name in ("generation_s", "reward_s", "scoring_s", "update_s"))
         return {**metrics, "tokens_per_s": tokens / total, "peak_memory_gb": peak_memory_gb()}
 
-    def _update_minibatch(self, batch: RolloutBatch, rows: list[int]):
-        """One optimizer update on these rows: their log-probabilities as seen, by row, and its metrics."""
-        self.optimizer.zero_grad()  # here, so that an update that was given up leaves nothing behind
-        seen = {}
-        for micro_batch in self._own_micro_batches(batch, rows):
-            log_probs = self._log_probs(self.model, batch, micro_batch)
-            loss, _ = self._loss_of(batch, micro_batch, log_probs, denominator=len(rows))
-            loss.backward()
-            seen |= {row: values.detach().cpu() for row, values in log_probs.items()}
+    def _update_minibatch(self, batch: RolloutBatch, rows: list[int]) -> None:
+        """One optimizer update on these rows; the batch then has its metrics, and what it saw."""
+        started = time.perf_counter()
+        seen = self._within_memory(batch, lambda: self._backward(batch, rows))
         for parameter in self.model.parameters():
             if parameter.grad is None:  # no row of this process reached it
                 parameter.grad = torch.zeros_like(parameter)
@@ -556,10 +478,50 @@ class GSPOTrainer:
         with torch.no_grad():
             _, metrics = self._loss_of(batch, rows, seen, denominator=len(rows))
         metrics |= {"grad_norm": grad_norm.item(), "learning_rate": self.schedule.get_last_lr()[0]}
-        self._stop_if(stop_reason(metrics))
+        stop_if(stop_reason(metrics), batch.metrics | metrics)
+        self._stepping = True
         self.optimizer.step()
         self.schedule.step()
-        return seen, metrics
+        batch.seen |= seen
+        batch.updates.append(metrics | {"seconds": time.perf_counter() - started})
+        self._stepping = False
+
+    def _backward(self, batch: RolloutBatch, rows: list[int]) -> dict[int, torch.Tensor]:
+        """Gradients of the loss of this process's share of the rows, and the log-probabilities it saw."""
+        self.optimizer.zero_grad()  # here, so that an update that was given up leaves nothing behind
+        seen = {}
+        for micro_batch in self._own_micro_batches(batch, rows):
+            log_probs = self._log_probs(self.model, batch, micro_batch)
+            loss, _ = self._loss_of(batch, micro_batch, log_probs, denominator=len(rows))
+            loss.backward()
+            seen |= {row: values.detach().cpu() for row, values in log_probs.items()}
+        return seen
+
+    def _within_memory(self, batch: RolloutBatch, work: Callable):
+        """work(), with half the tokens of a forward pass whenever memory runs out.
+
+        The gradient is the same but for rounding, which in bfloat16 adds noise to the ratios of the rollout
+        batch in progress: they were scored in other shapes.
+        """
+        longest = max(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in batch.rollouts)
+        while True:
+            try:
+                return work()
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error) or self._micro_batch_tokens <= longest:
+                    raise
+            # Out of the handler, which holds the failed attempt's tensors.
+            self.halvings += 1
+            torch.cuda.empty_cache()
+            tqdm.write(
+                f"out of memory: from now on {self._micro_batch_tokens} tokens a forward pass "
+                "(--micro_batch_tokens)",
+                file=sys.stderr,
+            )
+
+    @property
+    def _micro_batch_tokens(self) -> int:
+        return self.config.micro_batch_tokens >> self.halvings
 
     def _loss_of(self, batch: RolloutBatch, rows: list[int], log_probs: dict, denominator: int):
         """The configured loss of some rows, a part of a sum over denominator rows, and its metrics.
@@ -607,7 +569,7 @@ class GSPOTrainer:
         own = teaching[self.accelerator.process_index :: self.accelerator.num_processes]
         prompts = [batch.rollouts[row].prompt_ids for row in own]
         responses = [batch.rollouts[row].response_ids for row in own]
-        split = micro_batches(self.model, prompts, responses, self.config.micro_batch_tokens)
+        split = micro_batches(self.model, prompts, responses, self._micro_batch_tokens)
         return [[own[i] for i in indices] for indices in split]
 
     def _log_probs(self, model, batch: RolloutBatch, rows: list[int]) -> dict[int, torch.Tensor]:
@@ -622,13 +584,17 @@ class GSPOTrainer:
 
         Equal shapes give equal bits, so that the ratio of an unchanged policy is exactly 1.
         """
-        own = {}
-        with torch.no_grad(), self._computing():  # entered once: the weights are cast once for all passes
-            for rows in minibatches:
-                for micro_batch in self._own_micro_batches(batch, rows):
-                    scored = self._log_probs(model, batch, micro_batch)
-                    own |= {row: values.cpu() for row, values in scored.items()}
-        return dict(gather_object(list(own.items())))
+
+        def own_share() -> dict:
+            own = {}
+            with torch.no_grad(), self._computing():  # entered once: the weights are cast once for all passes
+                for rows in minibatches:
+                    for micro_batch in self._own_micro_batches(batch, rows):
+                        scored = self._log_probs(model, batch, micro_batch)
+                        own |= {row: values.cpu() for row, values in scored.items()}
+            return own
+
+        return dict(gather_object(list(self._within_memory(batch, own_share).items())))
 
     def _null_clip_fraction(self, batch: RolloutBatch) -> float:
         """Share of a minibatch's tokens outside the clip range when scored again: pure noise."""
@@ -642,78 +608,8 @@ class GSPOTrainer:
 
     # ---- keeping
 
-    def save_checkpoint(self) -> None:
-        """Write checkpoints/step-N (model, tokenizer, optimizer, schedule, place) unless it is there."""
-        known = self.run_log.checkpoints()
-        if known and known[-1].name == f"step-{self.step}":
-            return
-        with self.run_log.writing(f"checkpoints/step-{self.step}") as folder:
-            if folder is None:
-                return
-            self._save_weights(folder)
-            state = {
-                "step": self.step,
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-            }
-            torch.save(state, folder / STATE_FILE)
-        for path in self.run_log.checkpoints()[:-CHECKPOINTS_KEPT]:
-            shutil.rmtree(path)
-
-    def load_checkpoint(self, path: Path) -> None:
-        """Continue from a checkpoint folder; the run's record is rewound to its step."""
-        saved = type(self.model).from_pretrained(path, dtype=torch.float32)
-        self.model.load_state_dict(saved.state_dict())
-        device = self.accelerator.device
-        state = torch.load(path / STATE_FILE, map_location=device, weights_only=True)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.step = state["step"]
-        self.run_log.rewind(self.step)
-        self.best_pass_rate = max((e["pass_at_1"] for e in self._recorded_evaluations()), default=-1.0)
-
-    def _save_weights(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
-    def _save_model(self, name: str) -> None:
-        with self.run_log.writing(name) as folder:
-            if folder is not None:
-                self._save_weights(folder)
-
-    # ---- recording
-
-    def _record(self, batch: RolloutBatch, metrics: dict, bar) -> None:
-        self.step += 1
-        for warning in self.run_log.train(self.step, metrics):
-            bar.write(f"warning, rollout batch {self.step}: {warning}", file=sys.stderr)
-        self.run_log.samples(self.step, batch.best_and_worst(self.config.group_size))
-        bar.set_postfix(
-            reward=f"{metrics['reward_mean']:.2f}",
-            clip=f"{metrics['clip_fraction']:.2f}",
-            tok_s=f"{metrics['tokens_per_s']:.0f}",
-        )
-        bar.update()
-
-    def _recorded_evaluations(self) -> list[dict]:
-        """Only the main process has the record; the others must take the same way."""
-        return broadcast_object_list([self.run_log.evaluations()])[0]
-
-    def _evaluate_and_record(self, problems: Sequence) -> dict:
-        for recorded in self._recorded_evaluations():
-            if recorded["step"] == self.step:
-                return recorded
-        metrics = self.evaluate(problems)
-        self.run_log.evaluation(self.step, metrics)
-        if metrics["pass_at_1"] > self.best_pass_rate:
-            self.best_pass_rate = metrics["pass_at_1"]
-            self._save_model("best_model")
-        return {"step": self.step, **metrics}
-
-    def open_run_log(self) -> RunLog:
-        return RunLog.create(asdict(self.config)) if self.accelerator.is_main_process else RunLog()
-
-    def _progress(self, **options):
+    def progress_bar(self, **options):
+        """tqdm, on the main process, for what takes longer than PROGRESS_DELAY_S."""
         # In a log file a bar is a line each time it is drawn: draw it seldom.
         interval = 0.5 if sys.stderr.isatty() else 30.0
         main = self.accelerator.is_main_process
@@ -721,33 +617,44 @@ class GSPOTrainer:
             disable=not main, mininterval=interval, delay=PROGRESS_DELAY_S, dynamic_ncols=True, **options
         )
 
-    def _schedule_of(self, problems: Sequence) -> list[list]:
-        """The rollout batches of all epochs: each epoch in an order of its own, its last batch what remains.
+    # ---- stopping and going on
 
-        More epochs only add batches at the end, so that a finished run can be continued.
-        """
-        config, batches = self.config, []
-        for epoch in range(config.num_epochs):
-            order = np.random.default_rng([config.seed, epoch]).permutation(len(problems)).tolist()
-            for start in range(0, len(order), config.batch_size):
-                batches.append([problems[i] for i in order[start : start + config.batch_size]])
-        return batches
+    def stop_here_if_asked(self) -> None:
+        """A place at which the state is whole. The processes agree: a signal may reach only one of them."""
+        if any(gather_object([self.stop_requested])):
+            raise Interrupted
 
-    def _stop_if(self, reason: str | None) -> None:
-        if reason:
-            self._updating = False  # the bad update has not reached the weights: they may be kept
-            raise EmergencyStop(reason)
+    def is_whole(self) -> bool:
+        """Whether the state is that after a whole update, and worth keeping."""
+        return not self._stepping and self.broken_weights() is None
+
+    def broken_weights(self) -> str | None:
+        """Which weights are not finite, or None."""
+        parameters = dict(self.model.named_parameters())
+        if torch.nn.utils.get_total_norm(parameters.values()).isfinite():  # fast: no mask of them is made
+            return None
+        broken = [name for name, p in parameters.items() if not p.detach().isfinite().all()]
+        return f"{len(broken)} weight tensors are not finite, such as {broken[0]}" if broken else None
+
+    def state_dict(self) -> dict:
+        """What the future depends on besides the weights: plain data and tensors."""
+        return {
+            "step": self.step,
+            "halvings": self.halvings,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step, self.halvings = state["step"], state["halvings"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
 
 
 def _pad(rows: list[torch.Tensor], device) -> torch.Tensor:
     if not rows:
         return torch.zeros(0, 0, device=device)
     return pad_sequence([row.to(device) for row in rows], batch_first=True)
-
-
-def _passed_multiple(before: int, after: int, frequency: int) -> bool:
-    """Whether (before, after] holds a multiple of frequency; 0: never."""
-    return frequency > 0 and after // frequency > before // frequency
 
 
 def _enable_gradient_checkpointing(model) -> None:

@@ -71,13 +71,13 @@ def resolve_model_name(name):
     return auto_model_name(gpu.total_memory / 1e9), f"{gpu.name} with {gpu.total_memory / 1e9:.0f} GB"
 
 
-def load_model(name, dtype=None, device=None):
+def load_model(name, dtype=None, device=None, trust_remote_code=False):
     """Load a causal language model in eval mode, with its tokenizer.
 
     dtype: torch.dtype or its name; None is float32, because an update at learning rate 1e-6 vanishes in bf16
     weights. device: None takes the GPU where there is one. The tokenizer always has a pad token (the end
-    token if it had none). Remote code is never run. ValueError, one line: no such model, hub out of reach,
-    licence not accepted, damaged files, not a causal language model.
+    token if it had none). trust_remote_code: whether code that comes with the model may run. ValueError, one
+    line: no such model, hub out of reach, licence not accepted, damaged files, not a causal language model.
     """
     name, _ = resolve_model_name(name)
     dtype = _dtype(dtype)
@@ -86,8 +86,8 @@ def load_model(name, dtype=None, device=None):
         model = new_tiny_model(name, load_file(TINY_FOLDER / f"{name}.safetensors"))
         return model.to(device, dtype), tiny_tokenizer()
     source, local_only = _locate(name)
-    _check_causal(name, _read_config(name, source, local_only))
-    access = dict(local_files_only=local_only, trust_remote_code=False)
+    _check_causal(name, _read_config(name, source, local_only, trust_remote_code))
+    access = dict(local_files_only=local_only, trust_remote_code=trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **access)
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -106,15 +106,16 @@ def load_model(name, dtype=None, device=None):
     return model.to(device), tokenizer  # from_pretrained has set eval mode
 
 
-def count_parameters(name):
+def count_parameters(name, trust_remote_code=False):
     """The number of parameters, tied weights once, from the configuration alone. Errors as load_model's."""
     name, _ = resolve_model_name(name)
     if name == EMBEDDED_NAME:
         return EMBEDDED_PARAMETERS
-    config = tiny_config(name) if name in ("tiny", "tiny-moe") else _read_config(name, *_locate(name))
+    tiny = name in ("tiny", "tiny-moe")
+    config = tiny_config(name) if tiny else _read_config(name, *_locate(name), trust_remote_code)
     _check_causal(name, config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).num_parameters()
 
 
 def check_memory(name, needed, gpu_bytes=None):
@@ -174,15 +175,22 @@ def _hub_has(name):
     return True
 
 
-def _read_config(name, source, local_only):
+def _read_config(name, source, local_only, trust_remote_code):
     try:
-        return AutoConfig.from_pretrained(source, local_files_only=local_only, trust_remote_code=False)
+        return AutoConfig.from_pretrained(
+            source, local_files_only=local_only, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # as above
         if local_only and not Path(source).is_dir():
             raise ValueError(
                 f"cannot load {name!r}{_suggestion(name)}: the model hub cannot be reached and its "
                 "local cache lacks the files; connect to the network, or name a model's folder or "
                 f"{EMBEDDED_NAME}"
+            ) from None
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model {name!r} comes with code of its own, which runs only with --trust_remote_code: read "
+                "that code first, or name another model"
             ) from None
         raise ValueError(_damaged(source, _first_line(error))) from None
 
@@ -195,7 +203,8 @@ def _check_causal(name, config):
         for architecture in architectures
         for kind in ("CausalLM", "LMHeadModel", "ForConditionalGeneration")
     )
-    if headless or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    own_class = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if headless or not (own_class or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
         kind = ", ".join(architectures) or config.model_type
         raise ValueError(
             f"model {name!r} is not a causal language model, it is {kind}: name a model whose "

@@ -1,4 +1,4 @@
-"""The record of a run: its folder, metrics.jsonl, eval.jsonl, samples.jsonl, wandb, and the alarms' rules.
+"""The record of a run: its folder, metrics.jsonl, eval.jsonl, samples.jsonl, and wandb.
 
     gspo_outputs/<run>/
         config.json       the resolved configuration, with versions, hardware, git commit, command line
@@ -7,12 +7,15 @@
         samples.jsonl     best and worst response of some groups, with rewards
         checkpoints/step-N/   written whole or not at all
         best_model/  final_model/     what from_pretrained loads
+        emergency/        of an emergency stop: its reason, metrics and rollout batch
 
-Only the main process writes; the others hold a RunLog with no folder and no sinks.
+A run folder belongs to one process at a time: it is locked, and a lock ends with its process. Of several
+processes the main one writes; the others hold a RunLog with no folder and no sinks.
 """
 
+import contextlib
+import fcntl
 import json
-import math
 import os
 import platform
 import re
@@ -20,13 +23,18 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from alarms import warnings_of
+from checkpoints import checkpoints_in, newest_whole, recover, saving, step_of, whole_folder, write_whole
+from rollout_batch import RolloutBatch
 
 # What is logged for each rollout batch: (unit, meaning and reduction). The README's glossary is this table.
 GLOSSARY = {
@@ -49,7 +57,13 @@ GLOSSARY = {
     "code_timeouts": ("count", "responses whose code ran out of time; from the toolkit's own rewards"),
     "response_tokens_mean": ("tokens", "mean response length, end token included"),
     "truncated_fraction": ("share", "responses cut before their end token"),
+    "repetition": ("share", "runs of 4 tokens that stood in the same response before, mean over responses"),
+    "unreadable_characters": ("share", "control and replacement characters, mean over responses"),
     "entropy": ("nats per token", "minus the mean log-probability of the sampled tokens"),
+    "sampler_gap": (
+        "nats per token",
+        "mean distance of the sampler's log-probabilities from the scorer's, over responses that teach",
+    ),
     "kl": ("nats per token", "estimated KL to the starting model; only with a kl_coef"),
     "grad_norm": ("-", "gradient norm before clipping, mean over the batch's optimizer updates"),
     "learning_rate": ("-", "of the batch's last optimizer update"),
@@ -66,15 +80,18 @@ FREE_ON_RESUME = (
     "wandb_project", "dry_run", "device", "micro_batch_tokens", "gradient_checkpointing",
 )  # fmt: skip
 STATE_FILE = "training_state.pt"  # of a checkpoint, beside its model
+# Seconds that wandb may take before the run goes on without it.
+WANDB_START_S, WANDB_CALL_S, WANDB_FINISH_S = 120, 30, 120
 SECONDS = ("generation_s", "reward_s", "scoring_s", "update_s", "tokens_per_s", "peak_memory_gb")
 
 
 class RunLog:
     """Writes a run's record. Without a folder it writes nothing, so that callers need no branch."""
 
-    def __init__(self, folder: Path | None = None, sinks: Sequence = ()):
+    def __init__(self, folder: Path | None = None, sinks: Sequence = (), lock: int | None = None):
         self.folder = folder
         self.sinks = list(sinks)
+        self._lock = lock  # file descriptor
         self.history: list[dict] = []  # the rollout batches' metrics so far, for the alarms
         self.raised: set[str] = set()  # kinds of warnings that the last rollout batch called for
 
@@ -83,34 +100,73 @@ class RunLog:
         """Make (or, with config["resume"], reopen) the run folder that the configuration names.
 
         Raises:
-            ValueError: a new run in a folder that already holds one.
+            ValueError: a new run in a folder that already holds one, a folder that another process works in,
+                a resumed run with other settings, or an output folder that cannot be made.
         """
         folder = run_folder(config)
-        if not config["resume"] and (folder / "config.json").exists():
+        held = folder / "config.json"
+        if held.exists() and not config["resume"]:
             raise ValueError(
                 f"{folder} already holds a run: choose another --run_name, or continue it with "
                 f"--resume {folder}"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        _refuse_other_settings(folder / "config.json", config)
-        _write_json(folder / "config.json", {**config, "environment": describe_environment()})
-        sinks = [JsonLines(folder)]
-        if config["use_wandb"]:
-            sinks.append(Wandb(folder, config))
-        return cls(folder, sinks)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder)
+        except BlockingIOError:
+            raise ValueError(f"another process is at work on the run in {folder}: wait for it") from None
+        except OSError as error:
+            raise ValueError(f"--output_dir: cannot make {folder} ({error.strerror})") from None
+        try:
+            if config["resume"]:
+                for parent in (folder, folder / "checkpoints"):
+                    recover(parent)
+                _refuse_other_settings(held, config)
+            write_whole(held, json.dumps({**config, "environment": describe_environment()}, indent=2) + "\n")
+        except BaseException:
+            os.close(lock)
+            raise
+        sinks = [JsonLines(folder), *([Wandb(folder, config)] if config["use_wandb"] else [])]
+        return cls(folder, sinks, lock)
 
-    def rewind(self, step: int) -> None:
-        """Drop the lines after a step, which a resumed run is about to write again."""
+    def whole_checkpoint(self, resume: str) -> Path | None:
+        """The newest whole checkpoint at or before the one that --resume names; None: there is none yet.
+
+        Damaged ones are named on standard error.
+
+        Raises:
+            ValueError: none of them is whole, or the one named does not exist.
+        """
+        if self.folder is None:
+            return None
+        candidates = self.checkpoints()
+        if Path(resume).absolute().parent == (self.folder / "checkpoints").absolute():
+            if Path(resume).absolute() not in [path.absolute() for path in candidates]:
+                raise ValueError(f"--resume {resume}: there is no such checkpoint")
+            candidates = [path for path in candidates if step_of(path) <= step_of(Path(resume))]
+        newest = newest_whole(
+            candidates, lambda path, why: print(f"{path} is not used: {why}", file=sys.stderr)
+        )
+        if candidates and newest is None:
+            raise ValueError(
+                f"--resume {resume}: no checkpoint in {self.folder} is whole; start again with another "
+                "--run_name"
+            )
+        return newest
+
+    def rewind(self, step: int, evaluations: int) -> None:
+        """Drop what was written after a step and so many evaluations: a resumed run writes it again."""
         if self.folder is None:
             return
-        for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
-            lines = [line for line in _read_lines(self.folder / name) if line["step"] <= step]
-            text = "".join(json.dumps(line, allow_nan=True) + "\n" for line in lines)
-            _write_text(self.folder / name, text)
+        for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
+            lines = _read_lines(self.folder / name)
+            kept = lines[:evaluations] if name == "eval.jsonl" else [x for x in lines if x["step"] <= step]
+            write_whole(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
         for path in self.checkpoints():  # of a past that is now given up
-            if int(path.name[5:]) > step:
+            if step_of(path) > step:
                 shutil.rmtree(path)
         self.history = _read_lines(self.folder / "metrics.jsonl")
+        self.raised = set(warnings_of(self.history)) if self.history else set()
 
     def train(self, step: int, metrics: dict) -> list[str]:
         """Record a rollout batch; returns the warnings that it calls for and the one before it did not."""
@@ -130,34 +186,32 @@ class RunLog:
             for sink in self.sinks:
                 sink.write("samples", step, record)
 
+    def emergency(self, step: int, reason: str, metrics: dict, batches: Sequence[RolloutBatch]) -> None:
+        """Keep the evidence of a stop: the metrics, and the rollout batch if there is one."""
+        with self.writing("emergency") as folder:
+            if folder is None:
+                return
+            figures = {"step": step, "reason": reason, **metrics}
+            # NaN is no JSON: as text
+            figures = json.loads(json.dumps(figures, default=str), parse_constant=str)
+            (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
+            for batch in batches:
+                lines = [json.dumps(record, default=str) + "\n" for record in batch.records()]
+                (folder / "samples.jsonl").write_text("".join(lines))
+                torch.save(batch.state_dict(), folder / "rollout_batch.pt")
+
     def close(self) -> None:
         for sink in self.sinks:
             sink.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
-    @contextmanager
     def writing(self, name: str):
-        """A folder to fill, which takes the place of folder/name when complete: whole or not at all.
-
-        Yields None where there is no run folder.
-        """
+        """whole_folder() of folder/name; yields None where there is no run folder."""
         if self.folder is None:
-            yield None
-            return
-        target = self.folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        for path in sorted(partial.rglob("*")):
-            _sync(path)
-        previous = target.with_name(target.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        if target.exists():
-            target.rename(previous)
-        partial.rename(target)
-        _sync(target.parent)
-        shutil.rmtree(previous, ignore_errors=True)
+            return contextlib.nullcontext()
+        return whole_folder(self.folder / name)
 
     def evaluations(self) -> list[dict]:
         """The evaluations on record, oldest first."""
@@ -169,160 +223,159 @@ class RunLog:
 
 
 class JsonLines:
-    """metrics.jsonl, eval.jsonl and samples.jsonl, one flushed line a record."""
+    """metrics.jsonl, eval.jsonl and samples.jsonl, one flushed line a record, whole or not at all."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def write(self, stream: str, step: int, values: dict) -> None:
-        with open(self.folder / f"{stream}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}, default=str) + "\n")
+        """Raises CannotSave."""
+        path = self.folder / f"{stream}.jsonl"
+        line = json.dumps({"step": step, **values}, default=str) + "\n"
+        with saving(path), open(path, "ab") as file:
+            start = file.tell()
+            try:
+                file.write(line.encode())
+                file.flush()
+            except OSError:
+                os.truncate(path, start)
+                raise
 
     def close(self) -> None:
         pass
 
 
 class Wandb:
-    """The same figures in wandb, under train/ and eval/. WANDB_MODE is honoured, offline included."""
+    """The same figures in wandb, under train/ and eval/. WANDB_MODE is honoured, offline included.
+
+    A resumed run goes on in the same wandb run. Trouble with wandb is told once, and the run goes on without.
+    """
 
     def __init__(self, folder: Path, config: dict):
+        self.run = None
+        self._attempt(lambda: self._start(folder, config), WANDB_START_S)
+
+    def _start(self, folder: Path, config: dict) -> None:
         import wandb
 
-        self.run = wandb.init(
-            project=config["wandb_project"], name=folder.name, dir=str(folder), config=config
+        id_path = folder / "wandb_id"
+        if not id_path.exists():
+            write_whole(id_path, uuid.uuid4().hex)
+        run = wandb.init(
+            project=config["wandb_project"],
+            name=folder.name,
+            dir=str(folder),
+            config=config,
+            id=id_path.read_text(encoding="utf-8"),
+            resume="allow",
         )
-        self.run.define_metric("rollout_batch")
+        run.define_metric("rollout_batch")
         for prefix in ("train", "eval"):
-            self.run.define_metric(f"{prefix}/*", step_metric="rollout_batch")
+            run.define_metric(f"{prefix}/*", step_metric="rollout_batch")
+        self.run = run
 
     def write(self, stream: str, step: int, values: dict) -> None:
         prefix = {"metrics": "train", "eval": "eval"}.get(stream)
-        if prefix:
-            self.run.log({"rollout_batch": step, **{f"{prefix}/{k}": v for k, v in values.items()}})
+        if prefix and self.run:
+            figures = {"rollout_batch": step, **{f"{prefix}/{k}": v for k, v in values.items()}}
+            self._attempt(lambda: self.run.log(figures), WANDB_CALL_S)
 
     def close(self) -> None:
-        self.run.finish()
+        if self.run:
+            self._attempt(self.run.finish, WANDB_FINISH_S)
 
+    def _attempt(self, call: Callable, seconds: float) -> None:
+        """call(), which may raise or hang."""
+        errors = []
 
-# ----------------------------------------------------------------------------------------------- the alarms
+        def attempt():
+            try:
+                call()
+            except BaseException as error:  # wandb ends threads of its own with SystemExit
+                errors.append(f"{type(error).__name__}: {error}".splitlines()[0])
 
-
-def stop_reason(metrics: dict) -> str | None:
-    """Why the update that these metrics describe must not reach the weights, or None.
-
-    Reads loss, grad_norm, importance_ratio_max (a healthy one stays within a few per cent of 1).
-    """
-    for name in ("loss", "grad_norm", "importance_ratio_mean", "importance_ratio_max"):
-        if not math.isfinite(metrics[name]):
-            return f"{name} is {metrics[name]}"
-    if metrics["importance_ratio_max"] > 100:
-        return f"importance_ratio_max is {metrics['importance_ratio_max']:.4g}, above 100"
-    return None
-
-
-def gibberish_reason(history: Sequence[dict]) -> str | None:
-    """Why the policy's text is beyond repair, measured against the run's own start, or None.
-
-    Entropy near that of a uniform choice, or responses that no longer end although they used to, over five
-    rollout batches in a row with nothing rewarded.
-    """
-    if len(history) < 10:
-        return None
-    start, recent = history[:5], history[-5:]
-    if any(batch["reward_mean"] > 0 for batch in recent):
-        return None
-    if all(batch["entropy"] > 3 * max(1.0, _mean(start, "entropy")) for batch in recent):
-        now, then = _mean(recent, "entropy"), _mean(start, "entropy")
-        return f"entropy rose from {then:.2f} to {now:.2f} nats per token"
-    if _mean(start, "truncated_fraction") < 0.5 and all(batch["truncated_fraction"] == 1 for batch in recent):
-        return "no response has ended for five rollout batches, and nothing was rewarded"
-    return None
-
-
-def warnings_of(history: Sequence[dict]) -> dict[str, str]:
-    """What a user should look at, read off the metric history (oldest first): kind to message."""
-    last, warnings = history[-1], {}
-    lowest, highest = last["importance_ratio_min"], last["importance_ratio_max"]
-    if highest > 10 or lowest < 0.1:
-        warnings["ratio"] = (
-            f"importance ratios reach {lowest:.3g} to {highest:.3g}: the policy moves far in one rollout "
-            "batch; lower --learning_rate"
-        )
-    if last["clip_fraction"] > 0.8:
-        warnings["clip"] = (
-            f"{last['clip_fraction']:.0%} of tokens are clipped: most of the batch teaches nothing; "
-            "lower --learning_rate or widen the clip range"
-        )
-    if last["null_clip_fraction"] > 0.01:
-        warnings["null clip"] = (
-            f"null_clip_fraction is {last['null_clip_fraction']:.3g}: scoring noise alone leaves the clip "
-            "range; use --dtype float32 or a wider range"
-        )
-    if len(history) >= 10 and all(batch["zero_variance_groups"] == 1 for batch in history[-10:]):
-        warnings["no signal"] = (
-            "no learning signal: in ten rollout batches every group's rewards were equal; "
-            "try an easier --difficulty, a larger --group_size or a stronger model"
-        )
-    first, latest = _mean(history[:10], "loss"), _mean(history[-10:], "loss")
-    if len(history) >= 30 and latest > first + 1:
-        warnings["loss"] = f"the loss has risen from {first:.3g} to {latest:.3g}"
-    return warnings
-
-
-def _mean(history, name):
-    return sum(batch[name] for batch in history) / len(history)
+        thread = threading.Thread(target=attempt, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if thread.is_alive():
+            errors.append(f"no answer within {seconds:.0f} s")
+        if errors:
+            self.run = None
+            print(f"wandb: {errors[0]}; the run goes on without it, all is in its folder", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------- folders and machines
 
 
 def run_folder(config: dict) -> Path:
-    """output_dir/run_name, by default named by model, algorithm and time; a resumed run's own folder."""
+    """output_dir/run_name, by default named by model, algorithm and time; a resumed run's own folder.
+
+    Raises:
+        ValueError: a name that is none, or no run to resume.
+    """
     if config["resume"]:
-        return find_checkpoint(config["resume"], config["output_dir"]).parent.parent
+        return resumed_folder(config["resume"], config["output_dir"])
     name = config["run_name"] or "-".join(
         [Path(config["model_name"]).name, config["algorithm"], time.strftime("%Y%m%d-%H%M%S")]
     )
-    if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
+    if not re.fullmatch(r"[\w.+-]{1,200}", name) or name.startswith("."):
         raise ValueError(f"--run_name {name!r} must be a plain name: letters, digits, '.', '_', '+', '-'")
     return Path(config["output_dir"]) / name
 
 
-def _refuse_other_settings(path: Path, config: dict) -> None:
-    """A resumed run keeps the settings that shaped its past; ValueError names those that differ."""
-    if not (config["resume"] and path.exists()):
-        return
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    differing = [k for k, v in config.items() if k not in FREE_ON_RESUME and k in saved and saved[k] != v]
-    if differing:
-        named = ", ".join(f"--{k} {saved[k]} (now {config[k]})" for k in differing)
-        raise ValueError(f"--resume: the run in {path.parent} was started with {named}; use its settings")
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The run folder's whole checkpoints, oldest first."""
-    found = (folder / "checkpoints").glob("step-*")
-    return sorted((p for p in found if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
-
-
-def find_checkpoint(resume: str, output_dir: str) -> Path:
-    """The checkpoint that --resume names: "latest", a run folder, or a checkpoint folder.
+def resumed_folder(resume: str, output_dir: str) -> Path:
+    """The run folder that --resume names: "latest" (the run that was started last), a run, or a checkpoint.
 
     Raises:
         ValueError: there is none.
     """
     if resume == "latest":
-        runs = [run for run in Path(output_dir).glob("*") if checkpoints_in(run)]
-        newest = (checkpoints_in(run)[-1] for run in runs)
-        candidates = sorted(newest, key=lambda path: path.stat().st_mtime)
-    elif Path(resume).absolute().parent.name == "checkpoints" and (Path(resume) / STATE_FILE).exists():
-        candidates = [Path(resume)]
-    else:
-        candidates = checkpoints_in(Path(resume))
-    if not candidates:
-        where = output_dir if resume == "latest" else resume
-        raise ValueError(f"--resume {resume}: no checkpoint in {where}; name a run or checkpoint folder")
-    return candidates[-1]
+        runs = [path for path in Path(output_dir).glob("*") if settings_of(path)]
+        if not runs:
+            raise ValueError(f"--resume latest: no run in {output_dir}; name a run or checkpoint folder")
+        return max(runs, key=lambda run: (run / "config.json").stat().st_mtime_ns)
+    folder = Path(resume)
+    folder = folder.parent.parent if folder.absolute().parent.name == "checkpoints" else folder
+    if not settings_of(folder):
+        raise ValueError(f"--resume {resume}: that is neither a run's folder nor one of its checkpoints")
+    return folder
+
+
+def settings_of(folder: Path) -> dict | None:
+    """The settings that a run was started with, or None where there is no run."""
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return saved if isinstance(saved, dict) and "environment" in saved and "algorithm" in saved else None
+
+
+def differing_settings(saved: dict, config: dict) -> list[str]:
+    """Flags that a resumed run would change, although they shape what it has done, and their values."""
+    return [
+        f"--{name} {saved[name]} (now {value})"
+        for name, value in config.items()
+        if name not in FREE_ON_RESUME and name in saved and saved[name] != value
+    ]
+
+
+def _refuse_other_settings(path: Path, config: dict) -> None:
+    differing = differing_settings(settings_of(path.parent), config)
+    if differing:
+        raise ValueError(
+            f"--resume: the run in {path.parent} was started with {', '.join(differing)}; use its settings"
+        )
+
+
+def _lock(folder: Path) -> int:
+    """A lock on a folder, held until the descriptor is closed or the process ends. BlockingIOError: taken."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def describe_environment() -> dict:
@@ -357,19 +410,3 @@ def _read_lines(path: Path) -> list[dict]:
         return []
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def _write_json(path: Path, value) -> None:
-    _write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

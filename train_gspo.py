@@ -9,6 +9,7 @@ Exit codes: 0 done; 1 failure; 2 bad input (one line: what, why, what to do); 3 
 130 interrupted. Whenever it stops, what was learnt is on disk and --resume continues.
 """
 
+import argparse
 import json
 import os
 import signal
@@ -23,54 +24,64 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from transformers.utils.logging import disable_progress_bar
 
-from command_line import Parser
+from alarms import EmergencyStop
+from checkpoints import CannotSave
+from command_line import Parser, complain
 from data_loader import default_max_new_tokens, load_problems
 from freed_memory import keep_freed_memory
 from gspo_config import choose_dtype
-from gspo_implementation import EmergencyStop, GSPOConfig, GSPOTrainer
+from gspo_implementation import GSPOConfig, GSPOTrainer
 from intervals import paired_interval
 from model_loader import check_memory, count_parameters, load_model, resolve_model_name
 from rewards import RewardFunction
-from run_log import run_folder
+from run_log import resumed_folder, run_folder, settings_of
+from training_run import TrainingRun
 
+PROGRAM = "train_gspo.py"
 # Bytes: float32 weights, gradients and AdamW's two moments, before activations.
 MEMORY_PER_PARAMETER = 16
 
 
 def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until there is something to save
     try:
         config = resolve(parse(arguments))
         print(json.dumps({k: v for k, v in asdict(config).items() if v is not None}, indent=2))
         print(f"\n{config.describe_objective()}\n")
         if config.dry_run:
             return 0
-        trainer, train_problems, eval_problems = prepare(config)
+        run = prepare(config)
     except ValueError as error:
-        print(f"train_gspo.py: {error}", file=sys.stderr)
+        complain(PROGRAM, error)
         return 2
-    signal.signal(signal.SIGINT, lambda *_: interrupt(trainer))
-    signal.signal(signal.SIGTERM, lambda *_: interrupt(trainer))
+    except CannotSave as error:
+        complain(PROGRAM, error)
+        return 1
+    except KeyboardInterrupt:
+        complain(PROGRAM, "interrupted before training began")
+        return 130
+    stop_on_signals(run.trainer)
     try:
-        result = trainer.train(train_problems, eval_problems)
+        result = run.train()
+    except CannotSave as error:
+        complain(PROGRAM, f"{error}; make room, then continue with --resume {run.log.folder}")
+        return 1
     except EmergencyStop as stop:
-        print(
-            f"train_gspo.py: emergency stop before rollout batch {trainer.step + 1}'s bad update: {stop}. "
-            f"The last good state is in {trainer.run_log.folder}/checkpoints; lower --learning_rate, then "
-            f"start again",
-            file=sys.stderr,
-        )
+        complain(PROGRAM, explain(stop, run))
         return 3
-    if trainer.accelerator.is_main_process:
-        report(trainer, result)
+    if run.trainer.accelerator.is_main_process:
+        report(run, result)
     return 0 if result["finished"] else 130
 
 
 def parse(arguments: list[str] | None) -> GSPOConfig:
-    """The flags as a configuration; bad values end the program with one line and exit code 2."""
+    """The flags as a configuration; with --resume, flags that are not given are those of the resumed run.
+
+    Bad values end the program with one line and exit code 2.
+    """
     parser = Parser(__doc__)
-    types = get_type_hints(GSPOConfig)
-    groups = {}
+    types, groups = get_type_hints(GSPOConfig), {}
     for f in fields(GSPOConfig):
         group = groups.setdefault(f.metadata["group"], None) or parser.add_argument_group(f.metadata["group"])
         groups[f.metadata["group"]] = group
@@ -79,8 +90,14 @@ def parse(arguments: list[str] | None) -> GSPOConfig:
         options = (
             {"action": "store_true"} if kind is bool else {"type": kind, "choices": f.metadata["choices"]}
         )
-        group.add_argument(f"--{f.name}", default=f.default, help=f.metadata["help"] + shown, **options)
-    return GSPOConfig(**vars(parser.parse_args(arguments)))
+        help = f.metadata["help"] + shown
+        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **options)
+    given = vars(parser.parse_args(arguments))
+    if given.get("resume"):
+        saved = settings_of(resumed_folder(given["resume"], given.get("output_dir", GSPOConfig.output_dir)))
+        names = {f.name for f in fields(GSPOConfig)} - {"dry_run"}
+        given = {name: value for name, value in saved.items() if name in names} | given
+    return GSPOConfig(**given)
 
 
 def resolve(config: GSPOConfig) -> GSPOConfig:
@@ -88,7 +105,7 @@ def resolve(config: GSPOConfig) -> GSPOConfig:
     model_name, reason = resolve_model_name(config.model_name)
     if config.model_name != model_name:
         print(f"model: {model_name} ({reason})")
-    parameters = count_parameters(model_name)
+    parameters = count_parameters(model_name, config.trust_remote_code)
     if config.dataset_path and config.dataset == GSPOConfig.dataset:
         config = replace(config, dataset="file")
     source = "file" if config.dataset_path else config.dataset
@@ -114,8 +131,8 @@ def difficulty_for(parameters: int) -> str:
     return "medium" if parameters < 4e9 else "hard"
 
 
-def prepare(config: GSPOConfig):
-    """Problems, model and trainer; ValueError where the input cannot work. What is quick comes first."""
+def prepare(config: GSPOConfig) -> TrainingRun:
+    """Problems, model, trainer and run folder; ValueError where the input cannot work. Quick things first."""
     run_folder(asdict(config))
     train_problems, eval_problems = (
         load_problems(config.dataset, split, count, config.seed, config.difficulty, config.dataset_path)
@@ -124,25 +141,41 @@ def prepare(config: GSPOConfig):
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading the weights
     # On the CPU first: each process of several then moves it to its own GPU.
-    model, tokenizer = load_model(config.model_name, device="cpu")
+    model, tokenizer = load_model(config.model_name, device="cpu", trust_remote_code=config.trust_remote_code)
     trainer = GSPOTrainer(model, tokenizer, config, RewardFunction(config.code_reward))
-    train_problems = trainer.that_fit(train_problems, "training")
-    eval_problems = trainer.that_fit(eval_problems, "evaluation")
-    trainer.run_log = trainer.open_run_log()
-    return trainer, train_problems, eval_problems
+    return TrainingRun(trainer, train_problems, eval_problems)
 
 
-def interrupt(trainer: GSPOTrainer) -> None:
-    """First signal: stop after the rollout batch in progress, with a checkpoint. Second: at once."""
-    if trainer.stop_requested:
-        sys.exit(130)
-    trainer.stop_requested = True
-    print("\nstopping after this rollout batch; once more to stop at once", file=sys.stderr)
+def stop_on_signals(trainer: GSPOTrainer) -> None:
+    """First SIGINT or SIGTERM: stop after the update in progress, with a checkpoint. Second: at once."""
+
+    def stop(*_):
+        if trainer.stop_requested:
+            os._exit(130)  # without the checkpoint that may be in progress: the last whole one stays
+        trainer.stop_requested = True
+        print("\nstopping after this update; once more to stop at once", file=sys.stderr)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
 
 
-def report(trainer: GSPOTrainer, result: dict) -> None:
+def explain(stop: EmergencyStop, run: TrainingRun) -> str:
+    """What went wrong, where to look, and what to go on from."""
+    checkpoints = run.log.checkpoints()
+    good = f"the last good state is {checkpoints[-1]}" if checkpoints else "no checkpoint was written yet"
+    return (
+        f"emergency stop in rollout batch {run.trainer.step + 1}, before the update: {stop}. The evidence is "
+        f"in {run.log.folder}/emergency; {good}. Start again, from it (--model_name) or anew, with a lower "
+        "--learning_rate"
+    )
+
+
+def report(run: TrainingRun, result: dict) -> None:
     """What came of it: pass@1 before and after, the paired gain, and where everything is."""
-    before, after, folder = result["before"], result["after"], trainer.run_log.folder
+    before, after, folder = result["before"], result["after"], run.log.folder
+    if before is None:
+        print(f"interrupted in the first evaluation; continue with --resume {folder}")
+        return
     evaluations = {"before": before}
     if after["step"]:
         evaluations[f"after {after['step']} rollout batches"] = after
@@ -154,7 +187,7 @@ def report(trainer: GSPOTrainer, result: dict) -> None:
         print(f"gain, paired by problem: {gain:+.3f}  (95 % interval {low:+.3f} to {high:+.3f})")
     print(f"run folder: {folder}  (metrics.jsonl, eval.jsonl, samples.jsonl, checkpoints, best_model)")
     if not result["finished"]:
-        print(f"interrupted after rollout batch {trainer.step}; continue with --resume {folder}")
+        print(f"interrupted after rollout batch {run.trainer.step}; continue with --resume {folder}")
     else:
         print(f"trained model: {folder / 'final_model'}")
 

@@ -19,6 +19,7 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
+from alarms import stop_reason, warnings_of
 from data_loader import compute_rewards, load_problems
 from gspo_implementation import GSPOConfig, GSPOTrainer
 from intervals import paired_interval
@@ -27,7 +28,6 @@ from model_checks import DTYPES, MAX_TIED_GROUPS, TIED, checksum_reward
 from model_loader import load_model
 from policy_scoring import token_log_probs
 from rollout import Sampling, TransformersEngine, encode_prompt
-from run_log import stop_reason, warnings_of
 from validation_report import Check, at_most, between, exactly
 from worker_pool import PROGRESS_DELAY_S
 

@@ -103,9 +103,9 @@ FAULTS = {
     ),
     "old log-probs from the new policy": Fault(
         "gspo_implementation",
-        "            log_probs, metrics = self._update_minib",
-        "            batch.old_log_probs "
-        "|= self._score(self.model, batch, [rows])\n            log_probs, metrics = self._update_minib",
+        "            self._update_minibatch(batch, rows)",
+        "            batch.old_log_probs |= self._score(self.model, batch, [rows])\n"
+        "            self._update_minibatch(batch, rows)",
         "four updates",
     ),
     "gradient to the old policy": Fault(

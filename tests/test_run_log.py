@@ -1,19 +1,13 @@
-"""The run's record: lines, folders that are whole or absent, alarms, wandb read back from its file."""
+"""The run's record: lines, folders, which run and checkpoint are resumed, wandb read back from its file."""
 
 import json
-import math
+import os
 import struct
 
 import pytest
+from test_alarms import GOOD
 
-from run_log import RunLog, find_checkpoint, gibberish_reason, stop_reason, warnings_of
-
-GOOD = {
-    "loss": 0.1, "grad_norm": 1.0, "clip_fraction": 0.15, "null_clip_fraction": 0.0,
-    "importance_ratio_mean": 1.0, "importance_ratio_min": 0.99, "importance_ratio_max": 1.01,
-    "zero_variance_groups": 0.5, "reward_mean": 0.3, "entropy": 1.5, "truncated_fraction": 0.0,
-    "clip_fraction_by_minibatch": [0.0, 0.2],
-}  # fmt: skip
+from run_log import RunLog, resumed_folder
 
 
 def config(tmp_path, **other):
@@ -44,33 +38,50 @@ def test_run_names_stay_in_the_output_folder(tmp_path, name):
         assert RunLog.create(config(tmp_path, run_name=name)).folder.name.startswith("model-gspo-")
 
 
-def test_folders_are_written_whole_or_not_at_all(tmp_path):
-    log = RunLog.create(config(tmp_path))
-    with log.writing("best_model") as folder:
-        (folder / "weights").write_text("first")
-    with pytest.raises(OSError), log.writing("best_model") as folder:
-        (folder / "weights").write_text("half")
-        raise OSError("disk full")
-    assert (tmp_path / "run" / "best_model" / "weights").read_text() == "first"
-    with log.writing("best_model") as folder:
-        (folder / "weights").write_text("second")
-    assert (tmp_path / "run" / "best_model" / "weights").read_text() == "second"
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["best_model", "config.json"]
+def test_a_run_is_found_by_its_folder_its_checkpoints_and_as_the_latest(tmp_path):
+    for name in ("old", "run"):
+        log = RunLog.create(config(tmp_path, run_name=name))
+        for step in (2, 10):
+            with log.writing(f"checkpoints/step-{step}") as folder:
+                (folder / "config.json").write_text("{}")
+        log.close()
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-11.partial").mkdir()
+    (tmp_path / "no_run").mkdir()
+    for resume in ("latest", str(run), str(run / "checkpoints" / "step-2")):
+        assert resumed_folder(resume, str(tmp_path)) == run
+    assert [path.name for path in log.checkpoints()] == ["step-2", "step-10"]
+    for resume in ("latest", str(tmp_path / "no_run"), str(tmp_path / "missing")):
+        with pytest.raises(ValueError, match=f"--resume {resume}"):
+            resumed_folder(resume, str(tmp_path / "no_run"))
 
 
-def test_checkpoints_are_found_by_run_folder_path_and_latest(tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys):
     log = RunLog.create(config(tmp_path))
-    for step in (2, 10):
+    for step in (1, 2, 3):
         with log.writing(f"checkpoints/step-{step}") as folder:
-            (folder / "training_state.pt").write_text("")
-    (tmp_path / "run" / "checkpoints" / "step-11.partial").mkdir()
-    newest = tmp_path / "run" / "checkpoints" / "step-10"
-    for resume in ("latest", str(tmp_path / "run"), str(newest)):
-        assert find_checkpoint(resume, str(tmp_path)) == newest
-    assert find_checkpoint(str(newest.with_name("step-2")), "").name == "step-2"
-    for resume in ("latest", str(tmp_path)):
-        with pytest.raises(ValueError, match="no checkpoint"):
-            find_checkpoint(resume, str(tmp_path / "empty"))
+            (folder / "model.safetensors").write_bytes(bytes(1000))
+    newest = log.checkpoints()[-1]
+    assert log.whole_checkpoint("latest") == newest
+    os.truncate(newest / "model.safetensors", 999)
+    assert log.whole_checkpoint("latest").name == log.whole_checkpoint(str(newest)).name == "step-2"
+    assert "step-3 is not used: model.safetensors is cut short or damaged" in capsys.readouterr().err
+    assert log.whole_checkpoint(str(newest.with_name("step-1"))).name == "step-1"
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        log.whole_checkpoint(str(newest.with_name("step-9")))
+    for path in log.checkpoints():
+        (path / "SHA256SUMS").unlink()
+    with pytest.raises(ValueError, match="no checkpoint .* is whole"):
+        log.whole_checkpoint("latest")
+
+
+def test_a_run_folder_has_one_process_at_a_time(tmp_path):
+    log = RunLog.create(config(tmp_path))
+    again = config(tmp_path, resume=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="another process"):
+        RunLog.create(again)
+    log.close()
+    RunLog.create(again).close()
 
 
 def test_rewinding_drops_later_lines_and_a_torn_one(tmp_path):
@@ -82,47 +93,11 @@ def test_rewinding_drops_later_lines_and_a_torn_one(tmp_path):
     for step in (2, 3):
         with log.writing(f"checkpoints/step-{step}") as folder:
             (folder / "training_state.pt").write_text("")
-    log.rewind(2)
+    log.rewind(2, 0)
     assert [path.name for path in log.checkpoints()] == ["step-2"]
     log.train(3, GOOD)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3] == [m["step"] for m in log.history]
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("loss", math.nan),
-        ("grad_norm", math.inf),
-        ("importance_ratio_max", 101.0),
-        ("importance_ratio_mean", math.nan),
-    ],
-)
-def test_bad_updates_are_stopped_and_the_evidence_named(name, value):
-    assert stop_reason(GOOD) is None
-    assert name in stop_reason({**GOOD, name: value})
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"importance_ratio_max": 11}, "importance ratios"),
-        ({"importance_ratio_min": 0.05}, "importance ratios"),
-        ({"clip_fraction": 0.9}, "clipped"),
-        ({"null_clip_fraction": 0.2}, "null_clip_fraction"),
-    ],
-)
-def test_warnings_look_at_the_last_batch(change, word):
-    assert warnings_of([GOOD] * 40) == {}
-    (warning,) = warnings_of([GOOD, {**GOOD, **change}]).values()
-    assert word in warning
-
-
-def test_warnings_look_at_the_history():
-    tied = {**GOOD, "zero_variance_groups": 1.0}
-    assert warnings_of([tied] * 9) == {}
-    assert "no learning signal" in warnings_of([tied] * 10)["no signal"]
-    assert "loss has risen" in warnings_of([GOOD] * 20 + [{**GOOD, "loss": 2.0}] * 10)["loss"]
 
 
 def test_a_warning_is_given_when_it_arises_and_not_repeated(tmp_path):
@@ -132,16 +107,6 @@ def test_a_warning_is_given_when_it_arises_and_not_repeated(tmp_path):
         len(log.train(step, metrics)) for step, metrics in enumerate([GOOD, clipped, clipped, GOOD, clipped])
     ]
     assert given == [0, 1, 0, 0, 1]
-
-
-def test_gibberish_is_measured_against_the_start():
-    noise = {**GOOD, "entropy": 8.0, "reward_mean": 0.0}
-    endless = {**GOOD, "truncated_fraction": 1.0, "reward_mean": 0.0}
-    assert gibberish_reason([GOOD] * 10) is None
-    assert "entropy" in gibberish_reason([GOOD] * 5 + [noise] * 5)
-    assert "ended" in gibberish_reason([GOOD] * 5 + [endless] * 5)
-    assert gibberish_reason([endless] * 20) is None, "a model that never ended has not got worse"
-    assert gibberish_reason([GOOD] * 5 + [{**noise, "reward_mean": 0.1}] * 5) is None
 
 
 def test_wandb_holds_the_same_figures(tmp_path, monkeypatch):

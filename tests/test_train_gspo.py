@@ -114,7 +114,7 @@ def test_interrupt_leaves_a_checkpoint_and_exit_code_130(tmp_path):
         (["--model_name", "Qwen/Qwen2.5-7B-Instruct", "--dataset", "gsm8k"], "hub"),
         (["--dataset", "gsm8k"], "--dataset_path"),
         (["--rollout_engine", "vllm"], "vllm"),
-        (["--resume", "latest"], "no checkpoint"),
+        (["--resume", "latest"], "no run in gspo_outputs"),
         (["--run_name", "../elsewhere"], "run_name"),
         (["--num_train_samples", "0"], "num_train_samples"),
         (["--max_length", "2000"], "1024 positions"),
@@ -125,7 +125,7 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, words, tmp_path, monkeypat
     import train_gspo
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_gspo.signal, "signal", lambda *_: pytest.fail("training started"))
+    monkeypatch.setattr(train_gspo, "stop_on_signals", lambda *_: pytest.fail("training started"))
     try:
         code = train_gspo.main([*TINY, *flags])
     except SystemExit as stop:

@@ -80,7 +80,7 @@ def test_update_at_1e_6_moves_the_weights_as_a_float64_step_does(dtype, updates_
     t = trainer(dtype=dtype, learning_rate=1e-6, batch_size=8, mini_batch_size=8, group_size=16)
     for i in range(updates_before):
         t.train_step(problems(8, seed=100 + i))
-    batch = t._collect(problems(8), 0)
+    batch = t.collect(problems(8), 0)
     exact = deepcopy(t.model).double()
     exact_optimizer = torch.optim.AdamW(exact.parameters(), lr=1e-6, weight_decay=0.0)
     if updates_before:
@@ -93,7 +93,7 @@ def test_update_at_1e_6_moves_the_weights_as_a_float64_step_does(dtype, updates_
     norm = torch.nn.utils.clip_grad_norm_(exact.parameters(), t.config.max_grad_norm)
     exact_optimizer.step()
     # Adam hides the gradient's scale, the norm does not.
-    assert t._update(batch)["grad_norm"] == pytest.approx(
+    assert t.update(batch)["grad_norm"] == pytest.approx(
         norm.item(), rel=1e-4 if dtype == "float32" else 0.02
     )
     moved, expected = weights_of(t.model) - before, weights_of(exact) - before
@@ -122,7 +122,7 @@ def test_micro_batches_and_checkpointing_never_change_the_update(name):
 
 def test_temperature_is_that_of_sampling():
     t = trainer(temperature=0.6, batch_size=4, group_size=8)
-    batch = t._collect(problems(4), 0)
+    batch = t.collect(problems(4), 0)
     assert batch.old_log_probs
     for row, scored in batch.old_log_probs.items():
         sampled = torch.tensor(batch.rollouts[row].log_probs)
@@ -157,14 +157,14 @@ def test_an_update_that_was_given_up_leaves_no_gradient_behind():
     norms = []
     for spoil in (False, True):
         t = trainer(batch_size=4, mini_batch_size=4, group_size=8)
-        batch = t._collect(problems(4), 0)
+        batch = t.collect(problems(4), 0)
         if spoil:
             good = batch.old_log_probs
             batch.old_log_probs = {row: values - 10 for row, values in good.items()}
             with pytest.raises(EmergencyStop):
-                t._update(batch)
+                t.update(batch)
             batch.old_log_probs = good
-        norms.append(t._update(batch)["grad_norm"])
+        norms.append(t.update(batch)["grad_norm"])
     assert norms[0] == norms[1]
 
 
@@ -180,14 +180,14 @@ def test_nothing_judged_stops_the_run():
 
 def test_a_bad_update_never_reaches_the_weights():
     t = trainer()
-    batch = t._collect(problems(4), 0)
+    batch = t.collect(problems(4), 0)
     batch.old_log_probs = {row: values - 10 for row, values in batch.old_log_probs.items()}
     before = weights_of(t.model)
     with pytest.raises(EmergencyStop, match="importance_ratio_max"):
-        t._update(batch)
+        t.update(batch)
     next(iter(batch.old_log_probs.values()))[0] = math.nan
     with pytest.raises(EmergencyStop, match="nan"):
-        t._update(batch)
+        t.update(batch)
     assert torch.equal(weights_of(t.model), before)
 
 
@@ -269,32 +269,6 @@ def test_the_same_seed_gives_the_same_run(finished_run, tmp_path):
     t.train(problems(10), problems(6, seed=1))
     for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
         assert without_seconds(lines_of(tmp_path / "again" / name)) == without_seconds(lines_of(run / name))
-
-
-def test_a_stopped_run_continues_as_if_it_had_not(finished_run, tmp_path):
-    _, run, _ = finished_run
-    settings = dict(num_epochs=2, eval_frequency=3, save_frequency=2, output_dir=str(tmp_path))
-    first = trainer(run_name="cut", **settings)
-    collect = first._collect
-
-    def stop_in_the_third(asked, index):
-        first.stop_requested = index == 2
-        return collect(asked, index)
-
-    first._collect = stop_in_the_third
-    first.train(problems(10), problems(6, seed=1))
-    assert first.step == 3 and not (tmp_path / "cut" / "final_model").exists()
-    second = trainer(resume=str(tmp_path / "cut"), **settings)
-    second.train(problems(10), problems(6, seed=1))
-    for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
-        assert without_seconds(lines_of(tmp_path / "cut" / name)) == without_seconds(lines_of(run / name))
-
-
-def test_resuming_with_other_settings_names_them(finished_run):
-    _, run, _ = finished_run
-    t = trainer(resume=str(run), output_dir=str(run.parent), num_epochs=2, group_size=8)
-    with pytest.raises(ValueError, match="group_size 4 .now 8"):
-        t.train(problems(10), problems(6, seed=1))
 
 
 @pytest.mark.slow

@@ -1,0 +1,107 @@
+"""Folders and files that are whole or not there, and the proof of it."""
+
+import io
+import os
+import random
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoints import (
+    CannotSave,
+    checkpoints_in,
+    damage,
+    newest_whole,
+    random_states,
+    recover,
+    set_random_states,
+    whole_folder,
+    write_whole,
+)
+
+
+def write(target, text):
+    with whole_folder(target) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "weights").write_text(text)
+
+
+def test_folders_are_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "best_model"
+    write(target, "first")
+    for error in (OSError(28, "No space left on device"), RuntimeError("writer failed")):
+        with pytest.raises(CannotSave, match="cannot write .*best_model: "), whole_folder(target) as folder:
+            (folder / "half").write_text("half")
+            raise error
+        assert (target / "sub" / "weights").read_text() == "first"
+        assert list(tmp_path.iterdir()) == [target]
+    write(target, "second")
+    assert (target / "sub" / "weights").read_text() == "second" and damage(target) is None
+    assert list(tmp_path.iterdir()) == [target]
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=target, check=True)
+
+
+def test_an_error_of_the_program_is_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(KeyError), whole_folder(tmp_path / "x"):
+        raise KeyError("a bug")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept", ["old and new", "old alone", "new alone"])
+def test_a_kill_between_two_renames_loses_nothing(tmp_path, kept):
+    write(tmp_path / "old", "old")
+    write(tmp_path / "new", "new")
+    if kept != "new alone":
+        (tmp_path / "old").rename(tmp_path / "model.previous")
+    (tmp_path / "new").rename(tmp_path / ("model.partial" if kept == "old alone" else "model"))
+    (tmp_path / "config.json.partial").write_text("{")
+    recover(tmp_path)
+    expected = "old" if kept == "old alone" else "new"
+    assert (tmp_path / "model" / "sub" / "weights").read_text() == expected
+    assert {path.name for path in tmp_path.iterdir()} - {"old"} == {"model"}
+
+
+@pytest.mark.parametrize(
+    "harm", ["flip a bit", "cut short", "remove", "no sums", "empty sums", "binary sums"]
+)
+def test_damage_is_seen(tmp_path, harm):
+    folder = tmp_path / "checkpoints" / "step-2"
+    for step in (1, 2):
+        write(folder.with_name(f"step-{step}"), "weights")
+    weights, sums = folder / "sub" / "weights", folder / "SHA256SUMS"
+    if harm == "flip a bit":
+        weights.write_text("weightr")
+    elif harm == "cut short":
+        os.truncate(weights, 3)
+    elif harm == "remove":
+        weights.unlink()
+    else:
+        sums.unlink() if harm == "no sums" else sums.write_bytes(b"" if "empty" in harm else b"\xff\x00")
+    refused = []
+    found = newest_whole(checkpoints_in(tmp_path), lambda path, why: refused.append((path.name, why)))
+    assert found.name == "step-1" and len(refused) == 1 and refused[0][0] == "step-2"
+
+
+def test_a_text_file_is_replaced_whole(tmp_path, monkeypatch):
+    write_whole(tmp_path / "config.json", "first")
+    monkeypatch.setattr("checkpoints._sync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(CannotSave, match="No space left"):
+        write_whole(tmp_path / "config.json", "second")
+    assert (tmp_path / "config.json").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
+def draws():
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_random_states_come_back_from_a_file_without_pickled_code():
+    random.gauss(0, 1)
+    np.random.randn()  # leaves the second of a pair in the state
+    file = io.BytesIO()
+    torch.save(random_states(), file)
+    expected = draws(), random.gauss(0, 1), np.random.randn()
+    draws()
+    set_random_states(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    assert (draws(), random.gauss(0, 1), np.random.randn()) == expected

@@ -1,0 +1,256 @@
+"""A trainer's run from its first rollout batch to its last: evaluations, record, checkpoints, stops, resume.
+
+What is done at a step depends on the step, the record and the last checkpoint, never on how the process got
+there. So a run that was killed at any point and resumed writes what it would have written.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+
+from alarms import EmergencyStop, gibberish_reason, stop_if
+from checkpoints import CannotSave, random_states, set_random_states
+from rollout_batch import RolloutBatch
+from run_log import STATE_FILE, RunLog
+
+# Checkpoints kept on disk: with float32 weights and AdamW's moments, one takes three times the model.
+CHECKPOINTS_KEPT = 2
+
+
+class Interrupted(Exception):
+    """A stop was asked for, at a place where the state is whole."""
+
+
+class TrainingRun:
+    """A trainer's configured epochs on these problems, recorded in a run folder.
+
+    Making it opens the folder and, with config.resume, loads the state to go on from.
+
+    Args:
+        trainer: a GSPOTrainer.
+        train_problems, eval_problems: those whose prompts leave no room for a response are dropped.
+
+    Raises:
+        ValueError: no problem is left, a run folder already in use, or a checkpoint that these settings and
+            problems do not continue.
+        CannotSave: the folder cannot be written.
+    """
+
+    def __init__(self, trainer, train_problems: Sequence, eval_problems: Sequence):
+        self.trainer, self.config = trainer, trainer.config
+        self.train_problems = trainer.that_fit(train_problems, "training")
+        self.eval_problems = trainer.that_fit(eval_problems, "evaluation")
+        self.batches = self._schedule()
+        self.pending: list[RolloutBatch] = []  # sampled; the first may be part-way through its updates
+        self.best_pass_rate = -1.0
+        self._saved = None  # what _position() was at the last checkpoint
+        self.log = RunLog.create(asdict(self.config)) if trainer.accelerator.is_main_process else RunLog()
+        try:
+            if self.config.resume:
+                self._load_checkpoint()
+        except BaseException:
+            self.log.close()
+            raise
+
+    def train(self) -> dict:
+        """To the end of the last epoch, or until trainer.stop_requested.
+
+        Whatever ends it, the state after the last whole update is on disk, if its weights are finite.
+
+        Returns:
+            The evaluations "before" and "after" (None: there was none yet), and whether it is "finished".
+
+        Raises:
+            EmergencyStop: the update in progress must not reach the weights; the evidence is in emergency/.
+            CannotSave: the disk is full; the last whole checkpoint is as it was.
+        """
+        trainer = self.trainer
+        bar = trainer.progress_bar(
+            total=len(self.batches), initial=trainer.step, desc="training", unit="batch"
+        )
+        finished = False
+        with closing(self.log), bar:
+            try:
+                self._run_through(bar)
+                finished = True
+            except Interrupted:
+                pass
+            except EmergencyStop as stop:
+                self._keep_evidence(stop)
+                raise
+            finally:
+                if trainer.is_whole():
+                    self.save_checkpoint()
+            recorded = self._recorded_evaluations()
+        before, after = (recorded[0], recorded[-1]) if recorded else (None, None)
+        return {"before": before, "after": after, "finished": finished}
+
+    # ---- the loop
+
+    def _run_through(self, bar) -> None:
+        config, trainer = self.config, self.trainer
+        while True:
+            stop_if(trainer.broken_weights())
+            finished = trainer.step == len(self.batches)
+            if trainer.step == 0 or finished or _is_due(trainer.step, config.eval_frequency):
+                self._evaluate()
+            if finished:
+                self._save_model("final_model")
+                return
+            if _is_due(trainer.step, config.save_frequency):
+                self.save_checkpoint()
+            self._collect_window()
+            metrics = self.pending[0].metrics
+            stop_if(gibberish_reason([*self.log.history, metrics]), metrics)
+            metrics = trainer.update(self.pending[0])
+            trainer.step += 1
+            self._record(self.pending.pop(0), metrics, bar)
+
+    def _schedule(self) -> list[list]:
+        """The rollout batches of all epochs: each epoch in an order of its own, its last batch what remains.
+
+        More epochs only add batches at the end, so that a finished run can be continued.
+        """
+        config, problems, batches = self.config, self.train_problems, []
+        for epoch in range(config.num_epochs):
+            order = np.random.default_rng([config.seed, epoch]).permutation(len(problems)).tolist()
+            for start in range(0, len(order), config.batch_size):
+                batches.append([problems[i] for i in order[start : start + config.batch_size]])
+        return batches
+
+    def _collect_window(self) -> None:
+        """Sample all K rollout batches before the first of their updates: pi_old is the policy itself."""
+        step, frequency = self.trainer.step, self.config.update_frequency
+        end = min(len(self.batches), step - step % frequency + frequency)
+        for index in range(step + len(self.pending), end):
+            self.pending.append(self.trainer.collect(self.batches[index], index))
+            self.trainer.stop_here_if_asked()
+
+    # ---- recording
+
+    def _record(self, batch: RolloutBatch, metrics: dict, bar) -> None:
+        step = self.trainer.step
+        for warning in self.log.train(step, metrics):
+            bar.write(f"warning, rollout batch {step}: {warning}", file=sys.stderr)
+        self.log.samples(step, batch.best_and_worst())
+        bar.set_postfix(
+            reward=f"{metrics['reward_mean']:.2f}",
+            clip=f"{metrics['clip_fraction']:.2f}",
+            tok_s=f"{metrics['tokens_per_s']:.0f}",
+        )
+        bar.update()
+
+    def _recorded_evaluations(self) -> list[dict]:
+        """Only the main process has the record; the others must take the same way."""
+        return broadcast_object_list([self.log.evaluations()])[0]
+
+    def _evaluate(self) -> None:
+        """Once a step; best_model is written before the line that says so."""
+        step = self.trainer.step
+        if any(recorded["step"] == step for recorded in self._recorded_evaluations()):
+            return
+        metrics = self.trainer.evaluate(self.eval_problems)
+        if metrics["pass_at_1"] > self.best_pass_rate:
+            self.best_pass_rate = metrics["pass_at_1"]
+            self._save_model("best_model")
+        self.log.evaluation(step, metrics)
+
+    def _keep_evidence(self, stop: EmergencyStop) -> None:
+        try:
+            self.log.emergency(self.trainer.step + 1, str(stop), stop.metrics, self.pending[:1])
+        except CannotSave as error:
+            print(error, file=sys.stderr)
+
+    # ---- keeping
+
+    def save_checkpoint(self) -> None:
+        """Write checkpoints/step-N: model, tokenizer, and all else that the run's future depends on."""
+        if self._saved == self._position():
+            return
+        name = f"step-{self.trainer.step}"
+        # The oldest first: a disk that holds CHECKPOINTS_KEPT is enough, and one is whole at any time.
+        others = [path for path in self.log.checkpoints() if path.name != name]
+        for path in others[: max(0, len(others) - CHECKPOINTS_KEPT + 1)]:
+            shutil.rmtree(path)
+        with self.log.writing(f"checkpoints/{name}") as folder:
+            if folder is not None:
+                self._save_weights(folder)
+                state = {
+                    **self.trainer.state_dict(),
+                    "pending": [batch.state_dict() for batch in self.pending],
+                    "evaluations": len(self.log.evaluations()),
+                    "random": random_states(),
+                    "problems": self._problems_digest(),
+                }
+                torch.save(state, folder / STATE_FILE)
+        self._saved = self._position()
+
+    def _position(self) -> tuple[int, int, int, int]:
+        """Rollout batches trained on, batches sampled beyond them, updates made of these, evaluations."""
+        updates = sum(len(batch.updates) for batch in self.pending)
+        return self.trainer.step, len(self.pending), updates, len(self._recorded_evaluations())
+
+    def _load_checkpoint(self) -> None:
+        """Continue where config.resume says; the run's record is rewound to there.
+
+        A run that was killed before its first checkpoint starts again: the same seed takes the same way.
+        """
+        trainer = self.trainer
+        path = broadcast_object_list([self.log.whole_checkpoint(self.config.resume)])[0]
+        evaluations = 0
+        if path is not None:
+            # On the CPU: the optimizer moves its state to the weights, and random states stay there.
+            state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+            if state["problems"] != self._problems_digest():
+                raise ValueError(
+                    f"--resume {path}: the problems are not those that the run was started with; has "
+                    "--dataset_path changed?"
+                )
+            if state["step"] + len(state["pending"]) > len(self.batches):
+                raise ValueError(
+                    f"--num_epochs {self.config.num_epochs}: the run has come further, to rollout batch "
+                    f"{state['step'] + len(state['pending'])}; {self.config.num_epochs} epochs have "
+                    f"{len(self.batches)}"
+                )
+            saved = type(trainer.model).from_pretrained(path, dtype=torch.float32)
+            trainer.model.load_state_dict(saved.state_dict())
+            trainer.load_state_dict(state)
+            self.pending = [
+                RolloutBatch.from_state_dict(batch, self.batches[trainer.step + i])
+                for i, batch in enumerate(state["pending"])
+            ]
+            set_random_states(state["random"])
+            evaluations = state["evaluations"]
+        self.log.rewind(trainer.step, evaluations)
+        self._saved = self._position() if path is not None else None
+        self.best_pass_rate = max((e["pass_at_1"] for e in self._recorded_evaluations()), default=-1.0)
+
+    def _problems_digest(self) -> str:
+        """Of all problems in order: a checkpoint names its rollout batches by their place in them."""
+        texts = [
+            [problem.prompt, str(getattr(problem, "answer", None))]
+            for problem in (*self.train_problems, *self.eval_problems)
+        ]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+    def _save_weights(self, folder) -> None:
+        self.trainer.model.save_pretrained(folder)
+        self.trainer.tokenizer.save_pretrained(folder)
+
+    def _save_model(self, name: str) -> None:
+        with self.log.writing(name) as folder:
+            if folder is not None:
+                self._save_weights(folder)
+
+
+def _is_due(step: int, frequency: int) -> bool:
+    """Whether something is done after so many rollout batches; frequency 0: never."""
+    return step > 0 and frequency > 0 and step % frequency == 0
