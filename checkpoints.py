@@ -53,14 +53,14 @@ def whole_folder(target: Path):
             yield partial
             _write_checksums(partial)
             for path in (partial, *partial.rglob("*")):
-                _sync(path)
+                sync(path)
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         if target.exists():
             target.rename(previous)
         partial.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -70,7 +70,7 @@ def write_whole(path: Path, text: str) -> None:
     with saving(path):
         try:
             partial.write_text(text, encoding="utf-8")
-            _sync(partial)
+            sync(partial)
             partial.rename(path)
         except OSError:
             partial.unlink(missing_ok=True)
@@ -157,7 +157,8 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or a folder's names are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -160,6 +160,8 @@ def load_problems(
             raise ValueError(f"unknown {what} {given!r}; choose one of {', '.join(known)}")
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
+    if num_samples > MAX_DRAWS and path is None:
+        raise ValueError(f"num_samples is {num_samples}; {MAX_DRAWS} are the most that are generated")
     if path is None and name == "file":
         raise ValueError("the data set 'file' needs --dataset_path PATH.jsonl")
     if path is not None and name not in ("file", "gsm8k", "code", "mixed"):
@@ -404,8 +406,13 @@ def _content_hash(problem: Problem) -> int:
 def _json_object(place: str, line: str) -> dict:
     try:
         row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError:
+        raise ValueError(f"{place}: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{place}: {type(row).__name__} instead of an object with question and answer")
     return row

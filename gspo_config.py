@@ -103,6 +103,9 @@ class GSPOConfig:
         for name, lowest in at_least.items():
             if getattr(self, name) is not None and not getattr(self, name) >= lowest:
                 raise ValueError(f"--{name} must be at least {lowest}, got {getattr(self, name)}")
+        for name in ("weight_decay", "kl_coef"):
+            if getattr(self, name) == math.inf:
+                raise ValueError(f"--{name} must be finite, got {getattr(self, name)}")
         for name in ("left_clip_range", "right_clip_range", "learning_rate", "temperature", "max_grad_norm"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")

@@ -468,7 +468,8 @@ class GSPOTrainer:
         for parameter in self.model.parameters():
             if parameter.grad is None:  # no row of this process reached it
                 parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
+            if self.accelerator.num_processes > 1:  # accelerate copies the gradient even where there is one
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
         if grad_norm > self.config.max_grad_norm:  # else a pass over all gradients would multiply them by 1
             torch.nn.utils.clip_grads_with_norm_(

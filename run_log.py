@@ -33,7 +33,16 @@ from pathlib import Path
 import torch
 
 from alarms import warnings_of
-from checkpoints import checkpoints_in, newest_whole, recover, saving, step_of, whole_folder, write_whole
+from checkpoints import (
+    checkpoints_in,
+    newest_whole,
+    recover,
+    saving,
+    step_of,
+    sync,
+    whole_folder,
+    write_whole,
+)
 from rollout_batch import RolloutBatch
 
 # What is logged for each rollout batch: (unit, meaning and reduction). The README's glossary is this table.
@@ -91,7 +100,7 @@ class RunLog:
     def __init__(self, folder: Path | None = None, sinks: Sequence = (), lock: int | None = None):
         self.folder = folder
         self.sinks = list(sinks)
-        self._lock = lock  # file descriptor
+        self._lock = lock  # a file descriptor
         self.history: list[dict] = []  # the rollout batches' metrics so far, for the alarms
         self.raised: set[str] = set()  # kinds of warnings that the last rollout batch called for
 
@@ -105,29 +114,38 @@ class RunLog:
         """
         folder = run_folder(config)
         held = folder / "config.json"
-        if held.exists() and not config["resume"]:
-            raise ValueError(
-                f"{folder} already holds a run: choose another --run_name, or continue it with "
-                f"--resume {folder}"
-            )
         try:
+            if held.exists() and not config["resume"]:
+                raise ValueError(
+                    f"{folder} already holds a run: choose another --run_name, or continue it with "
+                    f"--resume {folder}"
+                )
             folder.mkdir(parents=True, exist_ok=True)
             lock = _lock(folder)
         except BlockingIOError:
             raise ValueError(f"another process is at work on the run in {folder}: wait for it") from None
         except OSError as error:
             raise ValueError(f"--output_dir: cannot make {folder} ({error.strerror})") from None
+        log = cls(folder, lock=lock)
         try:
             if config["resume"]:
                 for parent in (folder, folder / "checkpoints"):
                     recover(parent)
                 _refuse_other_settings(held, config)
-            write_whole(held, json.dumps({**config, "environment": describe_environment()}, indent=2) + "\n")
+            else:
+                log.begin(config)
         except BaseException:
-            os.close(lock)
+            log.close()
             raise
-        sinks = [JsonLines(folder), *([Wandb(folder, config)] if config["use_wandb"] else [])]
-        return cls(folder, sinks, lock)
+        return log
+
+    def begin(self, config: dict) -> None:
+        """Write config.json and get ready to record. A resumed run does so when it is sure to go on."""
+        if self.folder is None:
+            return
+        settings = {**config, "environment": describe_environment()}
+        write_whole(self.folder / "config.json", json.dumps(settings, indent=2) + "\n")
+        self.sinks = [JsonLines(self.folder), *([Wandb(self.folder, config)] if config["use_wandb"] else [])]
 
     def whole_checkpoint(self, resume: str) -> Path | None:
         """The newest whole checkpoint at or before the one that --resume names; None: there is none yet.
@@ -211,6 +229,8 @@ class RunLog:
         """whole_folder() of folder/name; yields None where there is no run folder."""
         if self.folder is None:
             return contextlib.nullcontext()
+        for path in self.folder.glob("*.jsonl"):  # a checkpoint on disk means that its lines are there too
+            sync(path)
         return whole_folder(self.folder / name)
 
     def evaluations(self) -> list[dict]:
@@ -405,8 +425,17 @@ def peak_memory_gb() -> float:
 
 
 def _read_lines(path: Path) -> list[dict]:
-    """The whole lines of a jsonl file; a last line cut short by a kill is left out."""
+    """The whole lines of a jsonl file; a last line cut short by a kill is left out.
+
+    Raises:
+        ValueError: another line is broken.
+    """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    lines = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{path}, line {number}: not valid JSON; the file is damaged") from None
+    return lines

@@ -68,7 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
         complain(PROGRAM, f"{error}; make room, then continue with --resume {run.log.folder}")
         return 1
     except EmergencyStop as stop:
-        complain(PROGRAM, explain(stop, run))
+        if run.trainer.accelerator.is_main_process:
+            complain(PROGRAM, explain(stop, run))
         return 3
     if run.trainer.accelerator.is_main_process:
         report(run, result)
@@ -94,9 +95,11 @@ def parse(arguments: list[str] | None) -> GSPOConfig:
         group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **options)
     given = vars(parser.parse_args(arguments))
     if given.get("resume"):
-        saved = settings_of(resumed_folder(given["resume"], given.get("output_dir", GSPOConfig.output_dir)))
-        names = {f.name for f in fields(GSPOConfig)} - {"dry_run"}
-        given = {name: value for name, value in saved.items() if name in names} | given
+        folder = resumed_folder(given["resume"], given.get("output_dir", GSPOConfig.output_dir))
+        given["resume"] = str(folder) if given["resume"] == "latest" else given["resume"]
+        saved = settings_of(folder)
+        kept = {f.name for f in fields(GSPOConfig)} - {"dry_run", "output_dir"}
+        given = {name: value for name, value in saved.items() if name in kept} | given
     return GSPOConfig(**given)
 
 

@@ -48,7 +48,8 @@ class TrainingRun:
         self.trainer, self.config = trainer, trainer.config
         self.train_problems = trainer.that_fit(train_problems, "training")
         self.eval_problems = trainer.that_fit(eval_problems, "evaluation")
-        self.batches = self._schedule()
+        per_epoch = -(-len(self.train_problems) // self.config.batch_size)
+        self.num_batches = self.config.num_epochs * per_epoch
         self.pending: list[RolloutBatch] = []  # sampled; the first may be part-way through its updates
         self.best_pass_rate = -1.0
         self._saved = None  # what _position() was at the last checkpoint
@@ -74,9 +75,9 @@ class TrainingRun:
         """
         trainer = self.trainer
         bar = trainer.progress_bar(
-            total=len(self.batches), initial=trainer.step, desc="training", unit="batch"
+            total=self.num_batches, initial=trainer.step, desc="training", unit="batch"
         )
-        finished = False
+        finished, disk_works = False, True
         with closing(self.log), bar:
             try:
                 self._run_through(bar)
@@ -86,8 +87,11 @@ class TrainingRun:
             except EmergencyStop as stop:
                 self._keep_evidence(stop)
                 raise
+            except CannotSave:
+                disk_works = False
+                raise
             finally:
-                if trainer.is_whole():
+                if disk_works and trainer.is_whole():
                     self.save_checkpoint()
             recorded = self._recorded_evaluations()
         before, after = (recorded[0], recorded[-1]) if recorded else (None, None)
@@ -99,7 +103,7 @@ class TrainingRun:
         config, trainer = self.config, self.trainer
         while True:
             stop_if(trainer.broken_weights())
-            finished = trainer.step == len(self.batches)
+            finished = trainer.step == self.num_batches
             if trainer.step == 0 or finished or _is_due(trainer.step, config.eval_frequency):
                 self._evaluate()
             if finished:
@@ -108,36 +112,34 @@ class TrainingRun:
             if _is_due(trainer.step, config.save_frequency):
                 self.save_checkpoint()
             self._collect_window()
-            metrics = self.pending[0].metrics
-            stop_if(gibberish_reason([*self.log.history, metrics]), metrics)
-            metrics = trainer.update(self.pending[0])
-            trainer.step += 1
-            self._record(self.pending.pop(0), metrics, bar)
+            batch = self.pending[0]
+            stop_if(gibberish_reason([*self.log.history, batch.metrics]), batch.metrics)
+            self._record(trainer.step + 1, batch, trainer.update(batch), bar)
+            trainer.step += 1  # recorded first: a batch whose record fails is recorded by the resumed run
+            self.pending.pop(0)
 
-    def _schedule(self) -> list[list]:
-        """The rollout batches of all epochs: each epoch in an order of its own, its last batch what remains.
+    def _problems_of(self, index: int) -> list:
+        """Rollout batch number index: each epoch has an order of its own, its last batch is what remains.
 
         More epochs only add batches at the end, so that a finished run can be continued.
         """
-        config, problems, batches = self.config, self.train_problems, []
-        for epoch in range(config.num_epochs):
-            order = np.random.default_rng([config.seed, epoch]).permutation(len(problems)).tolist()
-            for start in range(0, len(order), config.batch_size):
-                batches.append([problems[i] for i in order[start : start + config.batch_size]])
-        return batches
+        config, problems = self.config, self.train_problems
+        epoch, place = divmod(index, self.num_batches // config.num_epochs)
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(problems)).tolist()
+        start = place * config.batch_size
+        return [problems[i] for i in order[start : start + config.batch_size]]
 
     def _collect_window(self) -> None:
         """Sample all K rollout batches before the first of their updates: pi_old is the policy itself."""
         step, frequency = self.trainer.step, self.config.update_frequency
-        end = min(len(self.batches), step - step % frequency + frequency)
+        end = min(self.num_batches, step - step % frequency + frequency)
         for index in range(step + len(self.pending), end):
-            self.pending.append(self.trainer.collect(self.batches[index], index))
+            self.pending.append(self.trainer.collect(self._problems_of(index), index))
             self.trainer.stop_here_if_asked()
 
     # ---- recording
 
-    def _record(self, batch: RolloutBatch, metrics: dict, bar) -> None:
-        step = self.trainer.step
+    def _record(self, step: int, batch: RolloutBatch, metrics: dict, bar) -> None:
         for warning in self.log.train(step, metrics):
             bar.write(f"warning, rollout batch {step}: {warning}", file=sys.stderr)
         self.log.samples(step, batch.best_and_worst())
@@ -196,7 +198,7 @@ class TrainingRun:
     def _position(self) -> tuple[int, int, int, int]:
         """Rollout batches trained on, batches sampled beyond them, updates made of these, evaluations."""
         updates = sum(len(batch.updates) for batch in self.pending)
-        return self.trainer.step, len(self.pending), updates, len(self._recorded_evaluations())
+        return self.trainer.step, len(self.pending), updates, len(self.log.evaluations())
 
     def _load_checkpoint(self) -> None:
         """Continue where config.resume says; the run's record is rewound to there.
@@ -214,22 +216,23 @@ class TrainingRun:
                     f"--resume {path}: the problems are not those that the run was started with; has "
                     "--dataset_path changed?"
                 )
-            if state["step"] + len(state["pending"]) > len(self.batches):
+            reached = state["step"] + len(state["pending"])
+            if reached > self.num_batches:
                 raise ValueError(
-                    f"--num_epochs {self.config.num_epochs}: the run has come further, to rollout batch "
-                    f"{state['step'] + len(state['pending'])}; {self.config.num_epochs} epochs have "
-                    f"{len(self.batches)}"
+                    f"--num_epochs {self.config.num_epochs}: that is {self.num_batches} rollout batches, the "
+                    f"run has come further, to {reached}"
                 )
             saved = type(trainer.model).from_pretrained(path, dtype=torch.float32)
             trainer.model.load_state_dict(saved.state_dict())
             trainer.load_state_dict(state)
             self.pending = [
-                RolloutBatch.from_state_dict(batch, self.batches[trainer.step + i])
+                RolloutBatch.from_state_dict(batch, self._problems_of(trainer.step + i))
                 for i, batch in enumerate(state["pending"])
             ]
             set_random_states(state["random"])
             evaluations = state["evaluations"]
         self.log.rewind(trainer.step, evaluations)
+        self.log.begin(asdict(self.config))
         self._saved = self._position() if path is not None else None
         self.best_pass_rate = max((e["pass_at_1"] for e in self._recorded_evaluations()), default=-1.0)
 

@@ -86,7 +86,7 @@ def test_damage_is_seen(tmp_path, harm):
 
 def test_a_text_file_is_replaced_whole(tmp_path, monkeypatch):
     write_whole(tmp_path / "config.json", "first")
-    monkeypatch.setattr("checkpoints._sync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr("checkpoints.sync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(CannotSave, match="No space left"):
         write_whole(tmp_path / "config.json", "second")
     assert (tmp_path / "config.json").read_text() == "first" and len(list(tmp_path.iterdir())) == 1

@@ -123,7 +123,7 @@ def test_what_cannot_be_continued_is_named_and_left_alone(tmp_path):
     before = record_of(tmp_path / "run")
     for changed, words in (
         ({"group_size": 8, "seed": 1}, "--group_size 4 .now 8., --seed 0 .now 1"),
-        ({"num_epochs": 1}, "--num_epochs 1: the run has come further"),
+        ({"num_epochs": 1}, "--num_epochs 1: .* the run has come further"),
     ):
         with pytest.raises(ValueError, match=words):
             TrainingRun(new_trainer(tmp_path, resume="latest", **changed), TRAIN, EVAL)
