@@ -1,7 +1,7 @@
 """When a run should be looked at, and when it must stop: rules over its metrics, and measures of its text.
 
 The rules are pure functions of metrics, oldest first (run_log.GLOSSARY). What the model's text is like is
-measured against the run's first rollout batch: a model may always have rambled.
+measured against the run's own start: a model may always have rambled.
 """
 
 import math
@@ -70,6 +70,8 @@ def stop_reason(metrics: dict) -> str | None:
 def gibberish_reason(history: Sequence[dict]) -> str | None:
     """Why the policy's text is beyond repair, or None: it has changed for the worse for WINDOW rollout
     batches, in which less than a tenth of the start's reward was earned."""
+    if not any(batch["reward_mean"] for batch in _start(history)):
+        return None  # nothing has been lost
     faults = _text_faults(history, reward_kept=0.1)
     return f"gibberish: {faults[0]}, and next to nothing was rewarded" if faults else None
 
@@ -121,8 +123,8 @@ def _text_faults(history: Sequence[dict], reward_kept: float) -> list[str]:
     None while they earn more than reward_kept of the start's reward: a model that learns to answer in one
     token has not collapsed.
     """
-    start, recent = history[0], history[1:][-WINDOW:]
-    if len(recent) < WINDOW or _mean(recent, "reward_mean") > reward_kept * start["reward_mean"]:
+    start, recent = _start(history), history[-WINDOW:]
+    if not start or _mean(recent, "reward_mean") > reward_kept * _mean(start, "reward_mean"):
         return []
     signs = {
         "entropy": ("entropy {:.3g} nats per token, {:.3g} at the start", [
@@ -137,10 +139,15 @@ def _text_faults(history: Sequence[dict], reward_kept: float) -> list[str]:
             lambda x, first: x >= 0.9 and first < 0.5]),
     }  # fmt: skip
     return [
-        message.format(_mean(recent, name), start[name])
+        message.format(_mean(recent, name), _mean(start, name))
         for name, (message, rules) in signs.items()
-        if any(all(rule(batch[name], start[name]) for batch in recent) for rule in rules)
+        if any(all(rule(batch[name], _mean(start, name)) for batch in recent) for rule in rules)
     ]
+
+
+def _start(history: Sequence[dict]) -> Sequence[dict]:
+    """The first WINDOW rollout batches, less those that are among the last WINDOW: a run may break at once."""
+    return history[:-WINDOW][:WINDOW]
 
 
 def _mean(history, name):

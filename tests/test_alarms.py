@@ -84,6 +84,7 @@ def test_text_is_measured_against_the_start(change, word):
     assert word in gibberish_reason([GOOD] * 5 + [bad] * 5)
     assert gibberish_reason([GOOD] * 6 + [bad] * 4) is None
     assert gibberish_reason([bad] * 20) is None, "a model that always was so has not got worse"
+    assert gibberish_reason([{**GOOD, "reward_mean": 0.0}] * 5 + [bad] * 5) is None, "nothing was lost"
     half = {**bad, "reward_mean": 0.15}
     assert gibberish_reason([GOOD] * 5 + [half] * 5) is None
     assert word in warnings_of([GOOD] * 5 + [half] * 5)["text"]
