@@ -146,7 +146,7 @@ def _text_faults(history: Sequence[dict], reward_kept: float) -> list[str]:
 
 
 def _start(history: Sequence[dict]) -> Sequence[dict]:
-    """The first WINDOW rollout batches, less those that are among the last WINDOW: a run may break at once."""
+    """The first WINDOW rollout batches, less those among the last WINDOW: a run may break at once."""
     return history[:-WINDOW][:WINDOW]
 
 
