@@ -144,6 +144,7 @@ class TrainingRun:
             bar.write(f"warning, rollout batch {step}: {warning}", file=sys.stderr)
         self.log.samples(step, batch.best_and_worst())
         bar.set_postfix(
+            refresh=False,  # a refresh would draw the bar before its delay, and close() then not end its line
             reward=f"{metrics['reward_mean']:.2f}",
             clip=f"{metrics['clip_fraction']:.2f}",
             tok_s=f"{metrics['tokens_per_s']:.0f}",
