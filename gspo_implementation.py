@@ -509,7 +509,7 @@ class GSPOTrainer:
             try:
                 return work()
             except RuntimeError as error:
-                if not should_reduce_batch_size(error) or self._micro_batch_tokens <= longest:
+                if not _out_of_memory(error) or self._micro_batch_tokens <= longest:
                     raise
             # Out of the handler, which holds the failed attempt's tensors.
             self.halvings += 1
@@ -656,6 +656,11 @@ def _pad(rows: list[torch.Tensor], device) -> torch.Tensor:
     if not rows:
         return torch.zeros(0, 0, device=device)
     return pad_sequence([row.to(device) for row in rows], batch_first=True)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """On a GPU, or on a CPU as torch's allocator says it, or oneDNN, which does not give the reason."""
+    return should_reduce_batch_size(error) or "could not create a primitive" in str(error)
 
 
 def _enable_gradient_checkpointing(model) -> None:
