@@ -298,7 +298,16 @@ class GSPOTrainer:
         self._stepping = False  # the optimizer is at the weights
 
     def train(self, train_problems: Sequence, eval_problems: Sequence) -> dict:
-        """Run the configured epochs in a run folder; what it returns and raises is TrainingRun's."""
+        """Run the configured epochs in the run folder that the configuration names.
+
+        Returns: the evaluations "before" and "after", and whether it is "finished" (false: stop_requested).
+
+        Raises:
+            ValueError: no problem whose prompt leaves room for a response, a run folder already in use, or a
+                checkpoint that does not go with these settings and problems.
+            EmergencyStop: an update that must not reach the weights; the evidence is in emergency/.
+            CannotSave: the disk is full; the last whole checkpoint is as it was.
+        """
         return TrainingRun(self, train_problems, eval_problems).train()
 
     def train_step(self, problems: Sequence) -> dict:
@@ -607,8 +616,6 @@ class GSPOTrainer:
             outside += self._loss_of(signed, sorted(again), again, denominator=1)[1]["clip_fraction"]
         return outside
 
-    # ---- keeping
-
     def progress_bar(self, **options):
         """tqdm, on the main process, for what takes longer than PROGRESS_DELAY_S."""
         # In a log file a bar is a line each time it is drawn: draw it seldom.
@@ -631,10 +638,10 @@ class GSPOTrainer:
 
     def broken_weights(self) -> str | None:
         """Which weights are not finite, or None."""
-        parameters = dict(self.model.named_parameters())
+        parameters = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
         if torch.nn.utils.get_total_norm(parameters.values()).isfinite():  # fast: no mask of them is made
             return None
-        broken = [name for name, p in parameters.items() if not p.detach().isfinite().all()]
+        broken = [name for name, p in parameters.items() if not p.isfinite().all()]
         return f"{len(broken)} weight tensors are not finite, such as {broken[0]}" if broken else None
 
     def state_dict(self) -> dict:
