@@ -6,6 +6,8 @@ The command line is made from these fields, and the copy in the run folder is th
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
+from typing import get_args, get_type_hints
 
 import torch
 
@@ -92,6 +94,13 @@ class GSPOConfig:
     dry_run: bool = flag(False, "run", "print the resolved configuration and objective; load no weights")
 
     def __post_init__(self):
+        for name, hint in get_type_hints(type(self)).items():
+            value, kinds = getattr(self, name), get_args(hint) or (hint,)
+            numbers_too = {int: Integral, float: Real}
+            fits = isinstance(value, tuple(numbers_too.get(kind, kind) for kind in kinds))
+            if not fits or (isinstance(value, bool) and bool not in kinds):
+                expected = " or ".join(kind.__name__.replace("NoneType", "null") for kind in kinds)
+                raise ValueError(f"--{name} must be {expected}, got {value!r}")
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value is not None and value not in choices:
