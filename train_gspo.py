@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import asdict, fields, replace
 from types import NoneType
 from typing import get_args, get_type_hints
@@ -38,6 +39,7 @@ from run_log import resumed_folder, run_folder, settings_of
 from training_run import TrainingRun
 
 PROGRAM = "train_gspo.py"
+SAME_SIGNAL_S = 1.0  # seconds
 # Bytes: float32 weights, gradients and AdamW's two moments, before activations.
 MEMORY_PER_PARAMETER = 16
 
@@ -150,13 +152,19 @@ def prepare(config: GSPOConfig) -> TrainingRun:
 
 
 def stop_on_signals(trainer: GSPOTrainer) -> None:
-    """First SIGINT or SIGTERM: stop after the update in progress, with a checkpoint. Second: at once."""
+    """First SIGINT or SIGTERM: stop after the update in progress, with a checkpoint. Second: at once.
+
+    A launcher passes on a signal that its processes have had themselves: within SAME_SIGNAL_S it is the same.
+    """
+    asked = []
 
     def stop(*_):
-        if trainer.stop_requested:
+        asked.append(time.monotonic())
+        if asked[-1] - asked[0] > SAME_SIGNAL_S:
             os._exit(130)  # without the checkpoint that may be in progress: the last whole one stays
+        if not trainer.stop_requested:
+            print("\nstopping after this update; once more to stop at once", file=sys.stderr)
         trainer.stop_requested = True
-        print("\nstopping after this update; once more to stop at once", file=sys.stderr)
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

@@ -237,6 +237,8 @@ run.train()
     assert process.stdout.readline() == b"hangs\n"
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)  # as a launcher passes it on
+    time.sleep(1)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 130
