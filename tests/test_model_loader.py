@@ -138,6 +138,31 @@ def test_folder_with_a_weight_missing_or_misshapen(folder):
     assert "model.norm.weight" in one_line_error(str(folder))
 
 
+def test_code_that_comes_with_a_model_runs_only_when_asked(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": {
+        "AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM",
+    }}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config | own))
+    (folder / "own.py").write_text(
+        "from pathlib import Path\n"
+        f"Path({str(tmp_path / 'ran')!r}).touch()\n"
+        "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
+        "class OwnConfig(Qwen3Config):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(Qwen3ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    assert "--trust_remote_code" in one_line_error(str(folder))
+    assert not (tmp_path / "ran").exists()
+    model, _ = load_model(str(folder), trust_remote_code=True)
+    assert (
+        (tmp_path / "modules").exists()
+        and (tmp_path / "ran").exists()
+        and type(model).__name__ == "OwnForCausalLM"
+    )
+    assert count_parameters(str(folder), trust_remote_code=True) == count_parameters("tiny")
+
+
 def test_folder_without_a_tokenizer(folder):
     for path in folder.glob("tokenizer*"):
         path.unlink()
