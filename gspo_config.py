@@ -4,6 +4,7 @@ The command line is made from these fields, and the copy in the run folder is th
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
@@ -95,6 +96,8 @@ class GSPOConfig:
 
     def __post_init__(self):
         for name, hint in get_type_hints(type(self)).items():
+            if isinstance(getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(getattr(self, name)))
             value, kinds = getattr(self, name), get_args(hint) or (hint,)
             numbers_too = {int: Integral, float: Real}
             fits = isinstance(value, tuple(numbers_too.get(kind, kind) for kind in kinds))

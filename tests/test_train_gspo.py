@@ -190,6 +190,13 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded():
         check_memory("m", MEMORY_PER_PARAMETER * 7_615_616_512, 80 * 10**9)
 
 
+def test_paths_may_be_path_objects_and_other_types_are_named():
+    assert GSPOConfig(output_dir=Path("a") / "b").output_dir == "a/b"
+    assert GSPOConfig(learning_rate=1).learning_rate == 1
+    with pytest.raises(ValueError, match="--seed must be int, got 1.5"):
+        GSPOConfig(seed=1.5)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_asking_for_a_gpu_that_is_not_there_is_bad_input():
     with pytest.raises(ValueError, match="finds no GPU"):
