@@ -1,6 +1,6 @@
 """When a run should be looked at, and when it must stop: rules over its metrics, and measures of its text.
 
-The rules are pure functions of metrics, oldest first (run_log.GLOSSARY). What the model's text is like is
+The rules are pure functions of metrics, oldest first (run_record.GLOSSARY). What the model's text is like is
 measured against the run's own start: a model may always have rambled.
 """
 

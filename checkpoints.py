@@ -3,7 +3,7 @@
 step-12.partial/     being written; a kill leaves it, the next start removes it
 step-12/             whole: every file was on the disk before the folder got its name
 step-12.previous/    what step-12 replaces; a kill between two renames leaves it alone, and it is put back
-SHA256SUMS           in each; `sha256sum -c SHA256SUMS` checks it by hand
+SHA256SUMS           in each, with the number of its files; `sha256sum -c SHA256SUMS` checks it by hand
 """
 
 import hashlib
@@ -48,7 +48,7 @@ def whole_folder(target: Path):
     partial, previous = (target.with_name(f"{target.name}.{part}") for part in ("partial", "previous"))
     with saving(target):
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
             partial.mkdir(parents=True)
             yield partial
             _write_checksums(partial)
@@ -57,7 +57,8 @@ def whole_folder(target: Path):
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        if target.exists():
+        if os.path.lexists(target):
+            remove(previous)
             target.rename(previous)
         partial.rename(target)
         sync(target.parent)
@@ -81,42 +82,57 @@ def recover(parent: Path) -> None:
     """Undo what a kill left half done in a folder: replaced ones without a successor return, pieces go."""
     for previous in parent.glob("*.previous"):
         target = previous.with_suffix("")
-        if target.exists():
-            shutil.rmtree(previous)
+        if os.path.lexists(target):
+            remove(previous)
         else:
             previous.rename(target)
     for partial in parent.glob("*.partial"):
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        remove(partial)
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a folder, by its checksums, or None."""
+def remove(path: Path) -> None:
+    """Whatever is there: a folder, a file, a link (not what it points to), nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def damage(folder: Path, needed: str) -> str | None:
+    """What is wrong with a folder, by its checksums, or None.
+
+    needed: a file without which it is of no use.
+    """
     try:
-        lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+        header, *lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines() or [""]
     except (OSError, UnicodeDecodeError):
         return f"it has no readable {CHECKSUMS}"
     listed = dict(reversed(line.split("  ", 1)) for line in lines if "  " in line)
-    missing = [name for name in listed if not (folder / name).is_file()]
-    if missing or not listed:
-        return f"{missing[0] if missing else 'everything'} is missing"
+    if header != _header(len(listed)):
+        return f"{CHECKSUMS} is cut short or damaged"
+    missing = [name for name in (needed, *listed) if name not in listed or not (folder / name).is_file()]
+    if missing:
+        return f"{missing[0]} is missing"
     damaged = [name for name, digest in listed.items() if _digest(folder / name) != digest]
     return f"{damaged[0]} is cut short or damaged" if damaged else None
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """A run folder's checkpoints, oldest first."""
-    found = [path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=step_of)
+    found = (folder / "checkpoints").glob("step-*")
+    return sorted((p for p in found if re.fullmatch(r"step-\d+", p.name) and p.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def newest_whole(candidates: Sequence[Path], refused: Callable[[Path, str], None]) -> Path | None:
+def newest_whole(
+    candidates: Sequence[Path], needed: str, refused: Callable[[Path, str], None]
+) -> Path | None:
     """The last of the checkpoints (oldest first) that is whole; those passed over are told to refused."""
     for path in reversed(candidates):
-        reason = damage(path)
+        reason = damage(path, needed)
         if reason is None:
             return path
         refused(path, reason)
@@ -149,7 +165,12 @@ def set_random_states(states: dict) -> None:
 def _write_checksums(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     lines = [f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
-    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+    (folder / CHECKSUMS).write_text("".join([_header(len(files)) + "\n", *lines]), encoding="utf-8")
+
+
+def _header(count: int) -> str:
+    """First line of SHA256SUMS, a comment to sha256sum: it shows when the list was cut short."""
+    return f"# {count} files"
 
 
 def _digest(path: Path) -> str:

@@ -1,6 +1,8 @@
 """What the commands' parsers share: a mistake is one line on standard error, and exit code 2."""
 
 import argparse
+import os
+import signal
 import sys
 
 MAX_MESSAGE = 1000  # characters
@@ -23,3 +25,14 @@ def complain(program: str, message: object) -> None:
     text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(message))
     text = text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} ..."
     print(f"{program}: {text}", file=sys.stderr)
+
+
+def interruptible() -> None:
+    """SIGINT and SIGTERM end the program at once, with one line and exit code 130."""
+
+    def stop(*_):
+        complain(os.path.basename(sys.argv[0]), "interrupted before anything was done")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)

@@ -32,6 +32,8 @@ PRESETS = {
 }
 
 
+# Whole numbers stay below this: more is a slip of the hand, and would end deep in a library.
+INTEGER_LIMIT = 2**31
 # Parameters under which bfloat16 does not pay on a CPU: its matrices are too small for the casts around them.
 SMALL_MODEL = 20e6
 
@@ -104,6 +106,8 @@ class GSPOConfig:
             if not fits or (isinstance(value, bool) and bool not in kinds):
                 expected = " or ".join(kind.__name__.replace("NoneType", "null") for kind in kinds)
                 raise ValueError(f"--{name} must be {expected}, got {value!r}")
+            if isinstance(value, Integral) and abs(value) >= INTEGER_LIMIT:
+                raise ValueError(f"--{name} must be below {INTEGER_LIMIT}, got {value}")
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value is not None and value not in choices:

@@ -1,8 +1,8 @@
-"""The record of a run: its folder, metrics.jsonl, eval.jsonl, samples.jsonl, and wandb.
+"""A run's folder: who may work in it, what is recorded, which checkpoint is gone on from; and wandb.
 
     gspo_outputs/<run>/
         config.json       the resolved configuration, with versions, hardware, git commit, command line
-        metrics.jsonl     one line a rollout batch, flushed; the record that everything else is read from
+        metrics.jsonl     one line a rollout batch, flushed
         eval.jsonl        one line an evaluation
         samples.jsonl     best and worst response of some groups, with rewards
         checkpoints/step-N/   written whole or not at all
@@ -37,52 +37,15 @@ from checkpoints import (
     checkpoints_in,
     newest_whole,
     recover,
-    saving,
+    remove,
     step_of,
     sync,
     whole_folder,
     write_whole,
 )
 from rollout_batch import RolloutBatch
+from run_record import FIELDS, JsonLines, read_lines
 
-# What is logged for each rollout batch: (unit, meaning and reduction). The README's glossary is this table.
-GLOSSARY = {
-    "loss": ("-", "minus the objective over the rollout batch, each response as its update saw it"),
-    "clip_fraction": ("share", "response tokens whose clipped branch is in force, of all in the batch"),
-    "clip_fraction_sequences": ("share", "responses with a clipped token, of all responses in the batch"),
-    "clip_fraction_by_minibatch": (
-        "share",
-        "clip_fraction of each update in turn; 0 for the first after pi_old is set",
-    ),
-    "null_clip_fraction": ("share", "tokens outside the clip range when scored twice with the same weights"),
-    "importance_ratio_mean": ("-", "mean ratio to pi_old, over responses (GSPO) or tokens (GRPO) that teach"),
-    "importance_ratio_std": ("-", "standard deviation of the ratio, likewise"),
-    "importance_ratio_min": ("-", "smallest ratio, likewise"),
-    "importance_ratio_max": ("-", "largest ratio, likewise"),
-    "reward_mean": ("reward", "mean over the judged responses of the batch"),
-    "reward_std": ("reward", "standard deviation over the judged responses of the batch"),
-    "zero_variance_groups": ("share", "groups whose rewards are all equal, which teach nothing"),
-    "unjudged_responses": ("count", "responses that could not be judged: no advantage, out of every mean"),
-    "code_timeouts": ("count", "responses whose code ran out of time; from the toolkit's own rewards"),
-    "response_tokens_mean": ("tokens", "mean response length, end token included"),
-    "truncated_fraction": ("share", "responses cut before their end token"),
-    "repetition": ("share", "runs of 4 tokens that stood in the same response before, mean over responses"),
-    "unreadable_characters": ("share", "control and replacement characters, mean over responses"),
-    "entropy": ("nats per token", "minus the mean log-probability of the sampled tokens"),
-    "sampler_gap": (
-        "nats per token",
-        "mean distance of the sampler's log-probabilities from the scorer's, over responses that teach",
-    ),
-    "kl": ("nats per token", "estimated KL to the starting model; only with a kl_coef"),
-    "grad_norm": ("-", "gradient norm before clipping, mean over the batch's optimizer updates"),
-    "learning_rate": ("-", "of the batch's last optimizer update"),
-    "generation_s": ("s", "sampling the responses"),
-    "reward_s": ("s", "judging them"),
-    "scoring_s": ("s", "log-probabilities under pi_old"),
-    "update_s": ("s", "forward, backward and optimizer steps"),
-    "tokens_per_s": ("tokens/s", "response tokens of the batch, over the sum of the four times"),
-    "peak_memory_gb": ("GB", "peak so far: of the GPU where there is one, else of the process"),
-}
 # Settings that a resumed run may change: they cannot touch what it has already done.
 FREE_ON_RESUME = (
     "resume", "run_name", "output_dir", "num_epochs", "eval_frequency", "save_frequency", "use_wandb",
@@ -91,7 +54,6 @@ FREE_ON_RESUME = (
 STATE_FILE = "training_state.pt"  # of a checkpoint, beside its model
 # Seconds that wandb may take before the run goes on without it.
 WANDB_START_S, WANDB_CALL_S, WANDB_FINISH_S = 120, 30, 120
-SECONDS = ("generation_s", "reward_s", "scoring_s", "update_s", "tokens_per_s", "peak_memory_gb")
 
 
 class RunLog:
@@ -105,17 +67,20 @@ class RunLog:
         self.raised: set[str] = set()  # kinds of warnings that the last rollout batch called for
 
     @classmethod
-    def create(cls, config: dict) -> "RunLog":
+    def create(cls, config: dict, problems: str = "") -> "RunLog":
         """Make (or, with config["resume"], reopen) the run folder that the configuration names.
+
+        Args:
+            problems: a digest of the problems, by which a resumed run knows them again.
 
         Raises:
             ValueError: a new run in a folder that already holds one, a folder that another process works in,
-                a resumed run with other settings, or an output folder that cannot be made.
+                a resumed run with other settings or problems, or an output folder that cannot be made.
+                Nothing on the disk has changed then.
         """
         folder = run_folder(config)
-        held = folder / "config.json"
         try:
-            if held.exists() and not config["resume"]:
+            if (folder / "config.json").exists() and not config["resume"]:
                 raise ValueError(
                     f"{folder} already holds a run: choose another --run_name, or continue it with "
                     f"--resume {folder}"
@@ -129,21 +94,19 @@ class RunLog:
         log = cls(folder, lock=lock)
         try:
             if config["resume"]:
+                refuse_other_settings(config, problems)
                 for parent in (folder, folder / "checkpoints"):
                     recover(parent)
-                _refuse_other_settings(held, config)
             else:
-                log.begin(config)
+                log.begin(config, problems)
         except BaseException:
             log.close()
             raise
         return log
 
-    def begin(self, config: dict) -> None:
+    def begin(self, config: dict, problems: str) -> None:
         """Write config.json and get ready to record. A resumed run does so when it is sure to go on."""
-        if self.folder is None:
-            return
-        settings = {**config, "environment": describe_environment()}
+        settings = {**config, "problems": problems, "environment": describe_environment()}
         write_whole(self.folder / "config.json", json.dumps(settings, indent=2) + "\n")
         self.sinks = [JsonLines(self.folder), *([Wandb(self.folder, config)] if config["use_wandb"] else [])]
 
@@ -155,15 +118,13 @@ class RunLog:
         Raises:
             ValueError: none of them is whole, or the one named does not exist.
         """
-        if self.folder is None:
-            return None
-        candidates = self.checkpoints()
-        if Path(resume).absolute().parent == (self.folder / "checkpoints").absolute():
-            if Path(resume).absolute() not in [path.absolute() for path in candidates]:
+        candidates, named = self.checkpoints(), Path(os.path.abspath(resume))
+        if named.parent == Path(os.path.abspath(self.folder / "checkpoints")):
+            if named.name not in [path.name for path in candidates]:
                 raise ValueError(f"--resume {resume}: there is no such checkpoint")
-            candidates = [path for path in candidates if step_of(path) <= step_of(Path(resume))]
+            candidates = [path for path in candidates if step_of(path) <= step_of(named)]
         newest = newest_whole(
-            candidates, lambda path, why: print(f"{path} is not used: {why}", file=sys.stderr)
+            candidates, STATE_FILE, lambda path, why: print(f"{path} is not used: {why}", file=sys.stderr)
         )
         if candidates and newest is None:
             raise ValueError(
@@ -173,21 +134,31 @@ class RunLog:
         return newest
 
     def rewind(self, step: int, evaluations: int) -> None:
-        """Drop what was written after a step and so many evaluations: a resumed run writes it again."""
-        if self.folder is None:
-            return
-        for name in ("metrics.jsonl", "samples.jsonl", "eval.jsonl"):
-            lines = _read_lines(self.folder / name)
-            kept = lines[:evaluations] if name == "eval.jsonl" else [x for x in lines if x["step"] <= step]
-            write_whole(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
+        """Drop what was written after a step and so many evaluations: a resumed run writes it again.
+
+        Raises:
+            ValueError: a damaged line, or lines up to there that are missing; nothing is changed then.
+        """
+        record = {stream: read_lines(self.folder, stream) for stream in FIELDS}
+        if len(record["eval"]) < evaluations:
+            raise _incomplete(self.folder / "eval.jsonl", f"{evaluations} evaluations")
+        record = {stream: [x for x in lines if x["step"] <= step] for stream, lines in record.items()}
+        record["eval"] = record["eval"][:evaluations]
+        if [line["step"] for line in record["metrics"]] != list(range(1, step + 1)):
+            raise _incomplete(self.folder / "metrics.jsonl", f"{step} rollout batches")
+        for stream, lines in record.items():
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            write_whole(self.folder / f"{stream}.jsonl", text)
         for path in self.checkpoints():  # of a past that is now given up
             if step_of(path) > step:
-                shutil.rmtree(path)
-        self.history = _read_lines(self.folder / "metrics.jsonl")
+                remove(path)
+        self.history = record["metrics"]
         self.raised = set(warnings_of(self.history)) if self.history else set()
 
     def train(self, step: int, metrics: dict) -> list[str]:
         """Record a rollout batch; returns the warnings that it calls for and the one before it did not."""
+        if self.folder is None:
+            return []
         self.history.append({"step": step, **metrics})
         for sink in self.sinks:
             sink.write("metrics", step, metrics)
@@ -235,34 +206,11 @@ class RunLog:
 
     def evaluations(self) -> list[dict]:
         """The evaluations on record, oldest first."""
-        return _read_lines(self.folder / "eval.jsonl") if self.folder else []
+        return read_lines(self.folder, "eval") if self.folder else []
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
         return checkpoints_in(self.folder) if self.folder else []
-
-
-class JsonLines:
-    """metrics.jsonl, eval.jsonl and samples.jsonl, one flushed line a record, whole or not at all."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def write(self, stream: str, step: int, values: dict) -> None:
-        """Raises CannotSave."""
-        path = self.folder / f"{stream}.jsonl"
-        line = json.dumps({"step": step, **values}, default=str) + "\n"
-        with saving(path), open(path, "ab") as file:
-            start = file.tell()
-            try:
-                file.write(line.encode())
-                file.flush()
-            except OSError:
-                os.truncate(path, start)
-                raise
-
-    def close(self) -> None:
-        pass
 
 
 class Wandb:
@@ -333,7 +281,7 @@ def run_folder(config: dict) -> Path:
     Raises:
         ValueError: a name that is none, or no run to resume.
     """
-    if config["resume"]:
+    if config["resume"] is not None:
         return resumed_folder(config["resume"], config["output_dir"])
     name = config["run_name"] or "-".join(
         [Path(config["model_name"]).name, config["algorithm"], time.strftime("%Y%m%d-%H%M%S")]
@@ -354,18 +302,19 @@ def resumed_folder(resume: str, output_dir: str) -> Path:
         if not runs:
             raise ValueError(f"--resume latest: no run in {output_dir}; name a run or checkpoint folder")
         return max(runs, key=lambda run: (run / "config.json").stat().st_mtime_ns)
-    folder = Path(resume)
-    folder = folder.parent.parent if folder.absolute().parent.name == "checkpoints" else folder
-    if not settings_of(folder):
+    folder = Path(os.path.abspath(resume))
+    runs = [folder, *([folder.parent.parent] if folder.parent.name == "checkpoints" else [])]
+    found = [run for run in runs if settings_of(run)]
+    if not resume or not found:
         raise ValueError(f"--resume {resume}: that is neither a run's folder nor one of its checkpoints")
-    return folder
+    return found[0]
 
 
 def settings_of(folder: Path) -> dict | None:
     """The settings that a run was started with, or None where there is no run."""
     try:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return saved if isinstance(saved, dict) and "environment" in saved and "algorithm" in saved else None
 
@@ -379,12 +328,29 @@ def differing_settings(saved: dict, config: dict) -> list[str]:
     ]
 
 
-def _refuse_other_settings(path: Path, config: dict) -> None:
-    differing = differing_settings(settings_of(path.parent), config)
-    if differing:
+def refuse_other_settings(config: dict, problems: str = "") -> None:
+    """Raises ValueError where a resumed run would not go on as it began; it names what differs.
+
+    problems: as for RunLog.create; empty: not known yet.
+    """
+    folder = run_folder(config)
+    saved = settings_of(folder)
+    if differing := differing_settings(saved, config):
         raise ValueError(
-            f"--resume: the run in {path.parent} was started with {', '.join(differing)}; use its settings"
+            f"--resume: the run in {folder} was started with {', '.join(differing)}; use its settings"
         )
+    if problems and problems != saved.get("problems"):
+        raise ValueError(
+            f"--resume: the problems are not those that the run in {folder} was started with; has the file "
+            "of --dataset_path changed, or the toolkit?"
+        )
+
+
+def _incomplete(path: Path, expected: str) -> ValueError:
+    return ValueError(
+        f"{path} does not hold the {expected} that the checkpoint follows; put the file back, or start anew "
+        "from the checkpoint's weights (--model_name)"
+    )
 
 
 def _lock(folder: Path) -> int:
@@ -413,7 +379,13 @@ def describe_environment() -> dict:
         "platform": platform.platform(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "processes": process_count(),
     }
+
+
+def process_count() -> int:
+    """Processes that train together, as torchrun and accelerate's launcher tell them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def peak_memory_gb() -> float:
@@ -422,20 +394,3 @@ def peak_memory_gb() -> float:
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def _read_lines(path: Path) -> list[dict]:
-    """The whole lines of a jsonl file; a last line cut short by a kill is left out.
-
-    Raises:
-        ValueError: another line is broken.
-    """
-    if not path.exists():
-        return []
-    lines = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            raise ValueError(f"{path}, line {number}: not valid JSON; the file is damaged") from None
-    return lines

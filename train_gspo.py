@@ -3,7 +3,7 @@
     python train_gspo.py                                          the embedded model, on a CPU
     python train_gspo.py --model_name Qwen/Qwen2.5-7B-Instruct --dataset gsm8k --use_wandb
     python train_gspo.py --dataset math --algorithm grpo          the baseline, same everything else
-    accelerate launch --num_processes 4 train_gspo.py ...         several processes
+    torchrun --nproc_per_node 4 train_gspo.py ...                 several processes, with a GPU each or none
 
 Exit codes: 0 done; 1 failure; 2 bad input (one line: what, why, what to do); 3 emergency stop;
 130 interrupted. Whenever it stops, what was learnt is on disk and --resume continues.
@@ -19,15 +19,19 @@ from dataclasses import asdict, fields, replace
 from types import NoneType
 from typing import get_args, get_type_hints
 
+from command_line import Parser, complain, interruptible
+
 # Waiting OpenMP threads spin for long before they sleep. On a CPU that other processes share, that made a
 # rollout batch up to five times slower; spinning briefly costs little (LOG.md). Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    interruptible()
 
 from transformers.utils.logging import disable_progress_bar
 
 from alarms import EmergencyStop
 from checkpoints import CannotSave
-from command_line import Parser, complain
 from data_loader import default_max_new_tokens, load_problems
 from freed_memory import keep_freed_memory
 from gspo_config import choose_dtype
@@ -35,7 +39,7 @@ from gspo_implementation import GSPOConfig, GSPOTrainer
 from intervals import paired_interval
 from model_loader import check_memory, count_parameters, load_model, resolve_model_name
 from rewards import RewardFunction
-from run_log import resumed_folder, run_folder, settings_of
+from run_log import process_count, refuse_other_settings, resumed_folder, run_folder, settings_of
 from training_run import TrainingRun
 
 PROGRAM = "train_gspo.py"
@@ -46,9 +50,12 @@ MEMORY_PER_PARAMETER = 16
 
 def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, until there is something to save
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+        sys.stdout = open(os.devnull, "w")
     try:
         config = resolve(parse(arguments))
+        if config.resume:
+            refuse_other_settings(asdict(config))
         print(json.dumps({k: v for k, v in asdict(config).items() if v is not None}, indent=2))
         print(f"\n{config.describe_objective()}\n")
         if config.dry_run:
@@ -60,9 +67,6 @@ def main(arguments: list[str] | None = None) -> int:
     except CannotSave as error:
         complain(PROGRAM, error)
         return 1
-    except KeyboardInterrupt:
-        complain(PROGRAM, "interrupted before training began")
-        return 130
     stop_on_signals(run.trainer)
     try:
         result = run.train()
@@ -96,13 +100,22 @@ def parse(arguments: list[str] | None) -> GSPOConfig:
         help = f.metadata["help"] + shown
         group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **options)
     given = vars(parser.parse_args(arguments))
-    if given.get("resume"):
-        folder = resumed_folder(given["resume"], given.get("output_dir", GSPOConfig.output_dir))
-        given["resume"] = str(folder) if given["resume"] == "latest" else given["resume"]
-        saved = settings_of(folder)
-        kept = {f.name for f in fields(GSPOConfig)} - {"dry_run", "output_dir"}
-        given = {name: value for name, value in saved.items() if name in kept} | given
+    if "resume" in given:
+        given = of_resumed_run(given)
     return GSPOConfig(**given)
+
+
+def of_resumed_run(given: dict) -> dict:
+    """The flags that are given, the resumed run's own for the others, and where its folder is now."""
+    folder = resumed_folder(given["resume"], given.get("output_dir", GSPOConfig.output_dir))
+    if given.get("run_name", folder.name) != folder.name:
+        raise ValueError(f"--run_name {given['run_name']}: the resumed run is {folder}; leave the flag out")
+    inherited = {f.name for f in fields(GSPOConfig)} - {"dry_run"}
+    saved = {name: value for name, value in settings_of(folder).items() if name in inherited}
+    place = {"output_dir": str(folder.parent), "run_name": folder.name}
+    if given["resume"] == "latest":
+        place["resume"] = str(folder)
+    return saved | given | place
 
 
 def resolve(config: GSPOConfig) -> GSPOConfig:
@@ -124,6 +137,7 @@ def resolve(config: GSPOConfig) -> GSPOConfig:
     resolved = config.resolve(parameters)
     if resolved.device == "cuda":
         check_memory(model_name, MEMORY_PER_PARAMETER * parameters)
+    print(f"processes: {process_count()}")
     if config.dtype == "auto":
         print(f"dtype: {resolved.dtype} ({choose_dtype(resolved.device, parameters)[1]})")
     return resolved
@@ -172,12 +186,12 @@ def stop_on_signals(trainer: GSPOTrainer) -> None:
 
 def explain(stop: EmergencyStop, run: TrainingRun) -> str:
     """What went wrong, where to look, and what to go on from."""
-    checkpoints = run.log.checkpoints()
-    good = f"the last good state is {checkpoints[-1]}" if checkpoints else "no checkpoint was written yet"
+    folder, checkpoints = run.log.folder, run.log.checkpoints()
+    before = f"the state before it is {checkpoints[-1]}" if checkpoints else "no checkpoint was written yet"
     return (
         f"emergency stop in rollout batch {run.trainer.step + 1}, before the update: {stop}. The evidence is "
-        f"in {run.log.folder}/emergency; {good}. Start again, from it (--model_name) or anew, with a lower "
-        "--learning_rate"
+        f"in {folder}/emergency; {before}, the best state evaluated {folder}/best_model. Start again, from "
+        "one of them (--model_name) or anew, with a lower --learning_rate"
     )
 
 

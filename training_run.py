@@ -6,18 +6,18 @@ there. So a run that was killed at any point and resumed writes what it would ha
 
 import hashlib
 import json
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 
 from alarms import EmergencyStop, gibberish_reason, stop_if
-from checkpoints import CannotSave, random_states, set_random_states
+from checkpoints import CannotSave, random_states, remove, set_random_states
 from rollout_batch import RolloutBatch
 from run_log import STATE_FILE, RunLog
 
@@ -53,10 +53,11 @@ class TrainingRun:
         self.pending: list[RolloutBatch] = []  # sampled; the first may be part-way through its updates
         self.best_pass_rate = -1.0
         self._saved = None  # what _position() was at the last checkpoint
-        self.log = RunLog.create(asdict(self.config)) if trainer.accelerator.is_main_process else RunLog()
+        self.log = RunLog()
         try:
+            path = self._of_main_process(self._open_folder)
             if self.config.resume:
-                self._load_checkpoint()
+                self._go_on_from(path)
         except BaseException:
             self.log.close()
             raise
@@ -113,7 +114,7 @@ class TrainingRun:
                 self.save_checkpoint()
             self._collect_window()
             batch = self.pending[0]
-            stop_if(gibberish_reason([*self.log.history, batch.metrics]), batch.metrics)
+            stop_if(self._of_main_process(self._gibberish_reason), batch.metrics)
             self._record(trainer.step + 1, batch, trainer.update(batch), bar)
             trainer.step += 1  # recorded first: a batch whose record fails is recorded by the resumed run
             self.pending.pop(0)
@@ -151,9 +152,24 @@ class TrainingRun:
         )
         bar.update()
 
+    def _of_main_process(self, find: Callable):
+        """What find() gives or raises on the main process, which alone has the record, for all processes."""
+        result = error = None
+        if self.trainer.accelerator.is_main_process:
+            try:
+                result = find()
+            except (ValueError, CannotSave) as refusal:
+                error = refusal
+        result, error = broadcast_object_list([result, error])
+        if error is not None:
+            raise error
+        return result
+
     def _recorded_evaluations(self) -> list[dict]:
-        """Only the main process has the record; the others must take the same way."""
-        return broadcast_object_list([self.log.evaluations()])[0]
+        return self._of_main_process(self.log.evaluations)
+
+    def _gibberish_reason(self) -> str | None:
+        return gibberish_reason([*self.log.history, self.pending[0].metrics])
 
     def _evaluate(self) -> None:
         """Once a step; best_model is written before the line that says so."""
@@ -182,7 +198,7 @@ class TrainingRun:
         # The oldest first: a disk that holds CHECKPOINTS_KEPT is enough, and one is whole at any time.
         others = [path for path in self.log.checkpoints() if path.name != name]
         for path in others[: max(0, len(others) - CHECKPOINTS_KEPT + 1)]:
-            shutil.rmtree(path)
+            remove(path)
         with self.log.writing(f"checkpoints/{name}") as folder:
             if folder is not None:
                 self._save_weights(folder)
@@ -191,7 +207,6 @@ class TrainingRun:
                     "pending": [batch.state_dict() for batch in self.pending],
                     "evaluations": len(self.log.evaluations()),
                     "random": random_states(),
-                    "problems": self._problems_digest(),
                 }
                 torch.save(state, folder / STATE_FILE)
         self._saved = self._position()
@@ -201,22 +216,22 @@ class TrainingRun:
         updates = sum(len(batch.updates) for batch in self.pending)
         return self.trainer.step, len(self.pending), updates, len(self.log.evaluations())
 
-    def _load_checkpoint(self) -> None:
-        """Continue where config.resume says; the run's record is rewound to there.
+    def _open_folder(self) -> Path | None:
+        """Opens the run folder; returns the checkpoint to go on from, if any."""
+        config = asdict(self.config)
+        self.log = RunLog.create(config, self._problems_digest())
+        return self.log.whole_checkpoint(config["resume"]) if config["resume"] else None
+
+    def _go_on_from(self, path: Path | None) -> None:
+        """Load a checkpoint, and rewind the run's record to it.
 
         A run that was killed before its first checkpoint starts again: the same seed takes the same way.
         """
         trainer = self.trainer
-        path = broadcast_object_list([self.log.whole_checkpoint(self.config.resume)])[0]
         evaluations = 0
         if path is not None:
             # On the CPU: the optimizer moves its state to the weights, and random states stay there.
             state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
-            if state["problems"] != self._problems_digest():
-                raise ValueError(
-                    f"--resume {path}: the problems are not those that the run was started with; has "
-                    "--dataset_path changed?"
-                )
             reached = state["step"] + len(state["pending"])
             if reached > self.num_batches:
                 raise ValueError(
@@ -232,13 +247,16 @@ class TrainingRun:
             ]
             set_random_states(state["random"])
             evaluations = state["evaluations"]
-        self.log.rewind(trainer.step, evaluations)
-        self.log.begin(asdict(self.config))
+        self._of_main_process(lambda: self._rewind(evaluations))
         self._saved = self._position() if path is not None else None
         self.best_pass_rate = max((e["pass_at_1"] for e in self._recorded_evaluations()), default=-1.0)
 
+    def _rewind(self, evaluations: int) -> None:
+        self.log.rewind(self.trainer.step, evaluations)
+        self.log.begin(asdict(self.config), self._problems_digest())
+
     def _problems_digest(self) -> str:
-        """Of all problems in order: a checkpoint names its rollout batches by their place in them."""
+        """Of all problems in order: a rollout batch is known by its place in them."""
         texts = [
             [problem.prompt, str(getattr(problem, "answer", None))]
             for problem in (*self.train_problems, *self.eval_problems)

@@ -2,10 +2,13 @@
 
 import gzip
 import json
+import math
 import random
+import re
 import sys
 
 import pytest
+from test_alarms import GOOD
 
 import train_gspo
 from command_line import MAX_MESSAGE, complain
@@ -162,7 +165,7 @@ def test_problem_files(kind, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name, value", [
     ("group_size", "4"), ("group_size", True), ("num_epochs", None), ("learning_rate", "x"), ("dataset", 3),
     ("model_name", 7), ("seed", 1.5), ("use_wandb", 1), ("environment", {}), ("run_name", "../up"),
-    ("nonsense", 3),
+    ("nonsense", 3), ("learning_rate", 10**400), ("kl_coef", 10**400), ("batch_size", 10**20),
 ])  # fmt: skip
 def test_settings_of_a_run_that_were_edited_by_hand(name, value, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -174,14 +177,81 @@ def test_settings_of_a_run_that_were_edited_by_hand(name, value, tmp_path, monke
     assert code == (0 if name in ("environment", "run_name", "nonsense") else 2)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "eval.jsonl", "samples.jsonl", "config.json"])
-def test_a_damaged_record_is_refused_by_name(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("text", ["", "{}", "[]", "nothing", "\x00", "[" * 100_000, '{"a":' * 100_000])
+def test_settings_that_are_none(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("r", "newer"):
+        assert outcome([*TINY, "--run_name", name], monkeypatch, capsys)[0] == 0
+    (tmp_path / "gspo_outputs" / "newer" / "config.json").write_text(text)
+    code, said = outcome(["--resume", "gspo_outputs/newer"], monkeypatch, capsys)
+    refused_in_one_line(code, said)
+    assert code == 2 and "neither a run's folder nor" in said[0]
+    assert outcome(["--resume", "latest"], monkeypatch, capsys)[0] == 0  # r
+
+
+EVALUATION = {
+    "step": 0, "pass_at_1": 0.5, "interval_95": [0.1, 0.9], "reward_mean": 0.5, "response_tokens_mean": 9.0,
+    "pass_by_problem": [0.25, 0.75],
+}  # fmt: skip
+RECORDS = {"metrics": {"step": 1, **GOOD}, "eval": EVALUATION, "samples": {"step": 1}}
+NO_RECORDS = (
+    "5", "{}", "null", "[]", '"text"', "{", "\x00", "[" * 100_000, '{"step": "a"}', '{"step": true}',
+    '{"step": -1}', '{"step": 1.5}', '{"step": ' + "9" * 5000 + "}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", RECORDS)
+def test_a_damaged_record_is_refused_by_name_and_left_alone(stream, tmp_path, monkeypatch, capsys):
+    """Lines that are no records, and records in which one figure is missing or no number."""
     monkeypatch.chdir(tmp_path)
     assert outcome([*TINY, "--run_name", "r"], monkeypatch, capsys)[0] == 0
-    (tmp_path / "gspo_outputs" / "r" / name).write_bytes(b'{"step": 1}\n\x00\xff\n{"step": 2}\n')
-    code, said = outcome(["--resume", "gspo_outputs/r"], monkeypatch, capsys)
+    run = tmp_path / "gspo_outputs" / "r"
+    for name, good in RECORDS.items():
+        (run / f"{name}.jsonl").write_text(json.dumps(good) + "\n")
+    record = RECORDS[stream]
+    needed = [name for name in record if name != "kl"]
+    spoilt = [{n: v for n, v in record.items() if n != name} for name in needed]
+    spoilt += [
+        record | {name: value} for name in needed for value in ("x", None, [None], {}, 10**400, math.nan)
+    ]
+    for line in (*NO_RECORDS, *map(json.dumps, spoilt)):
+        (run / f"{stream}.jsonl").write_text(json.dumps(record) + "\n" + line + "\n")
+        before = contents(run)
+        code, said = outcome(["--resume", "gspo_outputs/r"], monkeypatch, capsys)
+        refused_in_one_line(code, said)
+        assert code == 2 and f"{stream}.jsonl, line 2: " in said[0], (line[:200], said)
+        assert contents(run) == before
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--resume", ""], "neither a run's folder"),
+        (["--resume", "gspo_outputs"], "neither a run's folder"),
+        (["--resume", "gspo_outputs/r/checkpoints"], "neither a run's folder"),
+        (["--resume", "gspo_outputs/r/checkpoints/step-9"], "no such checkpoint"),
+        (["--resume", "latest", "--seed", "7"], "--seed 0 .now 7"),
+        (["--resume", "latest", "--seed", "7", "--dry_run"], "--seed 0 .now 7"),
+        (["--resume", "latest", "--run_name", "s"], "--run_name s: the resumed run is"),
+        (["--resume", "latest", "--dataset_path", "other.jsonl"], "--dataset_path None .now other.jsonl"),
+    ],
+)
+def test_a_refused_resume_changes_nothing(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert outcome([*TINY, "--run_name", "r"], monkeypatch, capsys)[0] == 0
+    for left_by_a_kill in ("checkpoints/step-3.partial", "best_model.previous"):
+        (tmp_path / "gspo_outputs" / "r" / left_by_a_kill).mkdir(parents=True)
+        (tmp_path / "gspo_outputs" / "r" / left_by_a_kill / "file").write_text("")
+    before = contents(tmp_path)
+    code, said = outcome(flags, monkeypatch, capsys)
     refused_in_one_line(code, said)
-    assert code == 2 and ("line 2" in said[0] or name == "config.json")
+    assert code == 2 and re.search(words, said[0]), said
+    if "step-9" not in flags[1]:  # to know which checkpoints there are, what a kill left is tidied
+        assert contents(tmp_path) == before
 
 
 def test_what_a_message_quotes_cannot_move_the_cursor(capsys):

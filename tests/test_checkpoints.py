@@ -16,6 +16,7 @@ from checkpoints import (
     newest_whole,
     random_states,
     recover,
+    remove,
     set_random_states,
     whole_folder,
     write_whole,
@@ -38,7 +39,7 @@ def test_folders_are_written_whole_or_not_at_all(tmp_path):
         assert (target / "sub" / "weights").read_text() == "first"
         assert list(tmp_path.iterdir()) == [target]
     write(target, "second")
-    assert (target / "sub" / "weights").read_text() == "second" and damage(target) is None
+    assert (target / "sub" / "weights").read_text() == "second" and damage(target, "sub/weights") is None
     assert list(tmp_path.iterdir()) == [target]
     subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=target, check=True)
 
@@ -64,7 +65,8 @@ def test_a_kill_between_two_renames_loses_nothing(tmp_path, kept):
 
 
 @pytest.mark.parametrize(
-    "harm", ["flip a bit", "cut short", "remove", "no sums", "empty sums", "binary sums"]
+    "harm",
+    ["flip a bit", "cut short", "remove", "no sums", "empty sums", "binary sums", "cut sums", "not listed"],
 )
 def test_damage_is_seen(tmp_path, harm):
     folder = tmp_path / "checkpoints" / "step-2"
@@ -77,11 +79,35 @@ def test_damage_is_seen(tmp_path, harm):
         os.truncate(weights, 3)
     elif harm == "remove":
         weights.unlink()
+    elif harm == "no sums":
+        sums.unlink()
+    elif harm == "not listed":  # by whoever wrote the sums again
+        sums.write_text("# 0 files\n")
     else:
-        sums.unlink() if harm == "no sums" else sums.write_bytes(b"" if "empty" in harm else b"\xff\x00")
+        cut = sums.read_bytes().splitlines(keepends=True)[:-1]
+        sums.write_bytes({"empty sums": b"", "binary sums": b"\xff\x00", "cut sums": b"".join(cut)}[harm])
     refused = []
-    found = newest_whole(checkpoints_in(tmp_path), lambda path, why: refused.append((path.name, why)))
+    found = newest_whole(
+        checkpoints_in(tmp_path), "sub/weights", lambda path, why: refused.append((path.name, why))
+    )
     assert found.name == "step-1" and len(refused) == 1 and refused[0][0] == "step-2"
+
+
+def test_what_lies_in_the_way_is_no_checkpoint_and_does_no_harm(tmp_path):
+    """Files, and links of a user who keeps a checkpoint elsewhere."""
+    target, elsewhere = tmp_path / "checkpoints" / "step-3", tmp_path / "elsewhere"
+    write(elsewhere, "kept")
+    write(target.with_name("step-2"), "weights")
+    target.write_text("no folder")
+    target.with_name("step-1").symlink_to(elsewhere)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-1", "step-2"]
+    write(target, "weights")
+    recover(target.parent)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-1", "step-2", "step-3"]
+    for path in checkpoints_in(tmp_path):
+        remove(path)
+    remove(target)
+    assert list(target.parent.iterdir()) == [] and (elsewhere / "sub" / "weights").read_text() == "kept"
 
 
 def test_a_text_file_is_replaced_whole(tmp_path, monkeypatch):

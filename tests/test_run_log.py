@@ -56,16 +56,35 @@ def test_a_run_is_found_by_its_folder_its_checkpoints_and_as_the_latest(tmp_path
             resumed_folder(resume, str(tmp_path / "no_run"))
 
 
+def test_a_run_is_found_from_anywhere(tmp_path, monkeypatch):
+    """From inside its folder, from one that is called checkpoints, and after it was moved."""
+    output_dir = tmp_path / "checkpoints"
+    log = RunLog.create(config(output_dir))
+    with log.writing("checkpoints/step-2") as folder:
+        (folder / "training_state.pt").write_text("")
+    log.close()
+    run = output_dir / "run"
+    places = ((run, "."), (run, "checkpoints/step-2"), (run / "checkpoints", "step-2"), (output_dir, "run"))
+    for place, resume in (*places, (run / "checkpoints" / "step-2", "."), (run / "checkpoints", "..")):
+        monkeypatch.chdir(place)
+        assert resumed_folder(resume, "gspo_outputs") == run
+        log = RunLog.create(config(tmp_path / "elsewhere", resume=resume))
+        assert log.folder == run and log.whole_checkpoint(resume).name == "step-2"
+        log.close()
+    with pytest.raises(ValueError, match="neither a run's folder"):
+        resumed_folder("", str(output_dir))
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys):
     log = RunLog.create(config(tmp_path))
     for step in (1, 2, 3):
         with log.writing(f"checkpoints/step-{step}") as folder:
-            (folder / "model.safetensors").write_bytes(bytes(1000))
+            (folder / "training_state.pt").write_bytes(bytes(1000))
     newest = log.checkpoints()[-1]
     assert log.whole_checkpoint("latest") == newest
-    os.truncate(newest / "model.safetensors", 999)
+    os.truncate(newest / "training_state.pt", 999)
     assert log.whole_checkpoint("latest").name == log.whole_checkpoint(str(newest)).name == "step-2"
-    assert "step-3 is not used: model.safetensors is cut short or damaged" in capsys.readouterr().err
+    assert "step-3 is not used: training_state.pt is cut short or damaged" in capsys.readouterr().err
     assert log.whole_checkpoint(str(newest.with_name("step-1"))).name == "step-1"
     with pytest.raises(ValueError, match="no such checkpoint"):
         log.whole_checkpoint(str(newest.with_name("step-9")))

@@ -13,7 +13,7 @@ import float64_reference as reference
 from gspo_implementation import EmergencyStop, GSPOConfig, GSPOTrainer
 from model_loader import load_model
 from rollout import Sampling, TransformersEngine, encode_prompt
-from run_log import GLOSSARY, SECONDS
+from run_record import GLOSSARY, SECONDS
 
 
 @dataclass(frozen=True)

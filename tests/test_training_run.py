@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_bad_input import contents
 from test_trainer import lines_of, problems, shared_prefix, trainer, without_seconds
 
 from alarms import EmergencyStop
@@ -120,7 +121,8 @@ def test_more_epochs_go_on_where_fewer_ended(uninterrupted, tmp_path):
 
 def test_what_cannot_be_continued_is_named_and_left_alone(tmp_path):
     new_trainer(tmp_path).train(TRAIN, EVAL)
-    before = record_of(tmp_path / "run")
+    run = tmp_path / "run"
+    before = contents(run)
     for changed, words in (
         ({"group_size": 8, "seed": 1}, "--group_size 4 .now 8., --seed 0 .now 1"),
         ({"num_epochs": 1}, "--num_epochs 1: .* the run has come further"),
@@ -129,7 +131,15 @@ def test_what_cannot_be_continued_is_named_and_left_alone(tmp_path):
             TrainingRun(new_trainer(tmp_path, resume="latest", **changed), TRAIN, EVAL)
     with pytest.raises(ValueError, match="the problems are not those"):
         TrainingRun(new_trainer(tmp_path, resume="latest"), problems(10, seed=2), EVAL)
-    assert record_of(tmp_path / "run") == before
+    assert contents(run) == before
+    for name, missing in (("metrics.jsonl", 2), ("metrics.jsonl", -1), ("eval.jsonl", 0)):
+        lines = before[run / name].splitlines(keepends=True)
+        del lines[missing]
+        (run / name).write_bytes(b"".join(lines))
+        with pytest.raises(ValueError, match=f"{name} does not hold the . .* that the checkpoint follows"):
+            TrainingRun(new_trainer(tmp_path, resume="latest"), TRAIN, EVAL)
+        (run / name).write_bytes(before[run / name])
+    assert contents(run) == before
 
 
 def test_an_emergency_keeps_the_checkpoint_before_it_and_the_state_without_the_bad_update(tmp_path):
