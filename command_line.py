@@ -1,4 +1,4 @@
-"""What the commands' parsers share: a mistake is one line on standard error, and exit code 2."""
+"""How a command ends early: one line on standard error; exit code 2 for a mistake, 130 when interrupted."""
 
 import argparse
 import os
@@ -31,7 +31,7 @@ def interruptible() -> None:
     """SIGINT and SIGTERM end the program at once, with one line and exit code 130."""
 
     def stop(*_):
-        complain(os.path.basename(sys.argv[0]), "interrupted before anything was done")
+        complain(os.path.basename(sys.argv[0]), "interrupted before training began")
         os._exit(130)
 
     signal.signal(signal.SIGINT, stop)

@@ -1,7 +1,7 @@
 """Group Sequence Policy Optimization (arXiv 2507.18071): the losses, the configuration and the trainer.
 
     python train_gspo.py --model_name smollm2-135m --dataset math               one CPU or one GPU
-    accelerate launch --num_processes 4 train_gspo.py --dataset gsm8k           several processes
+    torchrun --nproc_per_node 4 train_gspo.py --dataset gsm8k                   several processes
 
 The algorithm, for one rollout batch:
 

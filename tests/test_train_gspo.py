@@ -76,6 +76,21 @@ def test_file_dataset_and_resume(tmp_path):
     assert json.loads((tmp_path / "r" / "samples.jsonl").read_text().splitlines()[0])["answer"].isdigit()
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="sees by /proc how far a process has come")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_it_still_imports(number, tmp_path):
+    process = subprocess.Popen(
+        command(*TINY), env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout) == (130, b"")
+    assert stderr == b"train_gspo.py: interrupted before training began\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_interrupt_leaves_a_checkpoint_and_exit_code_130(tmp_path):
     flags = [*TINY, "--num_epochs", 500, "--output_dir", tmp_path, "--run_name", "r"]
     process = subprocess.Popen(
