@@ -44,7 +44,7 @@ from checkpoints import (
     write_whole,
 )
 from rollout_batch import RolloutBatch
-from run_record import FIELDS, JsonLines, read_lines
+from run_record import FIELDS, JsonLines, count_lines, read_lines
 
 # Settings that a resumed run may change: they cannot touch what it has already done.
 FREE_ON_RESUME = (
@@ -133,27 +133,42 @@ class RunLog:
             )
         return newest
 
-    def rewind(self, step: int, evaluations: int) -> None:
-        """Drop what was written after a step and so many evaluations: a resumed run writes it again.
+    def rewind(self, step: int, lines: dict[str, int]) -> None:
+        """Drop what was written after a checkpoint: a resumed run writes it again.
+
+        Args:
+            step: rollout batches trained on at the checkpoint.
+            lines: lines of each file then. What comes after them may be damaged.
 
         Raises:
-            ValueError: a damaged line, or lines up to there that are missing; nothing is changed then.
+            ValueError: a damaged line, or lines that are missing; nothing is changed then.
         """
-        record = {stream: read_lines(self.folder, stream) for stream in FIELDS}
-        if len(record["eval"]) < evaluations:
-            raise _incomplete(self.folder / "eval.jsonl", f"{evaluations} evaluations")
-        record = {stream: [x for x in lines if x["step"] <= step] for stream, lines in record.items()}
-        record["eval"] = record["eval"][:evaluations]
+        record = {}
+        for stream in FIELDS:
+            kept = read_lines(self.folder, stream, lines.get(stream, 0))
+            record[stream] = [line for line in kept if line["step"] <= step]
+            if len(kept) < lines.get(stream, 0):
+                raise self._incomplete(stream)
         if [line["step"] for line in record["metrics"]] != list(range(1, step + 1)):
-            raise _incomplete(self.folder / "metrics.jsonl", f"{step} rollout batches")
-        for stream, lines in record.items():
-            text = "".join(json.dumps(line) + "\n" for line in lines)
+            raise self._incomplete("metrics")
+        for stream, kept in record.items():
+            text = "".join(json.dumps(line) + "\n" for line in kept)
             write_whole(self.folder / f"{stream}.jsonl", text)
         for path in self.checkpoints():  # of a past that is now given up
             if step_of(path) > step:
                 remove(path)
         self.history = record["metrics"]
         self.raised = set(warnings_of(self.history)) if self.history else set()
+
+    def _incomplete(self, stream: str) -> ValueError:
+        return ValueError(
+            f"{self.folder / stream}.jsonl lacks lines that the checkpoint follows; put the file back, or "
+            "start anew from the checkpoint's weights (--model_name)"
+        )
+
+    def line_counts(self) -> dict[str, int]:
+        """Lines of each file, for rewind()."""
+        return {stream: count_lines(self.folder, stream) for stream in FIELDS}
 
     def train(self, step: int, metrics: dict) -> list[str]:
         """Record a rollout batch; returns the warnings that it calls for and the one before it did not."""
@@ -344,13 +359,6 @@ def refuse_other_settings(config: dict, problems: str = "") -> None:
             f"--resume: the problems are not those that the run in {folder} was started with; has the file "
             "of --dataset_path changed, or the toolkit?"
         )
-
-
-def _incomplete(path: Path, expected: str) -> ValueError:
-    return ValueError(
-        f"{path} does not hold the {expected} that the checkpoint follows; put the file back, or start anew "
-        "from the checkpoint's weights (--model_name)"
-    )
 
 
 def _lock(folder: Path) -> int:

@@ -66,7 +66,7 @@ class JsonLines:
 
     def write(self, stream: str, step: int, values: dict) -> None:
         """Raises CannotSave."""
-        path = self.folder / f"{stream}.jsonl"
+        path = _path(self.folder, stream)
         line = json.dumps({"step": step, **values}, default=str) + "\n"
         with saving(path), open(path, "ab") as file:
             start = file.tell()
@@ -81,15 +81,27 @@ class JsonLines:
         pass
 
 
-def read_lines(folder: Path, stream: str) -> list[dict]:
-    """The whole lines of one of the files, "metrics", "eval" or "samples"; a last one cut short is left out.
+def read_lines(folder: Path, stream: str, count: int | None = None) -> list[dict]:
+    """The first count lines of one of the files, "metrics", "eval" or "samples", or all; a last line without
+    its end, cut short by a kill, is none.
 
     Raises:
-        ValueError: another line is damaged, or is no record.
+        ValueError: a line that is damaged, or no record.
     """
-    path = folder / f"{stream}.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [_read(line, stream, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    path = _path(folder, stream)
+    return [_read(line, stream, f"{path}, line {i + 1}") for i, line in enumerate(_lines(path)[:count])]
+
+
+def count_lines(folder: Path, stream: str) -> int:
+    return len(_lines(_path(folder, stream)))
+
+
+def _path(folder: Path, stream: str) -> Path:
+    return folder / f"{stream}.jsonl"
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
 def _read(line: bytes, stream: str, where: str) -> dict:

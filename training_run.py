@@ -205,7 +205,7 @@ class TrainingRun:
                 state = {
                     **self.trainer.state_dict(),
                     "pending": [batch.state_dict() for batch in self.pending],
-                    "evaluations": len(self.log.evaluations()),
+                    "lines": self.log.line_counts(),
                     "random": random_states(),
                 }
                 torch.save(state, folder / STATE_FILE)
@@ -228,7 +228,7 @@ class TrainingRun:
         A run that was killed before its first checkpoint starts again: the same seed takes the same way.
         """
         trainer = self.trainer
-        evaluations = 0
+        lines = {}
         if path is not None:
             # On the CPU: the optimizer moves its state to the weights, and random states stay there.
             state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
@@ -246,13 +246,13 @@ class TrainingRun:
                 for i, batch in enumerate(state["pending"])
             ]
             set_random_states(state["random"])
-            evaluations = state["evaluations"]
-        self._of_main_process(lambda: self._rewind(evaluations))
+            lines = state["lines"]
+        self._of_main_process(lambda: self._rewind(lines))
         self._saved = self._position() if path is not None else None
         self.best_pass_rate = max((e["pass_at_1"] for e in self._recorded_evaluations()), default=-1.0)
 
-    def _rewind(self, evaluations: int) -> None:
-        self.log.rewind(self.trainer.step, evaluations)
+    def _rewind(self, lines: dict[str, int]) -> None:
+        self.log.rewind(self.trainer.step, lines)
         self.log.begin(asdict(self.config), self._problems_digest())
 
     def _problems_digest(self) -> str:

@@ -2,13 +2,11 @@
 
 import gzip
 import json
-import math
 import random
 import re
 import sys
 
 import pytest
-from test_alarms import GOOD
 
 import train_gspo
 from command_line import MAX_MESSAGE, complain
@@ -187,40 +185,6 @@ def test_settings_that_are_none(text, tmp_path, monkeypatch, capsys):
     refused_in_one_line(code, said)
     assert code == 2 and "neither a run's folder nor" in said[0]
     assert outcome(["--resume", "latest"], monkeypatch, capsys)[0] == 0  # r
-
-
-EVALUATION = {
-    "step": 0, "pass_at_1": 0.5, "interval_95": [0.1, 0.9], "reward_mean": 0.5, "response_tokens_mean": 9.0,
-    "pass_by_problem": [0.25, 0.75],
-}  # fmt: skip
-RECORDS = {"metrics": {"step": 1, **GOOD}, "eval": EVALUATION, "samples": {"step": 1}}
-NO_RECORDS = (
-    "5", "{}", "null", "[]", '"text"', "{", "\x00", "[" * 100_000, '{"step": "a"}', '{"step": true}',
-    '{"step": -1}', '{"step": 1.5}', '{"step": ' + "9" * 5000 + "}",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("stream", RECORDS)
-def test_a_damaged_record_is_refused_by_name_and_left_alone(stream, tmp_path, monkeypatch, capsys):
-    """Lines that are no records, and records in which one figure is missing or no number."""
-    monkeypatch.chdir(tmp_path)
-    assert outcome([*TINY, "--run_name", "r"], monkeypatch, capsys)[0] == 0
-    run = tmp_path / "gspo_outputs" / "r"
-    for name, good in RECORDS.items():
-        (run / f"{name}.jsonl").write_text(json.dumps(good) + "\n")
-    record = RECORDS[stream]
-    needed = [name for name in record if name != "kl"]
-    spoilt = [{n: v for n, v in record.items() if n != name} for name in needed]
-    spoilt += [
-        record | {name: value} for name in needed for value in ("x", None, [None], {}, 10**400, math.nan)
-    ]
-    for line in (*NO_RECORDS, *map(json.dumps, spoilt)):
-        (run / f"{stream}.jsonl").write_text(json.dumps(record) + "\n" + line + "\n")
-        before = contents(run)
-        code, said = outcome(["--resume", "gspo_outputs/r"], monkeypatch, capsys)
-        refused_in_one_line(code, said)
-        assert code == 2 and f"{stream}.jsonl, line 2: " in said[0], (line[:200], said)
-        assert contents(run) == before
 
 
 def contents(folder):

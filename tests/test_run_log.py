@@ -1,11 +1,13 @@
 """The run's record: lines, folders, which run and checkpoint are resumed, wandb read back from its file."""
 
 import json
+import math
 import os
 import struct
 
 import pytest
 from test_alarms import GOOD
+from test_bad_input import contents
 
 from run_log import RunLog, resumed_folder
 
@@ -112,11 +114,60 @@ def test_rewinding_drops_later_lines_and_a_torn_one(tmp_path):
     for step in (2, 3):
         with log.writing(f"checkpoints/step-{step}") as folder:
             (folder / "training_state.pt").write_text("")
-    log.rewind(2, 0)
+    log.rewind(2, {"metrics": 2})
     assert [path.name for path in log.checkpoints()] == ["step-2"]
     log.train(3, GOOD)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3] == [m["step"] for m in log.history]
+
+
+EVALUATION = {
+    "step": 0, "pass_at_1": 0.5, "interval_95": [0.1, 0.9], "reward_mean": 0.5, "response_tokens_mean": 9.0,
+    "pass_by_problem": [0.25, 0.75],
+}  # fmt: skip
+RECORDS = {"metrics": {"step": 2, **GOOD}, "eval": EVALUATION, "samples": {"step": 1}}
+NO_RECORDS = (
+    "5", "{}", "null", "[]", '"text"', "{", "\x00" * 9, "\xff", "[" * 100_000, '{"step": "a"}',
+    '{"step": true}', '{"step": -1}', '{"step": 1.5}', '{"step": ' + "9" * 5000 + "}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", RECORDS)
+def test_a_damaged_record_is_refused_by_name_and_left_alone(stream, tmp_path):
+    """Lines that are no records, and records in which one figure is missing or no number."""
+    log = RunLog.create(config(tmp_path))
+    for name, good in RECORDS.items():
+        lines = [good | {"step": min(step, good["step"])} for step in (1, 2)]
+        (tmp_path / "run" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path, counts = tmp_path / "run" / f"{stream}.jsonl", dict.fromkeys(RECORDS, 2)
+    log.rewind(2, counts)
+    first, second = path.read_text().splitlines()
+    record = json.loads(second)
+    needed = [name for name in record if name != "kl"]
+    spoilt = [{n: v for n, v in record.items() if n != name} for name in needed]
+    values = ("x", None, [None], {}, 10**400, math.nan)
+    spoilt += [record | {name: value} for name in needed for value in values]
+    for line in (*NO_RECORDS, *map(json.dumps, spoilt)):
+        path.write_text(f"{first}\n{line}\n", encoding="latin-1")
+        before = contents(tmp_path)
+        with pytest.raises(ValueError, match=f"{stream}.jsonl, line 2: .*damaged"):
+            log.rewind(2, counts)
+        assert contents(tmp_path) == before
+    path.write_text(first + "\n")
+    with pytest.raises(ValueError, match=f"{stream}.jsonl lacks lines"):
+        log.rewind(2, counts)
+    log.rewind(1, dict.fromkeys(RECORDS, 1))
+
+
+def test_damage_after_the_checkpoint_does_not_matter(tmp_path):
+    """As a loss of power leaves it: the checkpoint was synced, what came later was not."""
+    log = RunLog.create(config(tmp_path))
+    log.train(1, GOOD)
+    whole = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    for rest in (bytes(4096), bytes(100) + b"\n" + bytes(100), b'{"st', b"5\n"):
+        (tmp_path / "run" / "metrics.jsonl").write_bytes(whole + rest)
+        log.rewind(1, {"metrics": 1})
+        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == whole
 
 
 def test_a_warning_is_given_when_it_arises_and_not_repeated(tmp_path):

@@ -132,11 +132,16 @@ def test_what_cannot_be_continued_is_named_and_left_alone(tmp_path):
     with pytest.raises(ValueError, match="the problems are not those"):
         TrainingRun(new_trainer(tmp_path, resume="latest"), problems(10, seed=2), EVAL)
     assert contents(run) == before
-    for name, missing in (("metrics.jsonl", 2), ("metrics.jsonl", -1), ("eval.jsonl", 0)):
+    for name, missing in (
+        ("metrics.jsonl", 2),
+        ("metrics.jsonl", -1),
+        ("eval.jsonl", 0),
+        ("samples.jsonl", 1),
+    ):
         lines = before[run / name].splitlines(keepends=True)
         del lines[missing]
         (run / name).write_bytes(b"".join(lines))
-        with pytest.raises(ValueError, match=f"{name} does not hold the . .* that the checkpoint follows"):
+        with pytest.raises(ValueError, match=f"{name} lacks lines that the checkpoint follows"):
             TrainingRun(new_trainer(tmp_path, resume="latest"), TRAIN, EVAL)
         (run / name).write_bytes(before[run / name])
     assert contents(run) == before
