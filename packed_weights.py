@@ -14,15 +14,15 @@ from torch import nn
 def packed_weights(model: nn.Module, num_rows: int):
     """Within it, the model's linear layers use packed copies of their weights as they are now; no gradients.
 
-    Where nothing would be gained (no CPU, no autocast to bfloat16) the layers stay as they are.
+    Elsewhere (a GPU, no autocast to bfloat16, a CPU without such products in oneDNN) they stay as they are.
 
     Args:
         num_rows: about how many rows most products will have.
     """
     device = model.get_input_embeddings().weight.device.type
     bfloat16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-    gains = device == "cpu" and bfloat16 and torch.backends.mkldnn.is_available()
-    layers = [module for module in model.modules() if type(module) is nn.Linear] if gains else []
+    packs = device == "cpu" and bfloat16 and _can_pack()
+    layers = [module for module in model.modules() if type(module) is nn.Linear] if packs else []
     for layer in layers:
         weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().bfloat16(), num_rows)
         bias = None if layer.bias is None else layer.bias.detach().bfloat16()
@@ -32,6 +32,10 @@ def packed_weights(model: nn.Module, num_rows: int):
     finally:
         for layer in layers:
             del layer.forward
+
+
+def _can_pack() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _linear(weight, bias, inputs: torch.Tensor) -> torch.Tensor:

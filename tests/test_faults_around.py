@@ -18,7 +18,7 @@ from checkpoints import CannotSave, checkpoints_in, damage
 from code_sandbox import SandboxError
 from data_loader import load_problems
 from rewards import RewardFunction
-from run_log import RunLog, Wandb
+from run_log import STATE_FILE, RunLog, Wandb
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(small_disk, tmp_path, call, lef
     with pytest.raises(CannotSave, match=f"cannot write .*{what}.*: .*(No space left|failed|writer)"):
         t.train(TRAIN, EVAL)
     run = small_disk / "run"
-    assert [damage(path) for path in checkpoints_in(run)] == [None] * len(checkpoints_in(run))
+    assert [damage(path, STATE_FILE) for path in checkpoints_in(run)] == [None] * len(checkpoints_in(run))
     assert not list(run.rglob("*.partial"))
     (small_disk / "filler").unlink()
     if not checkpoints_in(run):
