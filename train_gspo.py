@@ -112,10 +112,8 @@ def of_resumed_run(given: dict) -> dict:
         raise ValueError(f"--run_name {given['run_name']}: the resumed run is {folder}; leave the flag out")
     inherited = {f.name for f in fields(GSPOConfig)} - {"dry_run"}
     saved = {name: value for name, value in settings_of(folder).items() if name in inherited}
-    place = {"output_dir": str(folder.parent), "run_name": folder.name}
-    if given["resume"] == "latest":
-        place["resume"] = str(folder)
-    return saved | given | place
+    resume = str(folder) if given["resume"] == "latest" else os.path.abspath(given["resume"])
+    return saved | given | {"resume": resume, "output_dir": str(folder.parent), "run_name": folder.name}
 
 
 def resolve(config: GSPOConfig) -> GSPOConfig:
