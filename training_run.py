@@ -23,6 +23,8 @@ from run_log import STATE_FILE, RunLog
 
 # Checkpoints kept on disk: with float32 weights and AdamW's moments, one takes three times the model.
 CHECKPOINTS_KEPT = 2
+# Of what a checkpoint's state holds: it changes with that, so that an older one is refused and not misread.
+STATE_FORMAT = 1
 
 
 class Interrupted(Exception):
@@ -203,6 +205,7 @@ class TrainingRun:
             if folder is not None:
                 self._save_weights(folder)
                 state = {
+                    "format": STATE_FORMAT,
                     **self.trainer.state_dict(),
                     "pending": [batch.state_dict() for batch in self.pending],
                     "lines": self.log.line_counts(),
@@ -232,6 +235,11 @@ class TrainingRun:
         if path is not None:
             # On the CPU: the optimizer moves its state to the weights, and random states stay there.
             state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+            if state.get("format") != STATE_FORMAT:
+                raise ValueError(
+                    f"--resume {path}: another version of this toolkit wrote it; go on with that one, or "
+                    f"start anew from its weights (--model_name {path})"
+                )
             reached = state["step"] + len(state["pending"])
             if reached > self.num_batches:
                 raise ValueError(
