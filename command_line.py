@@ -21,10 +21,12 @@ class Parser(argparse.ArgumentParser):
 
 def complain(program: str, message: object) -> None:
     """One line on standard error, whatever text of a model or a file the message quotes: nothing in it moves
-    the cursor, and it ends somewhere."""
+    the cursor, and it ends somewhere. Of several processes, all but the first say which they are."""
     text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(message))
     text = text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} ..."
-    print(f"{program}: {text}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    speaker = program if rank == "0" else f"{program} (process {rank})"
+    print(f"{speaker}: {text}", file=sys.stderr)
 
 
 def interruptible() -> None:

@@ -3,7 +3,6 @@
 The command line is made from these fields, and the copy in the run folder is the one in use.
 """
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -34,6 +33,8 @@ PRESETS = {
 
 # Whole numbers stay below this: more is a slip of the hand, and would end deep in a library.
 INTEGER_LIMIT = 2**31
+# What float32 still tells from infinity, and logits divided by it from NaN.
+FLOAT_LIMIT, LOWEST_TEMPERATURE = 1e30, 1e-3
 # Parameters under which bfloat16 does not pay on a CPU: its matrices are too small for the casts around them.
 SMALL_MODEL = 20e6
 
@@ -108,6 +109,8 @@ class GSPOConfig:
                 raise ValueError(f"--{name} must be {expected}, got {value!r}")
             if isinstance(value, Integral) and abs(value) >= INTEGER_LIMIT:
                 raise ValueError(f"--{name} must be below {INTEGER_LIMIT}, got {value}")
+            if isinstance(value, str) and value.encode(errors="ignore").decode() != value:
+                raise ValueError(f"--{name} is no text in UTF-8: {value!r}")
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value is not None and value not in choices:
@@ -120,11 +123,13 @@ class GSPOConfig:
             if getattr(self, name) is not None and not getattr(self, name) >= lowest:
                 raise ValueError(f"--{name} must be at least {lowest}, got {getattr(self, name)}")
         for name in ("weight_decay", "kl_coef"):
-            if getattr(self, name) == math.inf:
+            if getattr(self, name) >= FLOAT_LIMIT:
                 raise ValueError(f"--{name} must be finite, got {getattr(self, name)}")
         for name in ("left_clip_range", "right_clip_range", "learning_rate", "temperature", "max_grad_norm"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} must be positive, got {getattr(self, name)}")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < FLOAT_LIMIT:
+                raise ValueError(f"--{name} must be positive and finite, got {getattr(self, name)}")
+        if self.temperature < LOWEST_TEMPERATURE:
+            raise ValueError(f"--temperature must be at least {LOWEST_TEMPERATURE}, got {self.temperature}")
         if self.batch_size % self.mini_batch_size:
             raise ValueError(
                 f"--mini_batch_size {self.mini_batch_size} does not divide --batch_size {self.batch_size}: "

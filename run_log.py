@@ -44,7 +44,7 @@ from checkpoints import (
     write_whole,
 )
 from rollout_batch import RolloutBatch
-from run_record import FIELDS, JsonLines, count_lines, read_lines
+from run_record import FIELDS, JsonLines, read_lines
 
 # Settings that a resumed run may change: they cannot touch what it has already done.
 FREE_ON_RESUME = (
@@ -116,13 +116,17 @@ class RunLog:
         Damaged ones are named on standard error.
 
         Raises:
-            ValueError: none of them is whole, or the one named does not exist.
+            ValueError: none of them is whole, the one named does not exist, or the run must have had one.
         """
         candidates, named = self.checkpoints(), Path(os.path.abspath(resume))
         if named.parent == Path(os.path.abspath(self.folder / "checkpoints")):
             if named.name not in [path.name for path in candidates]:
                 raise ValueError(f"--resume {resume}: there is no such checkpoint")
             candidates = [path for path in candidates if step_of(path) <= step_of(named)]
+        if not candidates and self._had_checkpoints():
+            raise ValueError(
+                f"--resume {resume}: the run's checkpoints are missing; put them back, or start a new run"
+            )
         newest = newest_whole(
             candidates, STATE_FILE, lambda path, why: print(f"{path} is not used: {why}", file=sys.stderr)
         )
@@ -132,6 +136,11 @@ class RunLog:
                 "--run_name"
             )
         return newest
+
+    def _had_checkpoints(self) -> bool:
+        frequency = settings_of(self.folder).get("save_frequency", 0)
+        trained = len(read_lines(self.folder, "metrics"))
+        return (self.folder / "final_model").exists() or 0 < frequency < trained
 
     def rewind(self, step: int, lines: dict[str, int]) -> None:
         """Drop what was written after a checkpoint: a resumed run writes it again.
@@ -143,32 +152,30 @@ class RunLog:
         Raises:
             ValueError: a damaged line, or lines that are missing; nothing is changed then.
         """
-        record = {}
-        for stream in FIELDS:
-            kept = read_lines(self.folder, stream, lines.get(stream, 0))
-            record[stream] = [line for line in kept if line["step"] <= step]
-            if len(kept) < lines.get(stream, 0):
-                raise self._incomplete(stream)
-        if [line["step"] for line in record["metrics"]] != list(range(1, step + 1)):
-            raise self._incomplete("metrics")
+        record = {stream: read_lines(self.folder, stream, lines.get(stream, 0)) for stream in FIELDS}
+        for stream, kept in record.items():
+            steps = [line["step"] for line in kept if line["step"] <= step]
+            every_step = stream != "metrics" or steps == list(range(1, step + 1))
+            if len(steps) < lines.get(stream, 0) or not every_step:
+                raise ValueError(
+                    f"{self.folder / stream}.jsonl lacks lines that the checkpoint follows; put the file "
+                    "back, or start anew from the checkpoint's weights (--model_name)"
+                )
+        # Of a past that is now given up, and first: they need the lines that go next.
+        for path in reversed(self.checkpoints()):
+            if step_of(path) > step:
+                remove(path)
         for stream, kept in record.items():
             text = "".join(json.dumps(line) + "\n" for line in kept)
             write_whole(self.folder / f"{stream}.jsonl", text)
-        for path in self.checkpoints():  # of a past that is now given up
-            if step_of(path) > step:
-                remove(path)
         self.history = record["metrics"]
         self.raised = set(warnings_of(self.history)) if self.history else set()
 
-    def _incomplete(self, stream: str) -> ValueError:
-        return ValueError(
-            f"{self.folder / stream}.jsonl lacks lines that the checkpoint follows; put the file back, or "
-            "start anew from the checkpoint's weights (--model_name)"
-        )
-
-    def line_counts(self) -> dict[str, int]:
-        """Lines of each file, for rewind()."""
-        return {stream: count_lines(self.folder, stream) for stream in FIELDS}
+    def line_counts(self, step: int) -> dict[str, int]:
+        """Lines of each file up to a step, for rewind()."""
+        return {
+            stream: sum(line["step"] <= step for line in read_lines(self.folder, stream)) for stream in FIELDS
+        }
 
     def train(self, step: int, metrics: dict) -> list[str]:
         """Record a rollout batch; returns the warnings that it calls for and the one before it did not."""
@@ -334,13 +341,15 @@ def settings_of(folder: Path) -> dict | None:
     return saved if isinstance(saved, dict) and "environment" in saved and "algorithm" in saved else None
 
 
-def differing_settings(saved: dict, config: dict) -> list[str]:
-    """Flags that a resumed run would change, although they shape what it has done, and their values."""
-    return [
+def refuse_differing(where: Path, saved: dict, config: dict) -> None:
+    """Raises ValueError, by name, where settings that shape what a run has done are not those saved there."""
+    differing = [
         f"--{name} {saved[name]} (now {value})"
         for name, value in config.items()
         if name not in FREE_ON_RESUME and name in saved and saved[name] != value
     ]
+    if differing:
+        raise ValueError(f"--resume: {where} was made with {', '.join(differing)}; use its settings")
 
 
 def refuse_other_settings(config: dict, problems: str = "") -> None:
@@ -350,10 +359,7 @@ def refuse_other_settings(config: dict, problems: str = "") -> None:
     """
     folder = run_folder(config)
     saved = settings_of(folder)
-    if differing := differing_settings(saved, config):
-        raise ValueError(
-            f"--resume: the run in {folder} was started with {', '.join(differing)}; use its settings"
-        )
+    refuse_differing(folder, saved, config)
     if problems and problems != saved.get("problems"):
         raise ValueError(
             f"--resume: the problems are not those that the run in {folder} was started with; has the file "

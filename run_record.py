@@ -89,19 +89,12 @@ def read_lines(folder: Path, stream: str, count: int | None = None) -> list[dict
         ValueError: a line that is damaged, or no record.
     """
     path = _path(folder, stream)
-    return [_read(line, stream, f"{path}, line {i + 1}") for i, line in enumerate(_lines(path)[:count])]
-
-
-def count_lines(folder: Path, stream: str) -> int:
-    return len(_lines(_path(folder, stream)))
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [_read(line, stream, f"{path}, line {i + 1}") for i, line in enumerate(lines[:count])]
 
 
 def _path(folder: Path, stream: str) -> Path:
     return folder / f"{stream}.jsonl"
-
-
-def _lines(path: Path) -> list[bytes]:
-    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
 def _read(line: bytes, stream: str, where: str) -> dict:
@@ -121,7 +114,8 @@ def _read(line: bytes, stream: str, where: str) -> dict:
 
 def _is_value_of(name: str, value) -> bool:
     if name in LISTS:
-        return isinstance(value, list) and all(map(_is_number, value))
+        whole = isinstance(value, list) and (len(value) == 2 or name != "interval_95")
+        return whole and all(map(_is_number, value))
     return _is_number(value)
 
 

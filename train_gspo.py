@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         complain(PROGRAM, error)
         return 2
-    except CannotSave as error:
+    except (CannotSave, OSError) as error:
         complain(PROGRAM, error)
         return 1
     stop_on_signals(run.trainer)
@@ -122,6 +122,8 @@ def resolve(config: GSPOConfig) -> GSPOConfig:
     if config.model_name != model_name:
         print(f"model: {model_name} ({reason})")
     parameters = count_parameters(model_name, config.trust_remote_code)
+    if config.dataset_path:  # for a resume from elsewhere
+        config = replace(config, dataset_path=os.path.abspath(config.dataset_path))
     if config.dataset_path and config.dataset == GSPOConfig.dataset:
         config = replace(config, dataset="file")
     source = "file" if config.dataset_path else config.dataset
@@ -174,7 +176,7 @@ def stop_on_signals(trainer: GSPOTrainer) -> None:
         asked.append(time.monotonic())
         if asked[-1] - asked[0] > SAME_SIGNAL_S:
             os._exit(130)  # without the checkpoint that may be in progress: the last whole one stays
-        if not trainer.stop_requested:
+        if not trainer.stop_requested and trainer.accelerator.is_main_process:
             print("\nstopping after this update; once more to stop at once", file=sys.stderr)
         trainer.stop_requested = True
 
@@ -205,7 +207,7 @@ def report(run: TrainingRun, result: dict) -> None:
     for name, figures in evaluations.items():
         low, high = figures["interval_95"]
         print(f"held-out pass@1 {name}: {figures['pass_at_1']:.3f}  (95 % interval {low:.3f} to {high:.3f})")
-    if len(evaluations) > 1 and len(before["pass_by_problem"]) > 1:
+    if len(evaluations) > 1 and len(before["pass_by_problem"]) == len(after["pass_by_problem"]) > 1:
         gain, low, high = paired_interval(before["pass_by_problem"], after["pass_by_problem"])
         print(f"gain, paired by problem: {gain:+.3f}  (95 % interval {low:+.3f} to {high:+.3f})")
     print(f"run folder: {folder}  (metrics.jsonl, eval.jsonl, samples.jsonl, checkpoints, best_model)")

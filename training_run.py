@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from alarms import EmergencyStop, gibberish_reason, stop_if
 from checkpoints import CannotSave, random_states, remove, set_random_states
 from rollout_batch import RolloutBatch
-from run_log import STATE_FILE, RunLog
+from run_log import STATE_FILE, RunLog, refuse_differing
 
 # Checkpoints kept on disk: with float32 weights and AdamW's moments, one takes three times the model.
 CHECKPOINTS_KEPT = 2
@@ -80,25 +80,26 @@ class TrainingRun:
         bar = trainer.progress_bar(
             total=self.num_batches, initial=trainer.step, desc="training", unit="batch"
         )
-        finished, disk_works = False, True
+        end = None
         with closing(self.log), bar:
             try:
                 self._run_through(bar)
-                finished = True
-            except Interrupted:
-                pass
-            except EmergencyStop as stop:
-                self._keep_evidence(stop)
-                raise
+            except (Interrupted, EmergencyStop) as stop:
+                end = stop
             except CannotSave:
-                disk_works = False
                 raise
-            finally:
-                if disk_works and trainer.is_whole():
-                    self.save_checkpoint()
+            except BaseException:  # of this process alone, perhaps
+                self._save_if_whole()
+                raise
+            if isinstance(end, EmergencyStop):
+                self._of_main_process(self._keep_evidence, end)
+            # No process ends before this is done: its launcher would kill the one that writes.
+            self._of_main_process(self._save_if_whole)
             recorded = self._recorded_evaluations()
+        if isinstance(end, EmergencyStop):
+            raise end
         before, after = (recorded[0], recorded[-1]) if recorded else (None, None)
-        return {"before": before, "after": after, "finished": finished}
+        return {"before": before, "after": after, "finished": end is None}
 
     # ---- the loop
 
@@ -110,14 +111,15 @@ class TrainingRun:
             if trainer.step == 0 or finished or _is_due(trainer.step, config.eval_frequency):
                 self._evaluate()
             if finished:
-                self._save_model("final_model")
+                self._of_main_process(self._save_model, "final_model")
                 return
             if _is_due(trainer.step, config.save_frequency):
-                self.save_checkpoint()
+                self._of_main_process(self.save_checkpoint)
             self._collect_window()
             batch = self.pending[0]
             stop_if(self._of_main_process(self._gibberish_reason), batch.metrics)
-            self._record(trainer.step + 1, batch, trainer.update(batch), bar)
+            metrics = trainer.update(batch)
+            self._of_main_process(self._record, trainer.step + 1, batch, metrics, bar)
             trainer.step += 1  # recorded first: a batch whose record fails is recorded by the resumed run
             self.pending.pop(0)
 
@@ -154,12 +156,12 @@ class TrainingRun:
         )
         bar.update()
 
-    def _of_main_process(self, find: Callable):
-        """What find() gives or raises on the main process, which alone has the record, for all processes."""
+    def _of_main_process(self, work: Callable, *arguments):
+        """What work() gives or raises on the main process, which alone has the record, for all processes."""
         result = error = None
         if self.trainer.accelerator.is_main_process:
             try:
-                result = find()
+                result = work(*arguments)
             except (ValueError, CannotSave) as refusal:
                 error = refusal
         result, error = broadcast_object_list([result, error])
@@ -181,8 +183,8 @@ class TrainingRun:
         metrics = self.trainer.evaluate(self.eval_problems)
         if metrics["pass_at_1"] > self.best_pass_rate:
             self.best_pass_rate = metrics["pass_at_1"]
-            self._save_model("best_model")
-        self.log.evaluation(step, metrics)
+            self._of_main_process(self._save_model, "best_model")
+        self._of_main_process(self.log.evaluation, step, metrics)
 
     def _keep_evidence(self, stop: EmergencyStop) -> None:
         try:
@@ -191,6 +193,10 @@ class TrainingRun:
             print(error, file=sys.stderr)
 
     # ---- keeping
+
+    def _save_if_whole(self) -> None:
+        if self.trainer.is_whole():
+            self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
         """Write checkpoints/step-N: model, tokenizer, and all else that the run's future depends on."""
@@ -208,7 +214,8 @@ class TrainingRun:
                     "format": STATE_FORMAT,
                     **self.trainer.state_dict(),
                     "pending": [batch.state_dict() for batch in self.pending],
-                    "lines": self.log.line_counts(),
+                    "settings": asdict(self.config),
+                    "lines": self.log.line_counts(self.trainer.step),
                     "random": random_states(),
                 }
                 torch.save(state, folder / STATE_FILE)
@@ -240,6 +247,7 @@ class TrainingRun:
                     f"--resume {path}: another version of this toolkit wrote it; go on with that one, or "
                     f"start anew from its weights (--model_name {path})"
                 )
+            refuse_differing(path, state["settings"], asdict(self.config))
             reached = state["step"] + len(state["pending"])
             if reached > self.num_batches:
                 raise ValueError(
@@ -255,7 +263,7 @@ class TrainingRun:
             ]
             set_random_states(state["random"])
             lines = state["lines"]
-        self._of_main_process(lambda: self._rewind(lines))
+        self._of_main_process(self._rewind, lines)
         self._saved = self._position() if path is not None else None
         self.best_pass_rate = max((e["pass_at_1"] for e in self._recorded_evaluations()), default=-1.0)
 

@@ -50,6 +50,27 @@ def refused_in_one_line(code, said):
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", "1e-300"),
+        ("left_clip_range", "1e300"),
+        ("right_clip_range", "1e40"),
+        ("kl_coef", "1e300"),
+        ("group_size", "3000000000"),
+        ("output_dir", "\udcff"),
+        ("output_dir", "x" * 5000),
+        ("model_name", "x/" * 2500),
+        ("model_name", "x" * 5000),
+    ],
+)
+def test_values_that_a_library_would_stumble_over(name, value, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, said = outcome([*TINY, f"--{name}", value], monkeypatch, capsys)
+    assert code in (1, 2) and len(said) == 1 and said[0].startswith("train_gspo.py: "), said
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_flags(seed, tmp_path, monkeypatch, capsys):
     """Ten command lines each, with one to three flags that are anything."""
@@ -201,7 +222,7 @@ def contents(folder):
         (["--resume", "latest", "--seed", "7"], "--seed 0 .now 7"),
         (["--resume", "latest", "--seed", "7", "--dry_run"], "--seed 0 .now 7"),
         (["--resume", "latest", "--run_name", "s"], "--run_name s: the resumed run is"),
-        (["--resume", "latest", "--dataset_path", "other.jsonl"], "--dataset_path None .now other.jsonl"),
+        (["--resume", "latest", "--dataset_path", "other.jsonl"], "--dataset_path None .now .*/other.jsonl"),
     ],
 )
 def test_a_refused_resume_changes_nothing(flags, words, tmp_path, monkeypatch, capsys):

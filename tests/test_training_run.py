@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from test_bad_input import contents
 from test_trainer import lines_of, problems, shared_prefix, trainer, without_seconds
 
+import run_log
 from alarms import EmergencyStop
 from training_run import Interrupted, TrainingRun
 
@@ -132,19 +134,52 @@ def test_what_cannot_be_continued_is_named_and_left_alone(tmp_path):
     with pytest.raises(ValueError, match="the problems are not those"):
         TrainingRun(new_trainer(tmp_path, resume="latest"), problems(10, seed=2), EVAL)
     assert contents(run) == before
-    for name, missing in (
-        ("metrics.jsonl", 2),
-        ("metrics.jsonl", -1),
-        ("eval.jsonl", 0),
-        ("samples.jsonl", 1),
-    ):
-        lines = before[run / name].splitlines(keepends=True)
-        del lines[missing]
-        (run / name).write_bytes(b"".join(lines))
-        with pytest.raises(ValueError, match=f"{name} lacks lines that the checkpoint follows"):
-            TrainingRun(new_trainer(tmp_path, resume="latest"), TRAIN, EVAL)
-        (run / name).write_bytes(before[run / name])
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"batch_size": 2}))  # and as many problems
+    with pytest.raises(ValueError, match="step-6 was made with --batch_size 4 .now 2"):
+        TrainingRun(new_trainer(tmp_path, resume="latest", batch_size=2, num_epochs=4), TRAIN, EVAL)
+    (run / "config.json").write_bytes(before[run / "config.json"])
+    removed = (("metrics.jsonl", 2), ("metrics.jsonl", -1), ("eval.jsonl", 0), ("samples.jsonl", 1))
+    for resume in ("latest", str(run / "checkpoints" / "step-4")):  # with lines after the checkpoint, too
+        for name, line in removed:
+            lines = before[run / name].splitlines(keepends=True)
+            del lines[line if line >= 0 or resume == "latest" else 3]
+            (run / name).write_bytes(b"".join(lines))
+            with pytest.raises(ValueError, match=f"{name} lacks lines that the checkpoint follows"):
+                TrainingRun(new_trainer(tmp_path, resume=resume), TRAIN, EVAL)
+            (run / name).write_bytes(before[run / name])
     assert contents(run) == before
+    (run / "checkpoints").rename(tmp_path / "put away")
+    with pytest.raises(ValueError, match="checkpoints are missing"):
+        TrainingRun(new_trainer(tmp_path, resume="latest"), TRAIN, EVAL)
+    (tmp_path / "put away").rename(run / "checkpoints")
+    assert contents(run) == before
+
+
+def dies_after(count, patch):
+    """The process, at the changes of the disk that rewinding makes."""
+    calls = iter(range(100))
+
+    def dying(change):
+        return lambda *args: change(*args) if next(calls) < count else 1 / 0
+
+    for name in ("remove", "write_whole"):
+        patch.setattr(run_log, name, dying(getattr(run_log, name)))
+
+
+def test_a_kill_while_the_record_is_rewound_is_made_good(uninterrupted, tmp_path, monkeypatch):
+    seed_everything()
+    new_trainer(tmp_path).train(TRAIN, EVAL)
+    run, older = tmp_path / "run", str(tmp_path / "run" / "checkpoints" / "step-4")
+    run.rename(tmp_path / "copy")
+    for survived in range(4):
+        shutil.copytree(tmp_path / "copy", run)
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            dies_after(survived, patch)
+            TrainingRun(new_trainer(tmp_path, resume=older), TRAIN, EVAL)
+        new_trainer(tmp_path, resume=str(run)).train(TRAIN, EVAL)
+        assert record_of(run) == record_of(uninterrupted[1])
+        shutil.rmtree(run)
 
 
 def test_an_emergency_keeps_the_checkpoint_before_it_and_the_state_without_the_bad_update(tmp_path):
