@@ -68,16 +68,18 @@ def main(arguments: list[str] | None = None) -> int:
         complain(PROGRAM, error)
         return 1
     stop_on_signals(run.trainer)
+    speaks = run.trainer.accelerator.is_main_process  # all processes end alike
     try:
         result = run.train()
     except CannotSave as error:
-        complain(PROGRAM, f"{error}; make room, then continue with --resume {run.log.folder}")
+        if speaks:
+            complain(PROGRAM, f"{error}; make room, then continue with --resume {run.log.folder}")
         return 1
     except EmergencyStop as stop:
-        if run.trainer.accelerator.is_main_process:
+        if speaks:
             complain(PROGRAM, explain(stop, run))
         return 3
-    if run.trainer.accelerator.is_main_process:
+    if speaks:
         report(run, result)
     return 0 if result["finished"] else 130
 
