@@ -27,6 +27,7 @@ def write(target, text):
     with whole_folder(target) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "weights").write_text(text)
+        (folder / "tokenizer").write_text("last in SHA256SUMS")
 
 
 def test_folders_are_written_whole_or_not_at_all(tmp_path):
