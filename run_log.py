@@ -13,7 +13,6 @@ A run folder belongs to one process at a time: it is locked, and a lock ends wit
 processes the main one writes; the others hold a RunLog with no folder and no sinks.
 """
 
-import contextlib
 import fcntl
 import json
 import os
@@ -57,7 +56,7 @@ WANDB_START_S, WANDB_CALL_S, WANDB_FINISH_S = 120, 30, 120
 
 
 class RunLog:
-    """Writes a run's record. Without a folder it writes nothing, so that callers need no branch."""
+    """Writes a run's record. Of several processes the main one does; the others' has no folder."""
 
     def __init__(self, folder: Path | None = None, sinks: Sequence = (), lock: int | None = None):
         self.folder = folder
@@ -179,8 +178,6 @@ class RunLog:
 
     def train(self, step: int, metrics: dict) -> list[str]:
         """Record a rollout batch; returns the warnings that it calls for and the one before it did not."""
-        if self.folder is None:
-            return []
         self.history.append({"step": step, **metrics})
         for sink in self.sinks:
             sink.write("metrics", step, metrics)
@@ -200,8 +197,6 @@ class RunLog:
     def emergency(self, step: int, reason: str, metrics: dict, batches: Sequence[RolloutBatch]) -> None:
         """Keep the evidence of a stop: the metrics, and the rollout batch if there is one."""
         with self.writing("emergency") as folder:
-            if folder is None:
-                return
             figures = {"step": step, "reason": reason, **metrics}
             # NaN is no JSON: as text
             figures = json.loads(json.dumps(figures, default=str), parse_constant=str)
@@ -219,20 +214,18 @@ class RunLog:
             self._lock = None
 
     def writing(self, name: str):
-        """whole_folder() of folder/name; yields None where there is no run folder."""
-        if self.folder is None:
-            return contextlib.nullcontext()
+        """whole_folder() of folder/name."""
         for path in self.folder.glob("*.jsonl"):  # a checkpoint on disk means that its lines are there too
             sync(path)
         return whole_folder(self.folder / name)
 
     def evaluations(self) -> list[dict]:
         """The evaluations on record, oldest first."""
-        return read_lines(self.folder, "eval") if self.folder else []
+        return read_lines(self.folder, "eval")
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        return checkpoints_in(self.folder) if self.folder else []
+        return checkpoints_in(self.folder)
 
 
 class Wandb:

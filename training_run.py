@@ -89,7 +89,8 @@ class TrainingRun:
             except CannotSave:
                 raise
             except BaseException:  # of this process alone, perhaps
-                self._save_if_whole()
+                if trainer.accelerator.is_main_process:
+                    self._save_if_whole()
                 raise
             if isinstance(end, EmergencyStop):
                 self._of_main_process(self._keep_evidence, end)
@@ -208,17 +209,16 @@ class TrainingRun:
         for path in others[: max(0, len(others) - CHECKPOINTS_KEPT + 1)]:
             remove(path)
         with self.log.writing(f"checkpoints/{name}") as folder:
-            if folder is not None:
-                self._save_weights(folder)
-                state = {
-                    "format": STATE_FORMAT,
-                    **self.trainer.state_dict(),
-                    "pending": [batch.state_dict() for batch in self.pending],
-                    "settings": asdict(self.config),
-                    "lines": self.log.line_counts(self.trainer.step),
-                    "random": random_states(),
-                }
-                torch.save(state, folder / STATE_FILE)
+            self._save_weights(folder)
+            state = {
+                "format": STATE_FORMAT,
+                **self.trainer.state_dict(),
+                "pending": [batch.state_dict() for batch in self.pending],
+                "settings": asdict(self.config),
+                "lines": self.log.line_counts(self.trainer.step),
+                "random": random_states(),
+            }
+            torch.save(state, folder / STATE_FILE)
         self._saved = self._position()
 
     def _position(self) -> tuple[int, int, int, int]:
@@ -264,12 +264,12 @@ class TrainingRun:
             set_random_states(state["random"])
             lines = state["lines"]
         self._of_main_process(self._rewind, lines)
-        self._saved = self._position() if path is not None else None
         self.best_pass_rate = max((e["pass_at_1"] for e in self._recorded_evaluations()), default=-1.0)
 
     def _rewind(self, lines: dict[str, int]) -> None:
         self.log.rewind(self.trainer.step, lines)
         self.log.begin(asdict(self.config), self._problems_digest())
+        self._saved = self._position() if lines else None
 
     def _problems_digest(self) -> str:
         """Of all problems in order: a rollout batch is known by its place in them."""
@@ -285,8 +285,7 @@ class TrainingRun:
 
     def _save_model(self, name: str) -> None:
         with self.log.writing(name) as folder:
-            if folder is not None:
-                self._save_weights(folder)
+            self._save_weights(folder)
 
 
 def _is_due(step: int, frequency: int) -> bool:
