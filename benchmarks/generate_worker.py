@@ -9,10 +9,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
-from workloads import WORKLOADS, answer, wait_for_turn
 
-from model_loader import load_model
-from rollout import Sampling, TransformersEngine, encode_prompt
+from gspo.policy.model_loader import load_model
+from gspo.policy.rollout import Sampling, TransformersEngine, encode_prompt
+from workloads import WORKLOADS, answer, wait_for_turn
 
 
 def main(folder: str, workload_name: str, engine_name: str) -> None:

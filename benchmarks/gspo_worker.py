@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
-from workloads import CLIP_RANGES, LEARNING_RATE, WORKLOADS, answer, reward, wait_for_turn
 
-from freed_memory import keep_freed_memory
+from gspo.policy.cpu import keep_freed_memory
+from gspo.policy.model_loader import load_model
+from gspo.policy.rollout import TransformersEngine, encode_prompt
 from gspo_implementation import GSPOConfig, GSPOTrainer
-from model_loader import load_model
-from rollout import TransformersEngine, encode_prompt
+from workloads import CLIP_RANGES, LEARNING_RATE, WORKLOADS, answer, reward, wait_for_turn
 
 
 class ForcedLengths(TransformersEngine):

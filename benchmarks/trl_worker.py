@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+
 from workloads import CLIP_RANGES, LEARNING_RATE, WORKLOADS, answer, reward, wait_for_turn
 
 

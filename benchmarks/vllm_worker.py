@@ -8,6 +8,7 @@ import time
 
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
+
 from workloads import WORKLOADS, answer, wait_for_turn
 
 

@@ -9,8 +9,9 @@ import sys
 import pytest
 
 import train_gspo
-from command_line import MAX_MESSAGE, complain
-from gspo_config import GSPOConfig
+from gspo.training.command_line import MAX_MESSAGE, complain
+from gspo.training.config import GSPOConfig
+from support.records import contents
 
 TINY = ["--model_name", "tiny", "--dataset", "sort", "--num_train_samples", "6", "--num_eval_samples", "4"]
 VALUES = (
@@ -206,10 +207,6 @@ def test_settings_that_are_none(text, tmp_path, monkeypatch, capsys):
     refused_in_one_line(code, said)
     assert code == 2 and "neither a run's folder nor" in said[0]
     assert outcome(["--resume", "latest"], monkeypatch, capsys)[0] == 0  # r
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import needs_sandbox
 
 from data_loader import (
     DATASETS,
@@ -19,8 +17,9 @@ from data_loader import (
     load_problems,
     math_reward,
 )  # fmt: skip
+from support import ROOT
+from support.sandbox import needs_sandbox
 
-ROOT = Path(__file__).parents[1]
 WITHOUT_CODE = [*SOURCES, ("sort", "easy")]
 WITH_CODE = [*(("code", level) for level in FAMILIES), ("mixed", "easy")]
 GENERATED = [*WITHOUT_CODE, *(pytest.param(*case, marks=needs_sandbox) for case in WITH_CODE)]

@@ -5,7 +5,8 @@ import functools
 import pytest
 import torch
 
-import float64_reference as reference
+from gspo.checks import float64_reference as reference
+from gspo.checks.losses import example, value_and_gradient
 from gspo_implementation import (
     MAX_LOG_RATIO,
     group_advantages,
@@ -14,7 +15,6 @@ from gspo_implementation import (
     gspo_token_loss,
     kl_penalty,
 )
-from loss_checks import example, value_and_gradient
 
 LOSSES = {"gspo": gspo_loss, "gspo_token": gspo_token_loss, "grpo": grpo_loss}
 RANGES = {"gspo": (3e-4, 4e-4), "gspo_token": (3e-4, 4e-4), "grpo": (0.2, 0.27)}

@@ -5,9 +5,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from support import ROOT
+
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -75,7 +75,6 @@ def test_pip_gets_the_package_and_no_side_effects(tmp_path):
     assert "torch<=2.13.0,>=2.11" in requirements and "transformers<=5.23.0,>=5.17" in requirements
     assert "wandb" in requirements and not {"pytest", "ruff"} & set(requirements)
     modules = (information / "top_level.txt").read_text().split()
-    assert {"gspo_implementation", "model_loader", "train_gspo", "tiny_models"} <= set(modules)
-    assert "setup" not in modules
+    assert set(modules) == {"gspo", "data_loader", "gspo_implementation", "train_gspo", "validate_gspo"}
     sources = (information / "SOURCES.txt").read_text()
-    assert "tiny_models/tiny.safetensors" in sources
+    assert "gspo/policy/weights/tiny.safetensors" in sources

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from gspo.training.intervals import paired_interval, wilson_interval
 from gspo_implementation import (
     group_advantages,
     grpo_loss,
@@ -13,7 +14,6 @@ from gspo_implementation import (
     kl_penalty,
     sequence_importance_ratio,
 )
-from intervals import paired_interval, wilson_interval
 
 log = math.log
 

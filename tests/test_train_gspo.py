@@ -1,39 +1,21 @@
 """The command line, through subprocess: exit codes, one-line errors, what is printed and written."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
 
-from gspo_config import GSPOConfig
-from model_loader import check_memory
-from run_record import GLOSSARY
+from gspo.policy.model_loader import check_memory
+from gspo.training.config import GSPOConfig
+from gspo.training.record import GLOSSARY
+from support import ROOT
+from support.commands import TINY, command, environment, run
+from support.models import make_model
 from train_gspo import MEMORY_PER_PARAMETER, difficulty_for, parse, resolve
-
-ROOT = Path(__file__).parent.parent
-TINY = ["--model_name", "tiny", "--dataset", "sort", "--num_train_samples", "6", "--num_eval_samples", "4",
-        "--num_epochs", "1", "--max_new_tokens", "26", "--device", "cpu"]  # fmt: skip
-
-
-def command(*flags):
-    return [sys.executable, str(ROOT / "train_gspo.py"), *map(str, flags)]
-
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
-
-
-def run(*flags, cwd=None):
-    return subprocess.run(
-        command(*flags), capture_output=True, text=True, cwd=cwd, env=environment(), timeout=300
-    )
 
 
 def test_a_run_from_the_command_line(tmp_path):

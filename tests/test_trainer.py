@@ -3,56 +3,17 @@
 import json
 import math
 from copy import deepcopy
-from dataclasses import dataclass
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import float64_reference as reference
-from gspo_implementation import EmergencyStop, GSPOConfig, GSPOTrainer
-from model_loader import load_model
-from rollout import Sampling, TransformersEngine, encode_prompt
-from run_record import GLOSSARY, SECONDS
-
-
-@dataclass(frozen=True)
-class Sort:
-    """Short enough that a few hundred updates cost seconds."""
-
-    id: str
-    answer: str
-
-    @property
-    def prompt(self):
-        return f"{self.id}="
-
-
-def problems(count, seed=0):
-    digits = torch.randint(10, (count, 13), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [Sort("".join(map(str, row)), "".join(map(str, sorted(row)))) for row in digits]
-
-
-def shared_prefix(asked, responses):
-    """A reward with few ties: the share of digits that are right from the left."""
-    rewards = []
-    for problem, response in zip(asked, responses, strict=True):
-        right = next(
-            (i for i, (a, b) in enumerate(zip(problem.answer, response, strict=False)) if a != b), None
-        )
-        right = min(len(problem.answer), len(response)) if right is None else right
-        rewards.append(right / len(problem.answer))
-    return rewards
-
-
-def trainer(name="tiny", reward_fn=shared_prefix, **settings):
-    settings = {"max_new_tokens": 20, "learning_rate": 2e-4, "device": "cpu", "dtype": "float32"} | settings
-    model, tokenizer = load_model(name, device="cpu")
-    return GSPOTrainer(model, tokenizer, GSPOConfig(model_name=name, **settings), reward_fn)
-
-
-def weights_of(model):
-    return torch.cat([p.detach().flatten().double() for p in model.parameters()])
+from gspo.checks import float64_reference as reference
+from gspo.policy.rollout import Sampling, TransformersEngine, encode_prompt
+from gspo.training.alarms import EmergencyStop
+from gspo.training.record import GLOSSARY
+from support.records import lines_of, without_seconds
+from support.sorting import Sort, problems, trainer, weights_of
 
 
 def test_first_minibatch_never_clips_and_later_ones_do():
@@ -220,14 +181,6 @@ def finished_run(tmp_path_factory):
     t = trainer(num_epochs=2, eval_frequency=3, save_frequency=2, output_dir=str(folder), run_name="run")
     result = t.train(problems(10), problems(6, seed=1))
     return t, folder / "run", result
-
-
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def without_seconds(lines):
-    return [{k: v for k, v in line.items() if k not in SECONDS} for line in lines]
 
 
 def test_run_folder_is_complete(finished_run):

@@ -1,0 +1,15 @@
+"""The parts that the commands and the two modules beside this package are made of.
+
+    policy/     a language model: load it, sample from it, log-probabilities under it
+    training/   one run: settings, loop, record, checkpoints, alarms        may import policy
+    sandbox/    runs untrusted Python against tests; standard library only
+    tasks/      problems, and what a response earns                         may import sandbox
+    checks/     what validation measures                                    may import everything
+
+tests/test_imports.py holds the imports to this table.
+"""
+
+# Seconds before a progress bar appears.
+PROGRESS_DELAY_S = 2.0
+# Seconds that the model hub has to answer a first request. The hub's own libraries retry for 25 s.
+HUB_TIMEOUT_S = 5.0

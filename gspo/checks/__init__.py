@@ -1,0 +1,1 @@
+"""What validate_gspo.py measures."""

@@ -1,0 +1,1 @@
+"""A language model: load it, sample from it, and compute log-probabilities under it."""

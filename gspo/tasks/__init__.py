@@ -1,0 +1,1 @@
+"""Problems, and what a response to one earns."""

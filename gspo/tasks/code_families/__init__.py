@@ -1,0 +1,1 @@
+"""Families of function-writing problems, by difficulty."""

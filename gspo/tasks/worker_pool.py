@@ -1,0 +1,199 @@
+"""Run small JSON jobs in worker processes that can be killed.
+
+Code that judges untrusted text may never return (9^9^9^9), eat the memory or take the interpreter down, and a
+timeout inside the process does not help: a loop in C ignores it. So each job runs in a worker, and the parent
+kills the worker's process group when the deadline passes. The parent's side is `WorkerPool`, the worker's
+side is `serve`. They talk one JSON value a line over pipes, without pickle or multiprocessing, so a pool
+works from any `__main__`, from notebooks, from threads and beside torch.
+
+Protocol: the worker writes "ready" when its imports are done, then {"result": ...} or {"error": text} for
+each job line it reads, and ends when its stdin does.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import resource
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections import Counter, deque
+from pathlib import Path
+
+from tqdm import tqdm
+
+import gspo
+from gspo import PROGRESS_DELAY_S
+
+START_TIMEOUT_S = 120.0  # a fresh worker imports sympy: 2 s warm, much longer from a cold or network disk
+MAX_FAILED_STARTS = 3  # in a row: then the command itself is wrong, and starting it again would loop for ever
+PACKAGE_PARENT = str(Path(gspo.__file__).parents[1])
+JOB_ALARM_S = 120  # a worker whose parent was killed in the middle of a job ends itself
+
+
+class WorkerPool:
+    """Worker processes that stay up between calls.
+
+    command: argument list of a program that calls `serve`, such as python -m gspo.tasks.grading.
+    num_workers: how many run at most; they are started when there are jobs for them.
+    timeout_s: seconds one job may take. The start of a worker is not counted.
+    """
+
+    def __init__(self, command: list[str], num_workers: int, timeout_s: float):
+        self.command, self.num_workers, self.timeout_s = command, num_workers, timeout_s
+        self._workers: list[_Worker] = []
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+        atexit.register(self.close)
+
+    def map(self, jobs: list, description: str = "jobs") -> list:
+        """The jobs' results, in order. None for a job that hung, that raised, or whose worker died twice.
+
+        jobs: JSON values. RuntimeError: the workers do not start.
+        """
+        results, waiting, deaths = [None] * len(jobs), deque(range(len(jobs))), Counter()
+        unfinished, failed_starts = len(jobs), 0
+        progress = tqdm(total=len(jobs), desc=description, delay=PROGRESS_DELAY_S, leave=False)
+        with self._lock, progress, self._no_job_left_behind():
+            while unfinished:
+                while len(self._workers) < min(self.num_workers, unfinished):
+                    self._workers.append(_Worker(self.command))
+                for worker in self._workers:
+                    if worker.job is None and waiting:
+                        worker.assign(waiting.popleft(), jobs, self.timeout_s)
+                busy = [worker for worker in self._workers if worker.job is not None]
+                _exchange(busy)
+                for worker in busy:
+                    failed_starts = 0 if worker.take_ready(self.timeout_s) else failed_starts
+                    if (reply := worker.take_reply()) is not None:
+                        if "error" in reply:
+                            warnings.warn(f"a job was not judged: {reply['error']}", stacklevel=2)
+                        results[worker.job], worker.job = reply.get("result"), None
+                        unfinished -= 1
+                    elif worker.closed or worker.deadline < time.monotonic():
+                        self._dismiss(worker)
+                        failed_starts += not worker.ready
+                        deaths[worker.job] += worker.ready and worker.closed
+                        if not worker.ready or (worker.closed and deaths[worker.job] == 1):
+                            waiting.appendleft(worker.job)
+                        else:
+                            unfinished -= 1
+                if failed_starts >= MAX_FAILED_STARTS:
+                    raise RuntimeError(f"worker processes do not start: {' '.join(self.command)}")
+                progress.update(len(jobs) - unfinished - progress.n)
+        return results
+
+    def close(self) -> None:
+        """Kill the workers. The pool can be used again afterwards."""
+        if os.getpid() == self._owner:  # a forked child exits too, and the workers are not its own
+            for worker in list(self._workers):
+                self._dismiss(worker)
+
+    def _dismiss(self, worker: "_Worker") -> None:
+        worker.kill()
+        self._workers.remove(worker)
+
+    @contextlib.contextmanager
+    def _no_job_left_behind(self):
+        """After Ctrl-C, a worker still at a job would answer the next call's job with this one's result."""
+        try:
+            yield
+        finally:
+            for worker in [worker for worker in self._workers if worker.job is not None]:
+                self._dismiss(worker)
+
+
+class _Worker:
+    """One process and what is on its way to and from it."""
+
+    def __init__(self, command: list[str]):
+        # One BLAS thread: each reserves address space, which counts against the worker's memory limit.
+        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        # The worker imports this package from where its parent did.
+        search_path = os.pathsep.join([PACKAGE_PARENT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+        environment = os.environ | one_thread | {"PYTHONPATH": search_path}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+        self.process = subprocess.Popen(command, **pipes, start_new_session=True, env=environment)
+        os.set_blocking(self.process.stdin.fileno(), False)
+        self.inbox, self.outbox = b"", b""
+        self.job: int | None = None
+        self.ready = self.closed = False
+        self.deadline = time.monotonic() + START_TIMEOUT_S
+
+    def assign(self, job: int, jobs: list, timeout_s: float) -> None:
+        self.job = job
+        self.outbox += json.dumps(jobs[job]).encode() + b"\n"
+        if self.ready:
+            self.deadline = time.monotonic() + timeout_s
+
+    def send(self) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the worker is gone: reading finds that out
+            self.outbox = self.outbox[os.write(self.process.stdin.fileno(), self.outbox) :]
+
+    def receive(self) -> None:
+        chunk = os.read(self.process.stdout.fileno(), 1 << 16)
+        self.inbox += chunk
+        self.closed = not chunk
+
+    def take_ready(self, timeout_s: float) -> bool:
+        """True once, when the worker says that it is up; its job's time starts to run."""
+        if self.ready or not self.inbox.startswith(b'"ready"\n'):
+            return False
+        self.inbox = self.inbox[len(b'"ready"\n') :]
+        self.ready, self.deadline = True, time.monotonic() + timeout_s
+        return True
+
+    def take_reply(self) -> dict | None:
+        if not (self.ready and b"\n" in self.inbox):
+            return None
+        line, self.inbox = self.inbox.split(b"\n", 1)
+        return json.loads(line)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+def _exchange(workers: list[_Worker]) -> None:
+    """Send and receive what the pipes take and give; wait for it until the first deadline."""
+    with selectors.DefaultSelector() as selector:
+        for worker in workers:
+            selector.register(worker.process.stdout, selectors.EVENT_READ, worker.receive)
+            if worker.outbox:
+                selector.register(worker.process.stdin, selectors.EVENT_WRITE, worker.send)
+        remaining = min(worker.deadline for worker in workers) - time.monotonic()
+        for key, _ in selector.select(max(0.0, remaining)):
+            key.data()
+
+
+def serve(handle, memory_gb: float = 2.0) -> None:
+    """The worker's side: answer each JSON job on stdin with handle(job), until stdin ends.
+
+    What the judged code prints goes nowhere, and more than memory_gb of address space is a MemoryError.
+    """
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # only this loop writes to the parent
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = int(memory_gb * 2**30)
+    soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel's own ending: code in C cannot ignore it
+    print(json.dumps("ready"), file=replies, flush=True)
+    for line in sys.stdin:
+        signal.alarm(JOB_ALARM_S)
+        try:
+            reply = {"result": handle(json.loads(line))}
+        except Exception as error:
+            reply = {"error": f"{type(error).__name__}: {error}"[:500]}
+        signal.alarm(0)
+        print(json.dumps(reply), file=replies, flush=True)

@@ -1,0 +1,108 @@
+"""Plain data: what is decoded is what was encoded; comparable texts are equal where values and types are."""
+
+import collections
+import enum
+import math
+import random
+
+import pytest
+
+from gspo.sandbox.plain_data import MAX_DEPTH, comparable, decode, encode
+
+
+def random_value(rng: random.Random, depth: int = 0):
+    """Small, so that equal values come up by chance."""
+    kind = rng.randrange(8 if depth > 2 else 14)
+    if kind < 8:
+        return rng.choice([None, True, False, 0, 1, -1, 1.0, 0.0, -0.0, 1j, "", "1", "é\n", b"", b"1", 2**70])
+    items = [random_value(rng, depth + 1) for _ in range(rng.randrange(3))]
+    if kind in (8, 9):
+        return items
+    if kind in (10, 11):
+        return tuple(items)
+    hashable = [item for item in items if is_hashable(item)]
+    return (
+        {key: rng.choice(items) for key in hashable} if kind == 12 else rng.choice([set, frozenset])(hashable)
+    )
+
+
+def is_hashable(value) -> bool:
+    return isinstance(value, collections.abc.Hashable) and (
+        not isinstance(value, tuple) or all(is_hashable(item) for item in value)
+    )
+
+
+def strictly_equal(a, b) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(strictly_equal, a, b))
+    if isinstance(a, set | frozenset):
+        return len(a) == len(b) and all(any(strictly_equal(x, y) for y in b) for x in a)
+    if isinstance(a, dict):
+        return len(a) == len(b) and all(
+            any(strictly_equal(key, other) and strictly_equal(a[key], b[other]) for other in b) for key in a
+        )
+    return a == b
+
+
+def test_random_values_round_trip_and_compare():
+    rng = random.Random(0)
+    values = [random_value(rng) for _ in range(700)]
+    for value in values:
+        assert strictly_equal(decode(encode(value)), value)
+        assert "\n" not in encode(value) and encode(value).isascii()
+    texts = [comparable(value) for value in values]
+    equal = [(i, j) for i in range(len(values)) for j in range(i) if strictly_equal(values[i], values[j])]
+    same = [(i, j) for i in range(len(values)) for j in range(i) if texts[i] == texts[j]]
+    assert equal == same and len(equal) > 1000
+
+
+def test_what_is_hard_to_write():
+    for value in (10**5000, -(10**20), math.inf, -math.inf, "\ud800", {(1, "a"): [{}]}, [[]] * 3):
+        assert decode(encode(value)) == value
+    assert math.isnan(decode(encode(math.nan))) and comparable(math.nan) == comparable(-math.nan)
+    assert comparable("\ud83d\ude00") != comparable("\U0001f600")
+    assert decode(encode("\ud83d\ude00")) == "\ud83d\ude00"
+    assert comparable(0.0) == comparable(-0.0) and comparable(0.1 + 0.2) != comparable(0.3)
+    assert list(decode(encode({"b": 1, "a": 2}))) == ["b", "a"]
+
+
+def test_subclasses_are_carried_as_what_they_hold_and_never_compared():
+    class Same(int):
+        __eq__ = lambda self, other: True  # noqa: E731
+        __hash__ = int.__hash__
+
+    point = collections.namedtuple("point", "x y")(1, 2)
+    colour = enum.StrEnum("colour", {"RED": "red"}).RED
+    assert strictly_equal(decode(encode(colour)), "red")
+    for value, plain in ((Same(3), 3), (point, (1, 2)), (collections.Counter("a"), {"a": 1})):
+        assert strictly_equal(decode(encode([value])), [plain])
+        with pytest.raises(TypeError):
+            comparable([value])
+
+
+def test_what_is_no_plain_data():
+    in_itself: list = []
+    in_itself.append(in_itself)
+    deep: list = []
+    for _ in range(MAX_DEPTH + 1):
+        deep = [deep]
+    for value, error in (
+        (object(), TypeError),
+        (len, TypeError),
+        (in_itself, ValueError),
+        (deep, ValueError),
+    ):
+        with pytest.raises(error):
+            encode(value)
+
+
+@pytest.mark.parametrize("text", [
+    "", "[", "NaN", "1.5", "{}", "9" * 5000, "[" * 100000, "[" * 300 + "]" * 300, '{"x":1}', '{"float":1}',
+    '{"int":"zz"}', '{"int":7}', '{"bytes":"x"}', '{"tuple":5}', '{"float":"0x1p99999"}', '{"complex":[1]}',
+    '{"set":[[1]]}', '{"set":{},"tuple":[]}', '{"dict":[[[],1]]}', '{"dict":[[1]]}',
+])  # fmt: skip
+def test_any_other_text_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        decode(text)

@@ -1,0 +1,26 @@
+"""Short runs of the trainer with every part of its state in use."""
+
+import random
+
+import numpy as np
+import torch
+
+from support.sorting import problems, shared_prefix, trainer
+
+TRAIN, EVAL = problems(10), problems(6, seed=1)
+
+
+def noisy(asked, responses):
+    """A reward that draws from every global random state there is."""
+    noise = 0.01 * (random.random() + np.random.rand() + torch.rand(()).item())
+    return [reward + noise for reward in shared_prefix(asked, responses)]
+
+
+def new_trainer(folder, **other):
+    settings = {"num_epochs": 2, "eval_frequency": 2, "save_frequency": 2, "output_dir": str(folder)}
+    settings |= {"run_name": "run", "learning_rate": 1e-3, "warmup_steps": 7, "kl_coef": 0.01}
+    return trainer(reward_fn=noisy, **(settings | other))
+
+
+def seed_everything():
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)

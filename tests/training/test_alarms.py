@@ -1,0 +1,188 @@
+"""Alarms: the rules on figures, and runs of the trainer that really go wrong."""
+
+import json
+import math
+from copy import deepcopy
+
+import pytest
+import torch
+
+from gspo.policy.rollout import TransformersEngine
+from gspo.training.alarms import (
+    EmergencyStop,
+    gibberish_reason,
+    repetition,
+    stop_reason,
+    unreadable_characters,
+    warnings_of,
+)
+from support.metrics import GOOD
+from support.sorting import problems, trainer
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("loss", math.nan),
+        ("grad_norm", math.inf),
+        ("importance_ratio_max", 101.0),
+        ("importance_ratio_mean", math.nan),
+        ("entropy", math.nan),
+        ("clip_fraction_by_minibatch", [0.0, math.nan]),
+        ("sampler_gap", 2.0),
+    ],
+)
+def test_bad_updates_are_stopped_and_the_evidence_named(name, value):
+    assert stop_reason(GOOD) is None
+    assert name in stop_reason({**GOOD, name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"importance_ratio_max": 11}, "importance ratios"),
+        ({"importance_ratio_min": 0.05}, "importance ratios"),
+        ({"clip_fraction": 0.9}, "clipped"),
+        ({"null_clip_fraction": 0.2}, "null_clip_fraction"),
+        ({"sampler_gap": 0.01}, "sampler"),
+    ],
+)
+def test_warnings_look_at_the_last_batch(change, word):
+    assert warnings_of([GOOD] * 40) == {}
+    (warning,) = warnings_of([GOOD, {**GOOD, **change}]).values()
+    assert word in warning
+
+
+def test_warnings_look_at_the_history():
+    tied = {**GOOD, "zero_variance_groups": 1.0}
+    assert warnings_of([tied] * 4) == {}
+    assert "no learning signal" in warnings_of([tied] * 5)["no signal"]
+    assert "loss has risen" in warnings_of([GOOD] * 20 + [{**GOOD, "loss": 2.0}] * 10)["loss"]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"entropy": 8.0}, "entropy"),
+        ({"entropy": 0.01}, "entropy"),
+        ({"response_tokens_mean": 1.0}, "tokens"),
+        ({"repetition": 0.9}, "repetition"),
+        ({"unreadable_characters": 0.3}, "unreadable"),
+        ({"truncated_fraction": 1.0}, "do not end"),
+    ],
+)
+def test_text_is_measured_against_the_start(change, word):
+    bad = {**GOOD, **change, "reward_mean": 0.0}
+    assert gibberish_reason([GOOD] * 10) is None
+    assert word in gibberish_reason([GOOD] * 5 + [bad] * 5)
+    assert gibberish_reason([GOOD] * 6 + [bad] * 4) is None
+    assert gibberish_reason([bad] * 20) is None, "a model that always was so has not got worse"
+    assert gibberish_reason([{**GOOD, "reward_mean": 0.0}] * 5 + [bad] * 5) is None, "nothing was lost"
+    half = {**bad, "reward_mean": 0.15}
+    assert gibberish_reason([GOOD] * 5 + [half] * 5) is None
+    assert word in warnings_of([GOOD] * 5 + [half] * 5)["text"]
+    assert "text" not in warnings_of([GOOD] * 5 + [{**bad, "reward_mean": 0.4}] * 5), "it has learnt"
+
+
+def test_measures_of_text():
+    assert repetition([1, 2, 3]) == repetition(range(100)) == 0
+    assert repetition([7] * 23) == 1 - 1 / 20
+    assert repetition([1, 2, 3, 4, 5] * 2) == pytest.approx(2 / 7)
+    assert unreadable_characters("") == unreadable_characters("Löwe, 狮子 🦁\n\tx = 1\u00a0km") == 0
+    assert unreadable_characters("ab\x00\ufffd") == 0.5
+
+
+def run_of(tmp_path, t, count=8):
+    try:
+        return t.train(problems(count), problems(4, seed=1))
+    finally:
+        run = tmp_path / "r"
+        t.lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def settings(tmp_path, **other):
+    return {"output_dir": str(tmp_path), "run_name": "r", "num_epochs": 10, "eval_frequency": 0} | other
+
+
+def no_reward(asked, _):
+    return [0.0] * len(asked)
+
+
+def test_a_learning_rate_of_one_is_stopped(tmp_path, capsys):
+    t = trainer(**settings(tmp_path, learning_rate=1.0, save_frequency=1))
+    with pytest.raises(EmergencyStop, match="gibberish") as stop:
+        run_of(tmp_path, t)
+    assert t.step == 5 and "lower --learning_rate" in capsys.readouterr().err
+    evidence = json.loads((tmp_path / "r" / "emergency" / "metrics.json").read_text())
+    assert evidence["reason"] == str(stop.value) and evidence["step"] == t.step + 1
+    assert len((tmp_path / "r" / "emergency" / "samples.jsonl").read_text().splitlines()) == 16
+    batch = torch.load(tmp_path / "r" / "emergency" / "rollout_batch.pt", weights_only=True)
+    assert len(batch["rollouts"]) == 16
+
+
+def test_a_weight_that_is_not_finite_stops_before_it_is_saved(tmp_path):
+    t = trainer(**settings(tmp_path, save_frequency=2))
+    update = t.update
+
+    def break_a_weight(batch):
+        metrics = update(batch)
+        if t.step == 2:
+            t.model.model.norm.weight.data[0] = math.inf
+        return metrics
+
+    t.update = break_a_weight
+    with pytest.raises(EmergencyStop, match="model.norm.weight"):
+        run_of(tmp_path, t)
+    assert [path.name for path in (tmp_path / "r" / "checkpoints").iterdir()] == ["step-2"]
+    assert len(t.lines) == 3
+
+
+def test_a_stale_sampler_is_told(tmp_path, capsys):
+    t = trainer(**settings(tmp_path, learning_rate=3e-4, num_epochs=4))
+    t.engine = TransformersEngine(deepcopy(t.model), t.tokenizer)
+    run_of(tmp_path, t)
+    gaps = [line["sampler_gap"] for line in t.lines]
+    assert gaps[0] < 1e-5 and gaps[-1] > 1e-2
+    assert "does the sampler get the new weights?" in capsys.readouterr().err
+
+
+def test_a_sampler_of_another_model_is_refused(tmp_path):
+    t = trainer(reward_fn=lambda asked, _: [i % 2 for i in range(len(asked))], **settings(tmp_path))
+    other = deepcopy(t.model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_(std=0.3)
+    t.engine = TransformersEngine(other, t.tokenizer)
+    with pytest.raises(EmergencyStop, match="sampler_gap"):
+        t.train_step(problems(4))
+
+
+def test_rewards_that_tie_are_told_early_with_what_to_try(tmp_path, capsys):
+    run_of(tmp_path, trainer(reward_fn=no_reward, **settings(tmp_path, num_epochs=4)))
+    said = capsys.readouterr().err
+    assert "warning, rollout batch 5: no learning signal" in said and "--difficulty" in said
+
+
+def test_gibberish_is_stopped(tmp_path):
+    """A policy that is pushed to a uniform choice, for which nothing is paid."""
+    t = trainer(**settings(tmp_path, num_epochs=20))
+    update = t.update
+
+    def drift(batch):
+        metrics = update(batch)
+        if t.step == 5:
+            t.reward_fn = no_reward
+            t.model.get_input_embeddings().weight.data *= 0.02
+        return metrics
+
+    t.update = drift
+    with pytest.raises(EmergencyStop, match="gibberish: entropy"):
+        run_of(tmp_path, t)
+    assert (tmp_path / "r" / "emergency" / "samples.jsonl").exists()
+    assert (tmp_path / "r" / "checkpoints" / f"step-{t.step}").exists()
+
+
+def test_a_reward_that_is_no_number_is_stopped():
+    for reward in (math.inf, math.nan):
+        with pytest.raises(EmergencyStop, match="reward"):
+            trainer(reward_fn=lambda asked, _, reward=reward: [reward] * len(asked)).train_step(problems(4))

@@ -1,0 +1,135 @@
+"""Folders and files that are whole or not there, and the proof of it."""
+
+import io
+import os
+import random
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from gspo.training.checkpoints import (
+    CannotSave,
+    checkpoints_in,
+    damage,
+    newest_whole,
+    random_states,
+    recover,
+    remove,
+    set_random_states,
+    whole_folder,
+    write_whole,
+)
+
+
+def write(target, text):
+    with whole_folder(target) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "weights").write_text(text)
+        (folder / "tokenizer").write_text("last in SHA256SUMS")
+
+
+def test_folders_are_written_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "best_model"
+    write(target, "first")
+    for error in (OSError(28, "No space left on device"), RuntimeError("writer failed")):
+        with pytest.raises(CannotSave, match="cannot write .*best_model: "), whole_folder(target) as folder:
+            (folder / "half").write_text("half")
+            raise error
+        assert (target / "sub" / "weights").read_text() == "first"
+        assert list(tmp_path.iterdir()) == [target]
+    write(target, "second")
+    assert (target / "sub" / "weights").read_text() == "second" and damage(target, "sub/weights") is None
+    assert list(tmp_path.iterdir()) == [target]
+    subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=target, check=True)
+
+
+def test_an_error_of_the_program_is_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(KeyError), whole_folder(tmp_path / "x"):
+        raise KeyError("a bug")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept", ["old and new", "old alone", "new alone"])
+def test_a_kill_between_two_renames_loses_nothing(tmp_path, kept):
+    write(tmp_path / "old", "old")
+    write(tmp_path / "new", "new")
+    if kept != "new alone":
+        (tmp_path / "old").rename(tmp_path / "model.previous")
+    (tmp_path / "new").rename(tmp_path / ("model.partial" if kept == "old alone" else "model"))
+    (tmp_path / "config.json.partial").write_text("{")
+    recover(tmp_path)
+    expected = "old" if kept == "old alone" else "new"
+    assert (tmp_path / "model" / "sub" / "weights").read_text() == expected
+    assert {path.name for path in tmp_path.iterdir()} - {"old"} == {"model"}
+
+
+@pytest.mark.parametrize(
+    "harm",
+    ["flip a bit", "cut short", "remove", "no sums", "empty sums", "binary sums", "cut sums", "not listed"],
+)
+def test_damage_is_seen(tmp_path, harm):
+    folder = tmp_path / "checkpoints" / "step-2"
+    for step in (1, 2):
+        write(folder.with_name(f"step-{step}"), "weights")
+    weights, sums = folder / "sub" / "weights", folder / "SHA256SUMS"
+    if harm == "flip a bit":
+        weights.write_text("weightr")
+    elif harm == "cut short":
+        os.truncate(weights, 3)
+    elif harm == "remove":
+        weights.unlink()
+    elif harm == "no sums":
+        sums.unlink()
+    elif harm == "not listed":  # by whoever wrote the sums again
+        sums.write_text("# 0 files\n")
+    else:
+        cut = sums.read_bytes().splitlines(keepends=True)[:-1]
+        sums.write_bytes({"empty sums": b"", "binary sums": b"\xff\x00", "cut sums": b"".join(cut)}[harm])
+    refused = []
+    found = newest_whole(
+        checkpoints_in(tmp_path), "sub/weights", lambda path, why: refused.append((path.name, why))
+    )
+    assert found.name == "step-1" and len(refused) == 1 and refused[0][0] == "step-2"
+
+
+def test_what_lies_in_the_way_is_no_checkpoint_and_does_no_harm(tmp_path):
+    """Files, and links of a user who keeps a checkpoint elsewhere."""
+    target, elsewhere = tmp_path / "checkpoints" / "step-3", tmp_path / "elsewhere"
+    write(elsewhere, "kept")
+    write(target.with_name("step-2"), "weights")
+    target.write_text("no folder")
+    target.with_name("step-1").symlink_to(elsewhere)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-1", "step-2"]
+    write(target, "weights")
+    recover(target.parent)
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-1", "step-2", "step-3"]
+    for path in checkpoints_in(tmp_path):
+        remove(path)
+    remove(target)
+    assert list(target.parent.iterdir()) == [] and (elsewhere / "sub" / "weights").read_text() == "kept"
+
+
+def test_a_text_file_is_replaced_whole(tmp_path, monkeypatch):
+    write_whole(tmp_path / "config.json", "first")
+    full = OSError(28, "No space left")
+    monkeypatch.setattr("gspo.training.checkpoints.sync", lambda _: (_ for _ in ()).throw(full))
+    with pytest.raises(CannotSave, match="No space left"):
+        write_whole(tmp_path / "config.json", "second")
+    assert (tmp_path / "config.json").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
+def draws():
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def test_random_states_come_back_from_a_file_without_pickled_code():
+    random.gauss(0, 1)
+    np.random.randn()  # leaves the second of a pair in the state
+    file = io.BytesIO()
+    torch.save(random_states(), file)
+    expected = draws(), random.gauss(0, 1), np.random.randn()
+    draws()
+    set_random_states(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    assert (draws(), random.gauss(0, 1), np.random.randn()) == expected

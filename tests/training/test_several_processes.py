@@ -1,0 +1,113 @@
+"""Two real processes under torchrun train as one does, stop together, and go on exactly."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from support import ROOT
+from support.commands import TINY, environment, run
+from support.records import record_of, weights_of_run
+
+FLAGS = [*TINY, "--num_train_samples", "8", "--mini_batch_size", "2", "--learning_rate", "1e-4"]
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without torch.distributed"
+)
+
+
+def start(folder, *flags):
+    """Two ranks, in a process group of their own with their launcher."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(ROOT / "train_gspo.py"), *map(str, flags)]
+    with open(folder / "log", "a") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment(), cwd=folder, start_new_session=True
+        )
+
+
+def finish(process, folder):
+    """The launcher's exit code, and all that was said."""
+    code = process.wait(timeout=300)
+    return code, (folder / "log").read_text()
+
+
+def exit_codes(said):
+    """As the launcher, whose own is 1, reports them. It ends a process that exits after the other: -15."""
+    return set(re.findall(r"exitcode  : (-?\d+)", said))
+
+
+def wait_for_line(metrics, count, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.02)
+    pytest.fail("no rollout batch was trained on")
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    one = run(*FLAGS, "--output_dir", tmp_path, "--run_name", "one")
+    assert one.returncode == 0, one.stderr
+    assert "processes: 1" in one.stdout
+    code, said = finish(start(tmp_path, *FLAGS, "--output_dir", tmp_path, "--run_name", "two"), tmp_path)
+    assert code == 0, said
+    assert said.count("processes: 2") == said.count("trained model: ") == 1  # the first one speaks
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["environment"]["processes"] == 2
+    alone, together = record_of(tmp_path / "one"), record_of(tmp_path / "two")
+    assert len(alone["metrics.jsonl"]) == 2
+    assert together["eval.jsonl"] == alone["eval.jsonl"]
+    for a, b in zip(alone["metrics.jsonl"], together["metrics.jsonl"], strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.slow
+def test_a_run_of_two_that_is_killed_and_stopped_goes_on_exactly(tmp_path):
+    longer = [
+        *FLAGS,
+        "--num_epochs",
+        4,
+        "--update_frequency",
+        2,
+        "--save_frequency",
+        1,
+        "--eval_frequency",
+        2,
+    ]
+    longer += ["--output_dir", tmp_path]
+    code, said = finish(start(tmp_path, *longer, "--run_name", "whole"), tmp_path)
+    assert code == 0, said
+    resume = ["--run_name", "stopped"]
+    for number, lines in ((signal.SIGKILL, 2), (signal.SIGTERM, 4), (signal.SIGINT, 6)):
+        process = start(tmp_path, *longer, *resume)
+        wait_for_line(tmp_path / "stopped" / "metrics.jsonl", lines, process)
+        os.killpg(process.pid, number)
+        process.wait(timeout=60)
+        assert not (tmp_path / "stopped" / "final_model").exists()
+        resume = ["--resume", tmp_path / "stopped"]
+    code, said = finish(start(tmp_path, *longer, *resume), tmp_path)
+    assert code == 0, said
+    assert record_of(tmp_path / "stopped") == record_of(tmp_path / "whole")
+    assert weights_of_run(tmp_path / "stopped") == weights_of_run(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_both_stop_for_gibberish_and_are_refused_alike(tmp_path):
+    """Of a resumed run the second process has no history, and must follow the first."""
+    flags = [*FLAGS, "--learning_rate", 1, "--output_dir", tmp_path, "--run_name", "run"]
+    code, said = finish(start(tmp_path, *flags), tmp_path)
+    assert code == 0, said
+    code, said = finish(start(tmp_path, "--resume", tmp_path / "run", "--num_epochs", 8), tmp_path)
+    assert "before the update: gibberish" in said
+    assert code == 1 and exit_codes(said) <= {"3", "-15"} and "3" in exit_codes(said)
+    assert 'train_gspo.py", line' not in said  # of the tracebacks there is only the launcher's
+    (tmp_path / "log").unlink()
+    code, said = finish(start(tmp_path, "--resume", tmp_path / "run", "--num_epochs", 1), tmp_path)
+    assert code == 1 and exit_codes(said) <= {"2", "-15"} and "the run has come further" in said

@@ -1,0 +1,270 @@
+"""A run that was stopped, killed or damaged, and resumed, writes what an uninterrupted one writes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from gspo.training import run_log
+from gspo.training.alarms import EmergencyStop
+from gspo.training.training_run import Interrupted, TrainingRun
+from support import ROOT
+from support.records import contents, lines_of, record_of, weights_of_run
+from support.runs import EVAL, TRAIN, new_trainer, seed_everything
+from support.sorting import problems, trainer
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """By update frequency, the folder of a run of six rollout batches."""
+    runs = {}
+    for frequency in (1, 3):
+        folder = tmp_path_factory.mktemp("uninterrupted")
+        seed_everything()
+        new_trainer(folder, update_frequency=frequency).train(TRAIN, EVAL)
+        runs[frequency] = folder / "run"
+    return runs
+
+
+def stop_at_the_third_place(t):
+    ask, places = t.stop_here_if_asked, iter(range(100))
+
+    def ask_again():
+        t.stop_requested = next(places) == 2
+        ask()
+
+    t.stop_here_if_asked = ask_again
+
+
+@pytest.mark.parametrize("frequency", [1, 3])
+def test_stops_at_any_place_change_nothing(uninterrupted, tmp_path, frequency):
+    """Every third place at which the run can stop: evaluations, between sampled batches, between updates."""
+    stops, resume = 0, None
+    seed_everything()
+    while True:
+        t = new_trainer(tmp_path, update_frequency=frequency, resume=resume)
+        stop_at_the_third_place(t)
+        if t.train(TRAIN, EVAL)["finished"]:
+            break
+        stops, resume = stops + 1, str(tmp_path / "run")
+        assert len(list((tmp_path / "run" / "checkpoints").iterdir())) <= 2
+        seed_everything(), random.random()  # a new process has other random states
+    assert stops > 8
+    assert record_of(tmp_path / "run") == record_of(uninterrupted[frequency])
+    assert weights_of_run(tmp_path / "run") == weights_of_run(uninterrupted[frequency])
+
+
+def test_an_error_anywhere_is_resumed_from_the_last_whole_update(uninterrupted, tmp_path):
+    seed_everything()
+    t = new_trainer(tmp_path)
+    rewards, calls = t.reward_fn, iter(range(100))
+    t.reward_fn = lambda *args: 1 / 0 if next(calls) == 5 else rewards(*args)
+    with pytest.raises(ZeroDivisionError):
+        t.train(TRAIN, EVAL)
+    assert (tmp_path / "run" / "checkpoints" / "step-3").exists()
+    new_trainer(tmp_path, resume="latest").train(TRAIN, EVAL)
+    assert record_of(tmp_path / "run") == record_of(uninterrupted[1])
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(uninterrupted, tmp_path, capsys):
+    seed_everything()
+    new_trainer(tmp_path).train(TRAIN, EVAL)
+    newest = tmp_path / "run" / "checkpoints" / "step-6" / "training_state.pt"
+    os.truncate(newest, newest.stat().st_size // 2)
+    resumed = TrainingRun(new_trainer(tmp_path, resume="latest"), TRAIN, EVAL)
+    assert "step-6 is not used: training_state.pt is cut short" in capsys.readouterr().err
+    assert resumed.trainer.step == 4 == len(lines_of(tmp_path / "run" / "metrics.jsonl"))
+    resumed.train()
+    assert record_of(tmp_path / "run") == record_of(uninterrupted[1])
+
+
+def test_more_epochs_go_on_where_fewer_ended(uninterrupted, tmp_path):
+    seed_everything()
+    new_trainer(tmp_path, num_epochs=1, eval_frequency=0).train(TRAIN, EVAL)
+    assert len(lines_of(tmp_path / "run" / "metrics.jsonl")) == 3
+    new_trainer(tmp_path, resume="latest", eval_frequency=5).train(TRAIN, EVAL)
+    assert [line["step"] for line in lines_of(tmp_path / "run" / "eval.jsonl")] == [0, 3, 5, 6]
+    assert len(lines_of(tmp_path / "run" / "metrics.jsonl")) == 6
+
+
+def test_what_cannot_be_continued_is_named_and_left_alone(tmp_path):
+    new_trainer(tmp_path).train(TRAIN, EVAL)
+    run = tmp_path / "run"
+    before = contents(run)
+    for changed, words in (
+        ({"group_size": 8, "seed": 1}, "--group_size 4 .now 8., --seed 0 .now 1"),
+        ({"num_epochs": 1}, "--num_epochs 1: .* the run has come further"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            TrainingRun(new_trainer(tmp_path, resume="latest", **changed), TRAIN, EVAL)
+    with pytest.raises(ValueError, match="the problems are not those"):
+        TrainingRun(new_trainer(tmp_path, resume="latest"), problems(10, seed=2), EVAL)
+    assert contents(run) == before
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"batch_size": 2}))  # and as many problems
+    with pytest.raises(ValueError, match="step-6 was made with --batch_size 4 .now 2"):
+        TrainingRun(new_trainer(tmp_path, resume="latest", batch_size=2, num_epochs=4), TRAIN, EVAL)
+    (run / "config.json").write_bytes(before[run / "config.json"])
+    removed = (("metrics.jsonl", 2), ("metrics.jsonl", -1), ("eval.jsonl", 0), ("samples.jsonl", 1))
+    for resume in ("latest", str(run / "checkpoints" / "step-4")):  # with lines after the checkpoint, too
+        for name, line in removed:
+            lines = before[run / name].splitlines(keepends=True)
+            del lines[line if line >= 0 or resume == "latest" else 3]
+            (run / name).write_bytes(b"".join(lines))
+            with pytest.raises(ValueError, match=f"{name} lacks lines that the checkpoint follows"):
+                TrainingRun(new_trainer(tmp_path, resume=resume), TRAIN, EVAL)
+            (run / name).write_bytes(before[run / name])
+    assert contents(run) == before
+    (run / "checkpoints").rename(tmp_path / "put away")
+    with pytest.raises(ValueError, match="checkpoints are missing"):
+        TrainingRun(new_trainer(tmp_path, resume="latest"), TRAIN, EVAL)
+    (tmp_path / "put away").rename(run / "checkpoints")
+    assert contents(run) == before
+
+
+def dies_after(count, patch):
+    """The process, at the changes of the disk that rewinding makes."""
+    calls = iter(range(100))
+
+    def dying(change):
+        return lambda *args: change(*args) if next(calls) < count else 1 / 0
+
+    for name in ("remove", "write_whole"):
+        patch.setattr(run_log, name, dying(getattr(run_log, name)))
+
+
+def test_a_kill_while_the_record_is_rewound_is_made_good(uninterrupted, tmp_path, monkeypatch):
+    seed_everything()
+    new_trainer(tmp_path).train(TRAIN, EVAL)
+    run, older = tmp_path / "run", str(tmp_path / "run" / "checkpoints" / "step-4")
+    run.rename(tmp_path / "copy")
+    for survived in range(4):
+        shutil.copytree(tmp_path / "copy", run)
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            dies_after(survived, patch)
+            TrainingRun(new_trainer(tmp_path, resume=older), TRAIN, EVAL)
+        new_trainer(tmp_path, resume=str(run)).train(TRAIN, EVAL)
+        assert record_of(run) == record_of(uninterrupted[1])
+        shutil.rmtree(run)
+
+
+def test_an_emergency_keeps_the_checkpoint_before_it_and_the_state_without_the_bad_update(tmp_path):
+    t = new_trainer(tmp_path, save_frequency=2)
+    backward, calls = t._backward, iter(range(100))
+
+    def spoil(*args):
+        seen = backward(*args)
+        if next(calls) == 11:  # the second update of the fourth rollout batch
+            next(t.model.parameters()).grad[0, 0] = float("nan")
+        return seen
+
+    t._backward = spoil
+    with pytest.raises(EmergencyStop, match="grad_norm is nan"):
+        t.train(TRAIN, EVAL)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-2", "step-3"]
+    state = torch.load(tmp_path / "run" / "checkpoints" / "step-3" / "training_state.pt", weights_only=True)
+    assert [len(batch["updates"]) for batch in state["pending"]] == [1]
+    assert json.loads((tmp_path / "run" / "emergency" / "metrics.json").read_text())["grad_norm"] == "NaN"
+
+
+def test_memory_that_runs_out_halves_the_pass_and_not_the_gradient(tmp_path, capsys, monkeypatch):
+    """As a GPU or a CPU says it, in scoring and in updating."""
+    import gspo_implementation
+
+    t = new_trainer(tmp_path)
+    batch = t.collect(TRAIN[:2], 0)
+    rows = list(range(len(batch.rollouts)))
+    t._backward(batch, rows)
+    whole = [p.grad.clone() for p in t.model.parameters()]
+    score, most = gspo_implementation.token_log_probs, 3 * 34
+
+    def limited(model, prompts, responses, temperature):
+        if sum(map(len, responses)) > most:
+            raise next(errors)
+        return score(model, prompts, responses, temperature)
+
+    kinds = (
+        RuntimeError("could not create a primitive"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+        ),
+    )
+    errors = iter(kinds * 10)
+    monkeypatch.setattr(gspo_implementation, "token_log_probs", limited)
+    t._within_memory(batch, lambda: t._backward(batch, rows))
+    for parameter, gradient in zip(t.model.parameters(), whole, strict=True):
+        assert (parameter.grad - gradient).norm() <= 1e-5 * gradient.norm()
+    assert t._micro_batch_tokens < 4096 and "out of memory: from now on" in capsys.readouterr().err
+    assert t.train_step(TRAIN[:2])["null_clip_fraction"] == 0
+    most = 0  # not even one row: then it is an error
+    with pytest.raises(RuntimeError, match="can't allocate|out of memory|primitive"):
+        t.train_step(TRAIN[:2])
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(tmp_path):
+    t = new_trainer(tmp_path)
+    with pytest.raises(RuntimeError, match="shape"):
+        t._within_memory(t.collect(TRAIN[:2], 0), lambda: (_ for _ in ()).throw(RuntimeError("bad shape")))
+    assert t.halvings == 0
+
+
+def test_interrupted_is_raised_where_the_state_is_whole():
+    t = trainer()
+    t.stop_requested = True
+    with pytest.raises(Interrupted):
+        t.evaluate(EVAL)
+
+
+@pytest.mark.slow
+def test_kills_at_random_times_change_nothing(tmp_path):
+    soak = [sys.executable, ROOT / "tests/support/kill_soak.py", tmp_path, "50"]
+    done = subprocess.run(soak, capture_output=True, text=True, timeout=1500)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "50 kills" in done.stdout
+    whole, *killed = sorted((p for p in tmp_path.iterdir() if p.is_dir()), key=lambda p: p.name != "whole")
+    assert killed
+    for run in killed:
+        assert record_of(run) == record_of(whole)
+        assert weights_of_run(run) == weights_of_run(whole)
+
+
+def test_two_signals_end_it_at_once(tmp_path):
+    """The second while the first waits for a reward that does not come."""
+    script = f"""
+import sys, time
+sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT)!r}]
+from support.runs import EVAL, TRAIN, new_trainer
+from gspo.training.training_run import TrainingRun
+from train_gspo import stop_on_signals
+t = new_trainer({str(tmp_path)!r}, save_frequency=1, kl_coef=0.0)
+rewards, calls = t.reward_fn, iter(range(100))
+def hang(*args):
+    if next(calls) == 4:
+        print("hangs", flush=True)
+        time.sleep(600)
+    return rewards(*args)
+t.reward_fn = hang
+run = TrainingRun(t, TRAIN, EVAL)
+stop_on_signals(t)
+run.train()
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"hangs\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)  # as a launcher passes it on
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == 130
+    checkpoints = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert checkpoints and all(name.startswith("step-") for name in checkpoints)
