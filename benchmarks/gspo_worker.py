@@ -25,9 +25,9 @@ class ForcedLengths(TransformersEngine):
         super().__init__(model, tokenizer)
         self.workload, self.end_ids, self.batch = workload, [], 0
 
-    def _generate_chunk(self, prompts, budget, temperature, uniforms):
+    def _sample_batch(self, prompts, budgets, temperature, uniforms):
         lengths = torch.tensor(self.workload.lengths(self.batch))
-        return super()._generate_chunk(prompts, lengths, temperature, uniforms)
+        return super()._sample_batch(prompts, lengths, temperature, uniforms)
 
 
 def main(folder: str, workload_name: str) -> None:

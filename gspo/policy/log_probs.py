@@ -1,102 +1,118 @@
-"""Token log-probabilities of responses under a causal language model, the one quantity that GSPO needs.
+"""Token log-probabilities of responses under a causal language model.
 
     log pi(y_t | x, y_<t) = log_softmax(logits / temperature)[y_t],   t = 1 .. |y|        (float32)
 
-How it is fast: a pass is one packed row, in which each prompt stands once and nothing is padded
-(group_attention.py). The output layer sees response positions only, a chunk at a time, and makes its logits
-anew in backward: memory does not grow with vocabulary x tokens.
+Two things make it fast:
 
-Models whose tokens meet elsewhere than in plain attention get right-padded rows of prompt and response.
-Causality alone keeps padding out of every real position: no attention mask is built, positions count from 0,
-and the result does not depend on the tokenizer's padding side.
+1. A forward pass takes one packed row, in which each prompt stands once and nothing is padded
+   (group_attention.py).
+2. The output layer is applied at response positions only, one chunk of them at a time. Its logits are
+   recomputed in backward, so that memory does not grow with vocabulary x tokens.
 
-Shapes: B sequences, S positions of prompt and response, N response tokens of all rows together, n of a chunk,
-H hidden width, V vocabulary.
+A model that cannot take a packed row (can_pack() says which) gets right-padded rows of prompt and response.
+A causal model never looks at the padding behind a token, so these rows need no attention mask, positions
+count from 0, and the result does not depend on the tokenizer's padding side.
+
+Shapes: B sequences, S positions of prompt and response, N response tokens of all rows together, n response
+tokens of a chunk, H hidden width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gspo.policy.group_attention import PackedGroups, attending_in, can_pack
+from gspo.policy.group_attention import PackedGroups, can_pack, packed_attention
 
-# Tokens of one forward pass. Bounds activations when a caller hands over a large batch; the trainer cuts its
-# micro-batches smaller than this.
+# The most tokens of one forward pass. It bounds the activations when a caller hands over a large batch; the
+# trainer cuts its micro-batches smaller than this.
 MAX_FORWARD_TOKENS = 16384
-# Logits held at a time: in float32, with their softmax and its gradient, 400 MB.
+# The most logits held at a time: in float32, with their softmax and its gradient, they take 400 MB.
 MAX_LOGITS = 1 << 25
+
+# Token ids of each row, prompts or responses.
+TokenRows = Sequence[Sequence[int]]
 
 
 def token_log_probs(
     model: torch.nn.Module,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
+    prompts: TokenRows,
+    responses: TokenRows,
     temperature: float = 1.0,
 ) -> list[torch.Tensor]:
-    """log pi(y_t | x, y_<t) in nats for every response token; differentiable where gradients are enabled.
+    """Return log pi(y_t | x, y_<t) in nats for every response token, differentiable by the model's weights.
 
     Args:
-        model: any decoder that transformers loads with an output embedding; its mode is used as found.
+        model: any decoder that transformers loads with an output embedding. It stays in the mode (training or
+            evaluation) that it is in.
         prompts, responses: token ids of each row, without padding. A prompt needs at least one token; a
             response may be empty.
-        temperature: the sampling temperature; scoring uses the distribution that was sampled.
+        temperature: the temperature that the responses were sampled at. The log-probabilities are those of
+            the distribution that was sampled from.
 
     Returns:
-        One float32 tensor (len(response),) a row, in the rows' order.
+        One float32 tensor (len(response),) per row, in the order of the rows.
 
     Raises:
-        ValueError: unequal numbers of rows, an empty prompt, a temperature that is not positive, or a row
-            longer than the model's positions.
+        ValueError: the numbers of prompts and responses differ, a prompt is empty, the temperature is not
+            positive, or a row is longer than the model's positions.
     """
     _check_rows(model, prompts, responses, temperature)
-    scored: list[torch.Tensor | None] = [None] * len(prompts)
+    log_probs = [torch.empty(0)] * len(prompts)
     for rows in micro_batches(model, prompts, responses, MAX_FORWARD_TOKENS):
-        batch = _score_rows(model, [prompts[i] for i in rows], [responses[i] for i in rows], temperature)
-        for i, log_probs in zip(rows, batch, strict=True):
-            scored[i] = log_probs
-    return scored
+        row_prompts = [prompts[i] for i in rows]
+        row_responses = [responses[i] for i in rows]
+        of_rows = _micro_batch_log_probs(model, row_prompts, row_responses, temperature)
+        for i, row_log_probs in zip(rows, of_rows, strict=True):
+            log_probs[i] = row_log_probs
+    return log_probs
 
 
 def micro_batches(
-    model: torch.nn.Module,
-    prompts: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    max_tokens: int,
+    model: torch.nn.Module, prompts: TokenRows, responses: TokenRows, max_tokens: int
 ) -> list[list[int]]:
-    """Split rows into forward passes of at most max_tokens tokens, at least one row each.
+    """Split rows into forward passes of at most max_tokens tokens, but of one row at least.
 
-    The split depends on the rows alone: scoring them again runs the same shapes, which makes the importance
-    ratio of an unchanged policy exactly 1.
+    The split depends on the rows alone. The same rows therefore always go through forward passes of the same
+    shapes, which makes the importance ratio of an unchanged policy exactly 1.
+
+    Returns:
+        The indices of the rows of each forward pass.
     """
-    split = _split_packed if can_pack(model) else _split_padded
-    return split(prompts, responses, max_tokens)
+    if can_pack(model):
+        return _split_packed(prompts, responses, max_tokens)
+    return _split_padded(prompts, responses, max_tokens)
 
 
-def _split_packed(prompts, responses, max_tokens) -> list[list[int]]:
-    """The rows of a prompt stay together, and count its tokens once."""
-    first = {}
-    for i, prompt in enumerate(prompts):
-        first.setdefault(tuple(prompt), i)
-    batches, tokens, seen = [], max_tokens, None
-    for i in sorted(range(len(prompts)), key=lambda i: first[tuple(prompts[i])]):
-        group = first[tuple(prompts[i])]
-        tokens += len(responses[i]) + (len(prompts[i]) if group != seen else 0)
-        if tokens > max_tokens:
-            batches.append([])
-            tokens = len(responses[i]) + len(prompts[i])
-        batches[-1].append(i)
-        seen = group
+def _split_packed(prompts: TokenRows, responses: TokenRows, max_tokens: int) -> list[list[int]]:
+    """Split so that rows with the same prompt, which share its tokens, stay together where they fit."""
+    groups = _rows_by_prompt(prompts)
+    batches: list[list[int]] = []
+    batch_tokens = max_tokens  # the first row opens a batch
+    for prompt, rows in groups.items():
+        prompt_is_new = True  # to the batch in progress
+        for i in rows:
+            batch_tokens += len(responses[i])
+            if prompt_is_new:
+                batch_tokens += len(prompt)
+            if batch_tokens > max_tokens:
+                batches.append([])
+                batch_tokens = len(prompt) + len(responses[i])
+            batches[-1].append(i)
+            prompt_is_new = False
     return batches
 
 
-def _split_padded(prompts, responses, max_tokens) -> list[list[int]]:
-    """Sorted by length, so that a pass holds rows of similar length and little padding."""
-    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+def _split_padded(prompts: TokenRows, responses: TokenRows, max_tokens: int) -> list[list[int]]:
+    """Split rows in the order of their lengths, so that a forward pass has little padding."""
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for i in longest_first:
+        # The first row of a batch is its longest, to whose length the others are padded.
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
             batches[-1].append(i)
         else:
@@ -104,95 +120,145 @@ def _split_padded(prompts, responses, max_tokens) -> list[list[int]]:
     return batches
 
 
-def _check_rows(model, prompts, responses, temperature) -> None:
+def _rows_by_prompt(prompts: TokenRows) -> dict[tuple[int, ...], list[int]]:
+    """Return the indices of the rows that each distinct prompt has, in the order of first appearance."""
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        rows.setdefault(tuple(prompt), []).append(i)
+    return rows
+
+
+def _check_rows(model: torch.nn.Module, prompts: TokenRows, responses: TokenRows, temperature: float) -> None:
     if len(prompts) != len(responses):
-        raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses: one prompt a response")
+        raise ValueError(
+            f"{len(prompts)} prompts but {len(responses)} responses: pass one prompt per response"
+        )
     if not temperature > 0:
-        raise ValueError(f"temperature must be positive to score under, got {temperature}")
+        raise ValueError(f"log-probabilities need a positive temperature, got {temperature}")
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no tokens: the first response token would have no context")
-    longest = max((len(p) + len(r) for p, r in zip(prompts, responses, strict=True)), default=0)
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    longest = max(lengths, default=0)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and longest > positions:
         raise ValueError(f"a row of {longest} tokens exceeds the model's {positions} positions")
 
 
-def _score_rows(model, prompts, responses, temperature) -> list[torch.Tensor]:
-    """One pass over rows."""
+def _micro_batch_log_probs(
+    model: torch.nn.Module, prompts: TokenRows, responses: TokenRows, temperature: float
+) -> list[torch.Tensor]:
+    """Return the log-probabilities (len(response),) of each row, from one forward pass."""
     device = model.get_input_embeddings().weight.device
     lengths = [len(response) for response in responses]
     if not any(lengths):
         return [torch.zeros(0, device=device) for _ in responses]
-    run = _run_packed if can_pack(model) else _run_padded
-    output, places = run(model, prompts, responses, device)
-    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, torch.tensor(places, device=device))
-    targets = torch.tensor([token for response in responses for token in response], device=device)
-    step = max(1, MAX_LOGITS // model.get_output_embeddings().weight.shape[0])
-    chunks = [
-        (model, output, *chunk, temperature)
-        for chunk in zip(hidden.split(step), targets.split(step), strict=True)
+    decoder_pass = _packed_pass if can_pack(model) else _padded_pass
+    output, predictors = decoder_pass(model, prompts, responses, device)
+    hidden = output.last_hidden_state.flatten(0, 1)
+    hidden = hidden.index_select(0, torch.tensor(predictors, device=device))  # (N, H)
+    targets = torch.tensor([token for response in responses for token in response], device=device)  # (N,)
+
+    chunk_size = max(1, MAX_LOGITS // model.get_output_embeddings().weight.shape[0])
+    hidden_chunks, target_chunks = hidden.split(chunk_size), targets.split(chunk_size)
+    log_probs = [
+        checkpoint(_target_log_probs, model, output, *chunk, temperature, use_reentrant=False)
+        for chunk in zip(hidden_chunks[:-1], target_chunks[:-1], strict=True)
     ]
-    # the last chunk's logits are kept: backward begins with it, and would make them again at once
-    log_probs = [checkpoint(_log_probs, *chunk, use_reentrant=False) for chunk in chunks[:-1]]
-    return list(torch.cat([*log_probs, _log_probs(*chunks[-1])]).split(lengths))
+    # The last chunk keeps its logits: backward begins with it and would recompute them at once.
+    log_probs.append(_target_log_probs(model, output, hidden_chunks[-1], target_chunks[-1], temperature))
+    return list(torch.cat(log_probs).split(lengths))
 
 
-def _run_packed(model, prompts, responses, device):
-    """The model's body over a packed row: its output, and the places (N,) that predict response tokens."""
-    rows_of: dict[tuple, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        rows_of.setdefault(tuple(prompt), []).append(i)
-    # a response's last token predicts nothing
-    packed = PackedGroups(
-        [(prompt, [responses[i][:-1] for i in rows]) for prompt, rows in rows_of.items()], device
-    )
-    with attending_in(model, packed):
-        output = _body(model)(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False)
-    order = [i for rows in rows_of.values() for i in rows]
-    predictors = dict(zip(order, (p for group in packed.predictors for p in group), strict=True))
-    return output, [place for i, row in enumerate(responses) for place in predictors[i][: len(row)]]
+def _packed_pass(
+    model: torch.nn.Module, prompts: TokenRows, responses: TokenRows, device: torch.device
+) -> tuple[Any, list[int]]:
+    """Send one packed row through the decoder.
+
+    Returns:
+        The decoder's output, and N indices into the packed row: whose hidden states predict the response
+        tokens, row by row.
+    """
+    rows_by_prompt = _rows_by_prompt(prompts)
+    groups = []
+    for prompt, rows in rows_by_prompt.items():
+        # A response's last token predicts nothing, so it need not be computed.
+        groups.append((prompt, [responses[i][:-1] for i in rows]))
+    packed = PackedGroups(groups, device)
+    with packed_attention(model, packed):
+        output = _decoder(model)(
+            input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False
+        )
+    predictors_of_row: dict[int, list[int]] = {}
+    for rows, group_predictors in zip(rows_by_prompt.values(), packed.predictors, strict=True):
+        predictors_of_row.update(zip(rows, group_predictors, strict=True))
+    predictors = []
+    for i, response in enumerate(responses):
+        # An empty response has the prompt's last token as its one predictor, but nothing to predict.
+        predictors += predictors_of_row[i][: len(response)]
+    return output, predictors
 
 
-def _run_padded(model, prompts, responses, device):
-    """The same over rows (B, S) of prompt and response, with places in the flattened (B * S,)."""
-    rows = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
+def _padded_pass(
+    model: torch.nn.Module, prompts: TokenRows, responses: TokenRows, device: torch.device
+) -> tuple[Any, list[int]]:
+    """Send right-padded rows (B, S) through the decoder.
+
+    Returns:
+        The decoder's output, and N indices into the flattened rows (B * S,): whose hidden states predict the
+        response tokens, row by row.
+    """
+    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
     width = max(map(len, rows))
-    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    output = _body(model)(input_ids=input_ids, use_cache=False)
-    places = [
-        i * width + len(prompt) - 1 + t
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-        for t in range(len(response))
-    ]
-    return output, places
+    padded = [row + [0] * (width - len(row)) for row in rows]
+    output = _decoder(model)(input_ids=torch.tensor(padded, device=device), use_cache=False)
+    predictors: list[int] = []
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        first = i * width + len(prompt) - 1  # the prompt's last token predicts the first response token
+        predictors += range(first, first + len(response))
+    return output, predictors
 
 
-def _log_probs(model, output, hidden, targets, temperature) -> torch.Tensor:
-    """Of the targets (n,), from the hidden states (n, H) that predict them, in float32."""
-    with _body_returning(model, output, hidden[None]):
+def _target_log_probs(
+    model: torch.nn.Module, output: Any, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Return float32 log-probabilities (n,) of targets (n,), given the hidden states (n, H) before them.
+
+    Args:
+        output: the decoder's output, from which the hidden states were taken.
+    """
+    with _decoder_returning(model, output, hidden[None]):
         logits = model(input_ids=targets[None], use_cache=False).logits[0]  # (n, V)
-    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    logits = logits.float()  # before the softmax, whose sum over the vocabulary bfloat16 cannot hold
+    if temperature != 1:
+        logits = logits / temperature
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
-def _body(model) -> torch.nn.Module:
-    """The part of the model before its output layer."""
-    parts = model.get_decoder(), model.base_model, getattr(model, "model", None)
-    return next(part for part in parts if part is not None and part is not model)
+def _decoder(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the part of the model before its output layer."""
+    candidates = model.get_decoder(), model.base_model, getattr(model, "model", None)
+    return next(part for part in candidates if part is not None and part is not model)
 
 
 @contextmanager
-def _body_returning(model, output, hidden: torch.Tensor):
-    """Within it, the model's body returns its output with other hidden states (1, n, H) and computes nothing.
+def _decoder_returning(model: torch.nn.Module, output: Any, hidden: torch.Tensor) -> Iterator[None]:
+    """Make the model's decoder compute nothing and return `output` with other hidden states (1, n, H).
 
     The model then applies its output layer and whatever it does to its logits afterwards (Gemma's soft cap,
-    Granite's scaling), which calling the output layer by hand would miss.
+    Granite's scaling). Calling the output layer directly would miss the latter.
     """
-    body, calls = _body(model), []
-    stand_in = type(output)(**{**output, "last_hidden_state": hidden})
-    body.forward = lambda *_args, **_kwargs: calls.append(1) or stand_in
+    decoder = _decoder(model)
+    replaced = type(output)(**{**output, "last_hidden_state": hidden})
+    num_calls = 0
+
+    def return_replaced(*_args: Any, **_kwargs: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        return replaced
+
+    decoder.forward = return_replaced
     try:
         yield
     finally:
-        del body.forward
-    assert calls, f"{type(model).__name__} does not run its decoder as a part"
+        del decoder.forward
+    assert num_calls, f"{type(model).__name__} does not call its decoder as a submodule"

@@ -1,12 +1,14 @@
-"""A model's name to (model, tokenizer): hub id, folder, embedded (smollm2-135m), tiny, tiny-moe or auto.
+"""Load a model and its tokenizer by name: a hub id, a folder, `smollm2-135m`, `tiny`, `tiny-moe` or `auto`.
 
-Whatever a user can get wrong is a ValueError of one line: what, why, what to do.
+Every mistake that a user can make raises a ValueError, whose message is one line: what is wrong, why, and
+what to do.
 """
 
 import difflib
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -19,6 +21,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from gspo import HUB_TIMEOUT_S
@@ -26,13 +31,13 @@ from gspo.policy.model_cache import EMBEDDED_NAME, converted_folder, gguf_path
 from gspo.policy.tiny_models import TINY_FOLDER, TINY_NAMES, new_tiny_model, tiny_config, tiny_tokenizer
 
 BUILT_IN = ("auto", EMBEDDED_NAME, *TINY_NAMES)
-AUTO_TABLE = (  # (GPU memory in GB at least, model), largest first
+AUTO_TABLE = (  # (least GPU memory in GB, model), largest first
     (70, "Qwen/Qwen2.5-7B-Instruct"),
     (20, "Qwen/Qwen2.5-1.5B-Instruct"),
     (8, "Qwen/Qwen2.5-0.5B-Instruct"),
     (0, EMBEDDED_NAME),
 )
-KNOWN_HUB_IDS = (  # suggested for a misspelt id, also when the hub is out of reach
+KNOWN_HUB_IDS = (  # suggestions for a misspelt id, available without the hub
     "Qwen/Qwen2.5-0.5B-Instruct",
     "Qwen/Qwen2.5-1.5B-Instruct",
     "Qwen/Qwen2.5-3B-Instruct",
@@ -46,74 +51,113 @@ KNOWN_HUB_IDS = (  # suggested for a misspelt id, also when the hub is out of re
     "microsoft/DialoGPT-medium",
     "HuggingFaceTB/SmolLM2-135M-Instruct",
 )
-NOT_ON_HUB = {"Qwen/Qwen2.5-MoE-A2.7B-Instruct": "Qwen/Qwen1.5-MoE-A2.7B-Chat"}  # a common slip
-EMBEDDED_PARAMETERS = 134_515_008  # smollm2-135m; its configuration lies inside the GGUF file, slow to open
+NOT_ON_HUB = {"Qwen/Qwen2.5-MoE-A2.7B-Instruct": "Qwen/Qwen1.5-MoE-A2.7B-Chat"}  # a common mistake
+# smollm2-135m. Its configuration is inside the GGUF file, which is slow to open.
+EMBEDDED_PARAMETERS = 134_515_008
+# Parts of the class names, in config.json, of models with a language-model head.
+CAUSAL_CLASSES = ("CausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
-def auto_model_name(gpu_gb):
-    """The model that `auto` stands for on a GPU of gpu_gb GB (1e9 bytes; 0 without a GPU)."""
+def auto_model_name(gpu_gb: float) -> str:
+    """Return the model that `auto` stands for on a GPU of gpu_gb GB (1e9 bytes), or 0 without a GPU."""
     return next(name for least, name in AUTO_TABLE if gpu_gb >= least)
 
 
-def resolve_model_name(name):
-    """name -> (name, reason): `auto` becomes a model that suits this machine; other names stay as given."""
+def resolve_model_name(name: str) -> tuple[str, str]:
+    """Replace `auto` by a model that suits this machine, and leave other names as they are.
+
+    Returns:
+        The name, and the reason for it in words.
+    """
     if name != "auto":
         return name, "as given"
     if not torch.cuda.is_available():
         return auto_model_name(0), "no GPU found"
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return auto_model_name(gpu.total_memory / 1e9), f"{gpu.name} with {gpu.total_memory / 1e9:.0f} GB"
+    gpu_gb = gpu.total_memory / 1e9
+    return auto_model_name(gpu_gb), f"{gpu.name} with {gpu_gb:.0f} GB"
 
 
-def load_model(name, dtype=None, device=None, trust_remote_code=False):
-    """Load a causal language model in eval mode, with its tokenizer.
+def load_model(
+    name: str,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model in evaluation mode, with its tokenizer.
 
-    dtype: torch.dtype or its name; None is float32, because an update at learning rate 1e-6 vanishes in bf16
-    weights. device: None takes the GPU where there is one. The tokenizer always has a pad token (the end
-    token if it had none). trust_remote_code: whether code that comes with the model may run. ValueError, one
-    line: no such model, hub out of reach, licence not accepted, damaged files, not a causal language model.
+    Args:
+        name: a hub id, a folder, or one of BUILT_IN.
+        dtype: the type of the weights, a torch.dtype or its name. None means float32: an update at learning
+            rate 1e-6 is smaller than the rounding of bfloat16 weights.
+        device: None means the GPU where there is one, else the CPU.
+        trust_remote_code: whether code that comes with the model may be executed.
+
+    Returns:
+        The model and the tokenizer, which always has a pad token: its end token if it had none.
+
+    Raises:
+        ValueError: there is no such model, the hub cannot be reached, a licence is not accepted, files are
+            damaged, or it is not a causal language model. The message is one line.
     """
     name, _ = resolve_model_name(name)
-    dtype = _dtype(dtype)
+    dtype = _torch_dtype(dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name in TINY_NAMES:
         model = new_tiny_model(name, load_file(TINY_FOLDER / f"{name}.safetensors"))
         return model.to(device, dtype), tiny_tokenizer()
     source, local_only = _locate(name)
     _check_causal(name, _read_config(name, source, local_only, trust_remote_code))
-    access = dict(local_files_only=local_only, trust_remote_code=trust_remote_code)
+    access = {"local_files_only": local_only, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **access)
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **access
         )
-    except Exception as error:  # transformers lets through whatever its parsers meet in a damaged file
-        raise ValueError(_damaged(source, _first_line(error))) from None
+    except Exception as error:  # a damaged file can raise any exception in transformers' parsers
+        raise ValueError(_damaged_message(source, _first_line(error))) from None
+    # transformers gives random values to weights that are missing or misshapen, and only warns.
     random_weights = sorted(info["missing_keys"]) + [key for key, *_ in info["mismatched_keys"]]
-    if random_weights:  # transformers would only warn
-        raise ValueError(_damaged(source, f"no weights that fit {', '.join(random_weights[:3])}"))
+    if random_weights:
+        raise ValueError(_damaged_message(source, f"no weights that fit {', '.join(random_weights[:3])}"))
+    # Without tokenizer files, transformers returns a tokenizer with an empty vocabulary.
     if tokenizer.eos_token is None or not tokenizer.encode("0", add_special_tokens=False):
-        # without tokenizer files transformers makes one up, with an empty vocabulary
-        raise ValueError(_damaged(source, "no tokenizer with an end token"))
+        raise ValueError(_damaged_message(source, "no tokenizer with an end token"))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device), tokenizer  # from_pretrained has set eval mode
+    return model.to(device), tokenizer  # from_pretrained has set evaluation mode
 
 
-def count_parameters(name, trust_remote_code=False):
-    """The number of parameters, tied weights once, from the configuration alone. Errors as load_model's."""
+def count_parameters(name: str, trust_remote_code: bool = False) -> int:
+    """Count a model's parameters from its configuration, without its weights. Tied weights count once.
+
+    Raises:
+        ValueError: the same as in load_model.
+    """
     name, _ = resolve_model_name(name)
     if name == EMBEDDED_NAME:
         return EMBEDDED_PARAMETERS
-    tiny = name in TINY_NAMES
-    config = tiny_config(name) if tiny else _read_config(name, *_locate(name), trust_remote_code)
+    if name in TINY_NAMES:
+        config = tiny_config(name)
+    else:
+        source, local_only = _locate(name)
+        config = _read_config(name, source, local_only, trust_remote_code)
     _check_causal(name, config)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).num_parameters()
+    with torch.device("meta"):  # no memory for the weights
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model.num_parameters()
 
 
-def check_memory(name, needed, gpu_bytes=None):
-    """ValueError where training needs more bytes than the GPU has (gpu_bytes: by default this machine's)."""
+def check_memory(name: str, needed: float, gpu_bytes: float | None = None) -> None:
+    """Refuse a model whose training needs more memory than the GPU has.
+
+    Args:
+        needed: bytes that training needs before activations.
+        gpu_bytes: the GPU's memory; None means that of this machine's first GPU.
+
+    Raises:
+        ValueError: the memory does not suffice.
+    """
     available = gpu_bytes or torch.cuda.get_device_properties(0).total_memory
     if needed > available:
         raise ValueError(
@@ -126,8 +170,12 @@ def check_memory(name, needed, gpu_bytes=None):
 # Hub ids and folders
 
 
-def _locate(name):
-    """name -> (folder or hub id, whether to look at files on this machine only)."""
+def _locate(name: str) -> tuple[str | Path, bool]:
+    """Find out where a model is.
+
+    Returns:
+        A folder or a hub id, and whether to use only files that are on this machine.
+    """
     if name == EMBEDDED_NAME:
         return _embedded_folder(), True
     if Path(name).is_dir():
@@ -142,12 +190,20 @@ def _locate(name):
     return name, not _hub_has(name)
 
 
-def _hub_has(name):
-    """Whether the hub serves this model. False: the hub is out of reach, the local cache has to do."""
+def _hub_has(name: str) -> bool:
+    """Ask the hub for a model.
+
+    Returns:
+        True if the hub has it, False if the hub cannot be reached.
+
+    Raises:
+        ValueError: the hub does not have it, or does not give it to this user.
+    """
     if name in NOT_ON_HUB:
         raise ValueError(f"the hub has no model {name!r}: did you mean {NOT_ON_HUB[name]}?")
-    if "/" not in name and _close(name, BUILT_IN):
-        raise ValueError(f"unknown model {name!r}: did you mean {_close(name, BUILT_IN)}?")
+    built_in = _closest(name, BUILT_IN)
+    if "/" not in name and built_in:
+        raise ValueError(f"unknown model {name!r}: did you mean {built_in}?")
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_TIMEOUT_S)
     except GatedRepoError:
@@ -164,17 +220,19 @@ def _hub_has(name):
         ) from None
     except (HTTPError, OSError):
         return False
-    except ValueError as error:  # the hub library's verdict on an id that cannot be one
+    except ValueError as error:  # from the hub's library, for a name that cannot be an id
         raise ValueError(f"{name!r} is neither a folder nor a hub id ({_first_line(error)})") from None
     return True
 
 
-def _read_config(name, source, local_only, trust_remote_code):
+def _read_config(
+    name: str, source: str | Path, local_only: bool, trust_remote_code: bool
+) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(
             source, local_files_only=local_only, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # as above
+    except Exception as error:  # a damaged file can raise any exception in transformers' parsers
         if local_only and not Path(source).is_dir():
             raise ValueError(
                 f"cannot load {name!r}{_suggestion(name)}: the model hub cannot be reached and its "
@@ -183,22 +241,19 @@ def _read_config(name, source, local_only, trust_remote_code):
             ) from None
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"model {name!r} comes with code of its own, which runs only with --trust_remote_code: read "
-                "that code first, or name another model"
+                f"model {name!r} comes with code of its own, which is executed only with "
+                "--trust_remote_code: read that code first, or name another model"
             ) from None
-        raise ValueError(_damaged(source, _first_line(error))) from None
+        raise ValueError(_damaged_message(source, _first_line(error))) from None
 
 
-def _check_causal(name, config):
-    """ValueError unless the weights belong to a decoder with a language-model head."""
+def _check_causal(name: str, config: PreTrainedConfig) -> None:
+    """Raise a ValueError unless the model is a decoder with a language-model head."""
     architectures = getattr(config, "architectures", None) or []
-    headless = architectures and not any(
-        kind in architecture
-        for architecture in architectures
-        for kind in ("CausalLM", "LMHeadModel", "ForConditionalGeneration")
-    )
-    own_class = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if headless or not (own_class or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+    has_head = any(part in architecture for architecture in architectures for part in CAUSAL_CLASSES)
+    brings_own_class = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    loads = brings_own_class or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if (architectures and not has_head) or not loads:
         kind = ", ".join(architectures) or config.model_type
         raise ValueError(
             f"model {name!r} is not a causal language model, it is {kind}: name a model whose "
@@ -206,17 +261,20 @@ def _check_causal(name, config):
         )
 
 
-def _close(name, known):
+def _closest(name: str, known: tuple[str, ...]) -> str | None:
+    """Return the known name most similar to this one, or None if none is similar."""
     return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
-def _suggestion(name):
-    """' (did you mean ...?)' for an id close to a known one but not equal, else nothing."""
-    close = _close(name, KNOWN_HUB_IDS)
-    return f" (did you mean {close}?)" if close and name not in KNOWN_HUB_IDS else ""
+def _suggestion(name: str) -> str:
+    """Return ' (did you mean ...?)' for a name that is similar to a known hub id, else an empty string."""
+    closest = _closest(name, KNOWN_HUB_IDS)
+    if closest is None or name in KNOWN_HUB_IDS:
+        return ""
+    return f" (did you mean {closest}?)"
 
 
-def _dtype(dtype):
+def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype or torch.float32
@@ -225,22 +283,22 @@ def _dtype(dtype):
     return names[dtype]
 
 
-def _damaged(source, why):
+def _damaged_message(source: str | Path, why: str) -> str:
     return (
         f"cannot load {source}, its files are damaged, incomplete or unknown to transformers ({why}): "
         "fetch them again, or name another model"
     )
 
 
-def _first_line(error):
+def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:;")
 
 
 # The embedded model
 
 
-def _embedded_folder():
-    """The folder of the converted embedded model; converts it on first use (half a minute)."""
+def _embedded_folder() -> Path:
+    """Return the folder of the converted embedded model. The first use converts it, in half a minute."""
     folder = converted_folder()
     if folder.is_dir():
         return folder
@@ -249,13 +307,17 @@ def _embedded_folder():
     print(f"Converting {EMBEDDED_NAME} once, about half a minute ...")
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         target = Path(temporary) / EMBEDDED_NAME
-        source = dict(pretrained_model_name_or_path=gguf_path().parent, gguf_file=gguf_path().name)
+        source: dict[str, Any] = {
+            "pretrained_model_name_or_path": gguf_path().parent,
+            "gguf_file": gguf_path().name,
+        }
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        # The conversion from GGUF loses the first step of SmolLM2's pre-tokenizer: each digit stands alone.
+        # transformers' conversion from GGUF loses the first step of SmolLM2's pre-tokenizer, which makes a
+        # token of each digit.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-        # transformers 5.17 takes <|im_start|> for the end token and drops spaces in decoding, 5.23 does not.
+        # transformers 5.17 takes <|im_start|> for the end token and drops spaces in decoding; 5.23 does not.
         tokenizer.clean_up_tokenization_spaces = False
         tokenizer.add_special_tokens(
             {
@@ -270,6 +332,6 @@ def _embedded_folder():
         )
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-        if not folder.is_dir():  # another process may have been faster
+        if not folder.is_dir():  # another process may have converted it meanwhile
             os.rename(target, folder)
     return folder

@@ -1,28 +1,39 @@
-"""Run each prompt once in sampling, and let all of its responses attend to its keys and values.
+"""Send each prompt through the model once when sampling, and let all its responses use its keys and values.
 
-Prompts are left-padded, so that every response starts at the same place in the cache.
+Prompts are left-padded, so that every response starts at the same index of the cache.
 
-Shapes: Q prompts, B responses, P padded prompt length, V vocabulary.
+Shapes: Q prompts, B responses, P padded prompt length, S tokens in the cache, V vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-# Tokens that a layer's keys and values may still take when they are laid out anew.
-ROOM = 64
+# For how many more tokens a new buffer of keys and values has space.
+SPARE_TOKENS = 64
 
 
-def can_share_prompts(model) -> bool:
-    """Whether the state that a prompt leaves is keys and values alone, which can be repeated by rows."""
+def can_share_prompts(model: PreTrainedModel) -> bool:
+    """Return whether the model's cache holds keys and values only, which can be repeated for each response.
+
+    This excludes models with recurrent or convolutional layers, which have other states.
+    """
     layers = DynamicCache(config=model.config).layers
     return all(hasattr(layer, "batch_select_indices") for layer in layers)
 
 
-def run_prompts(model, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-    """Logits (Q, V) after each prompt, the cache, and the mask (Q, P) of the prompts' own tokens."""
+def prefill(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
+    """Send the prompts (token ids) through the model as one batch.
+
+    Returns:
+        The logits (Q, V) after each prompt; the cache, with the prompts' keys and values; and the attention
+        mask (Q, P), which is 1 for the prompts' tokens and 0 for padding.
+    """
     device = model.get_input_embeddings().weight.device
     width = max(map(len, prompts))
     input_ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (Q, P)
@@ -32,11 +43,13 @@ def run_prompts(model, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, 
         mask[i, width - len(prompt) :] = 1
     mask = mask.to(device)
     cache = DynamicCache(config=model.config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:  # layers with a sliding window keep transformers' own
+            cache.layers[i] = PreallocatedLayer()
     logits = model(
         input_ids=input_ids.to(device),
         attention_mask=mask,
-        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),  # the first token of a prompt has position 0
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
@@ -44,57 +57,65 @@ def run_prompts(model, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, 
     return logits, cache, mask
 
 
-def decoding_mask(model, cache: DynamicCache, mask: torch.Tensor) -> torch.Tensor:
-    """The mask (B, S) of the tokens that the next one sees, as the model takes it with least work.
+def decoding_mask(model: PreTrainedModel, cache: DynamicCache, mask: torch.Tensor) -> torch.Tensor:
+    """Return the mask (B, S) of the tokens that the next one attends to, in the form that is fastest.
 
-    Where every layer sees everything, that is (B, 1, 1, S) to add to the scores, in the compute type: a 0 / 1
-    mask would be converted in every layer, at every token.
+    Where every layer attends to all tokens, this is a mask (B, 1, 1, S) to add to the attention scores, in
+    the type of the keys. Every layer would convert a mask of zeros and ones to it, for every token.
     """
-    if not (model._supports_attention_backend and all(type(layer) is RoomyLayer for layer in cache.layers)):
+    attends_to_all = all(type(layer) is PreallocatedLayer for layer in cache.layers)
+    if not (model._supports_attention_backend and attends_to_all):
         return mask
     added = torch.zeros(mask.shape, dtype=cache.layers[0].keys.dtype, device=mask.device)
     return added.masked_fill_(mask == 0, -torch.inf)[:, None, None]
 
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values with room behind them, in the compute type; without gradients.
+class PreallocatedLayer(DynamicLayer):
+    """A layer's keys and values in buffers with space for more tokens. It serves sampling, without gradients.
 
-    transformers' own layer copies everything to append a token, and keeps float32 under autocast, which
-    attention then casts at every token.
+    transformers' own layer copies all keys and values to append a token. Under autocast it also keeps them in
+    float32, which attention then converts for every token; this one keeps them in the autocast type.
     """
 
-    # Keys and values (B, heads, S + room, head width); self.keys and self.values are their first S.
-    _rooms = None
+    # Buffers (B, heads, S + spare, head width) of keys and of values; self.keys and self.values are views of
+    # their first S tokens. None: there are none, or the batch has changed since.
+    _buffers: list[torch.Tensor] | None = None
+    keys: torch.Tensor
+    values: torch.Tensor
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values (B, heads, new tokens, width), and return all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
         end = start + key_states.shape[2]
-        if self._rooms is None or end > self._rooms[0].shape[2]:
-            self._rooms = [
-                _with_room(kept, new, end)
-                for kept, new in ((self.keys, key_states), (self.values, value_states))
+        if self._buffers is None or end > self._buffers[0].shape[2]:
+            self._buffers = [
+                _new_buffer(self.keys, key_states, end),
+                _new_buffer(self.values, value_states, end),
             ]
-        for room, new in zip(self._rooms, (key_states, value_states), strict=True):
-            room[:, :, start:end] = new
-        self.keys, self.values = (room[:, :, :end] for room in self._rooms)
+        key_buffer, value_buffer = self._buffers
+        key_buffer[:, :, start:end] = key_states
+        value_buffer[:, :, start:end] = value_states
+        self.keys, self.values = key_buffer[:, :, :end], value_buffer[:, :, :end]
         return self.keys, self.values
 
-    def batch_select_indices(self, indices):
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self._rooms = None
+        self._buffers = None
 
-    def batch_repeat_interleave(self, repeats):
+    def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._rooms = None
+        self._buffers = None
 
 
-def _with_room(kept: torch.Tensor, new: torch.Tensor, length: int) -> torch.Tensor:
-    """What is kept (B, heads, S, width), or nothing yet, in a buffer for length + ROOM tokens."""
+def _new_buffer(old: torch.Tensor, new: torch.Tensor, length: int) -> torch.Tensor:
+    """Return a buffer for length + SPARE_TOKENS tokens that begins with the old ones (B, heads, S, width)."""
     device = new.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else new.dtype
-    room = new.new_empty(*new.shape[:2], length + ROOM, new.shape[3], dtype=dtype)
-    if kept.numel():
-        room[:, :, : kept.shape[2]] = kept
-    return room
+    buffer = new.new_empty(*new.shape[:2], length + SPARE_TOKENS, new.shape[3], dtype=dtype)
+    if old.numel():  # nothing before the first update
+        buffer[:, :, : old.shape[2]] = old
+    return buffer

@@ -1,59 +1,67 @@
 """Sample groups of responses from the policy, in process, with any decoder that transformers loads.
 
-The sampled distribution is softmax(logits / temperature) over the whole vocabulary and nothing else: no
-top-p, top-k or repetition penalty, whatever the model's generation_config says. Scoring can then use the
-same distribution, without which an importance ratio has no meaning.
+Responses are sampled from softmax(logits / temperature) over the whole vocabulary. There is no top-p, top-k
+or repetition penalty, whatever the model's generation_config says. log_probs.py computes log-probabilities
+under exactly this distribution; under any other, an importance ratio would have no meaning.
 
-How it is fast: a prompt runs once per group, and its keys and values are repeated for the G responses;
-finished rows leave the batch. How it is reproducible: every response draws its uniforms from a generator of
-its own, so a sample depends on the seed and its prompt, not on how many rows happen to share the batch.
+Two things make it fast. Each prompt goes through the model once, and its keys and values are repeated for the
+G responses of the group. Rows whose responses have ended leave the batch.
 
-Shapes: Q prompts, G group size, B = Q * G rows still sampling, P padded prompt length, V vocabulary.
+Samples are reproducible because every response has a random stream of its own. A sample depends on the seed
+and the prompt, not on the other rows in the batch.
+
+Shapes: Q prompts, G group size, B = Q * G responses or those of them still being sampled, T response tokens,
+P padded prompt length, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gspo.policy.cpu import packed_weights
-from gspo.policy.prompt_cache import can_share_prompts, decoding_mask, run_prompts
+from gspo.policy.prompt_cache import can_share_prompts, decoding_mask, prefill
 
-# Rows sampled at a time: bounds the key-value cache when an evaluation hands over hundreds of prompts.
+# The most responses sampled at a time. It bounds the key-value cache when an evaluation passes hundreds of
+# prompts.
 MAX_ROWS = 128
-# Finished rows leave the batch when they make up this share of it; leaving one by one would copy the
-# key-value cache at almost every step.
+# Ended rows leave the batch when they make up this share of it. Were each to leave by itself, the key-value
+# cache would be copied at almost every step.
 COMPACT_SHARE = 0.25
-# Tokens summed at a time when a token is drawn.
+# How many tokens of the vocabulary form a block when a token is drawn.
 CDF_BLOCK = 256
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: prompt i of a call draws from the random stream seed + i."""
+    """How to sample. The responses to prompt i of a call use the random streams of seed + i."""
 
     max_new_tokens: int
-    temperature: float = 1.0  # 0: greedy, every log-probability 0
+    temperature: float = 1.0  # 0: greedy, and every log-probability is 0
     max_length: int | None = None  # bound on prompt + response tokens, besides max_new_tokens
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response. The end-of-sequence token, where one was sampled, is the last of response_ids."""
+    """One sampled response. If an end-of-sequence token was sampled, it is the last of response_ids."""
 
     prompt_ids: list[int]
     response_ids: list[int]
-    log_probs: list[float]  # of response_ids, nats, under the distribution sampled
-    text: str  # decoded without special tokens
-    finished: bool  # False: cut by max_new_tokens or max_length
+    log_probs: list[float]  # of response_ids in nats, under the distribution that was sampled from
+    text: str  # the response decoded without special tokens
+    finished: bool  # False: cut off at max_new_tokens or max_length
 
 
-def encode_prompt(tokenizer, text: str) -> list[int]:
-    """The ids of a user's message: through the chat template where there is one, else question and answer."""
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a user's message, rendered by the tokenizer's chat template.
+
+    Without a chat template, the message stands between "Question: " and "Answer:".
+    """
     if tokenizer.chat_template is None:
         return tokenizer(f"Question: {text}\nAnswer:")["input_ids"]
     rendered = tokenizer.apply_chat_template(
@@ -63,9 +71,13 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
 
 
 class TransformersEngine:
-    """Samples with the model object that is being trained: its weights are never stale."""
+    """Samples with the model object that is being trained, so its weights are always current.
 
-    def __init__(self, model, tokenizer):
+    Raises:
+        ValueError: the model has recurrent layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.end_ids = _end_token_ids(model, tokenizer)
@@ -78,53 +90,67 @@ class TransformersEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], group_size: int, sampling: Sampling
     ) -> list[Rollout]:
-        """Sample group_size responses to each prompt (token ids); groups are contiguous.
+        """Sample group_size responses to each prompt, given as token ids.
+
+        Returns:
+            len(prompts) * group_size rollouts, in which the responses to a prompt are contiguous.
 
         Raises:
-            ValueError: an empty prompt, or one that leaves no room for a token under sampling.max_length.
+            ValueError: a prompt is empty, or leaves no room for a token under sampling.max_length.
         """
         budgets = torch.tensor([_response_budget(prompt, sampling) for prompt in prompts])
-        budgets = budgets.repeat_interleave(group_size)  # (B,)
-        prompts_at_a_time = max(1, MAX_ROWS // group_size)
+        budgets = budgets.repeat_interleave(group_size)  # (len(prompts) * G,)
+        longest = int(budgets.max())
+        prompts_per_batch = max(1, MAX_ROWS // group_size)
+        most_rows = min(len(budgets), prompts_per_batch * group_size)
         rollouts = []
-        rows = min(len(budgets), prompts_at_a_time * group_size)
-        with _evaluating(self.model), torch.no_grad(), packed_weights(self.model, rows):
-            for start in range(0, len(prompts), prompts_at_a_time):
-                chunk = prompts[start : start + prompts_at_a_time]
-                budget = budgets[start * group_size :][: len(chunk) * group_size]
-                uniforms = _uniforms(sampling.seed + start, len(chunk), group_size, int(budgets.max()))
-                rollouts += self._generate_chunk(chunk, budget, sampling.temperature, uniforms)
+        with _evaluation_mode(self.model), torch.no_grad(), packed_weights(self.model, most_rows):
+            for start in range(0, len(prompts), prompts_per_batch):
+                batch = prompts[start : start + prompts_per_batch]
+                batch_budgets = budgets[start * group_size :][: len(batch) * group_size]
+                uniforms = draw_uniforms(sampling.seed + start, len(batch), group_size, longest)
+                rollouts += self._sample_batch(batch, batch_budgets, sampling.temperature, uniforms)
         return rollouts
 
-    def _generate_chunk(self, prompts, budget, temperature, uniforms) -> list[Rollout]:
-        """Of at most budget (B,) tokens each, drawn at uniforms (B, T)."""
+    def _sample_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        budgets: torch.Tensor,
+        temperature: float,
+        uniforms: torch.Tensor,
+    ) -> list[Rollout]:
+        """Sample responses of at most `budgets` (B,) tokens each, drawn with `uniforms` (B, T)."""
         device = self.model.get_input_embeddings().weight.device
-        group_size, longest = len(budget) // len(prompts), int(budget.max())
-        budget = budget.to(device)
+        num_rows, longest = len(budgets), int(budgets.max())
+        group_size = num_rows // len(prompts)
+        budgets = budgets.to(device)
         uniforms = uniforms.to(device)
         end_ids = torch.tensor(self.end_ids, device=device)
-        tokens = torch.zeros(len(budget), longest, dtype=torch.long, device=device)  # (B, T)
-        log_probs = torch.zeros(len(budget), longest, device=device)  # (B, T)
-        lengths = torch.zeros_like(budget)  # (B,)
+        tokens = torch.zeros(num_rows, longest, dtype=torch.long, device=device)  # (B, T)
+        log_probs = torch.zeros(num_rows, longest, device=device)  # (B, T)
+        lengths = torch.zeros_like(budgets)  # (B,)
 
-        logits, cache, attention_mask = run_prompts(self.model, prompts)
+        logits, cache, attention_mask = prefill(self.model, prompts)
         logits = logits.repeat_interleave(group_size, dim=0)  # (B, V)
         attention_mask = attention_mask.repeat_interleave(group_size, dim=0)  # (B, P)
         cache.batch_repeat_interleave(group_size)
-        live = torch.arange(len(budget), device=device)  # responses in the batch; logits, cache in this order
-        done = torch.zeros_like(live, dtype=torch.bool)  # those among them that have ended
+        # Which response each row of the batch holds. logits, cache and attention_mask have the same order.
+        rows = torch.arange(num_rows, device=device)
+        ended = torch.zeros_like(rows, dtype=torch.bool)
         for step in range(longest):
-            token, log_prob = _sample(logits, temperature, uniforms[live, step])
-            tokens[live, step], log_probs[live, step] = token, log_prob
-            lengths[live[~done]] = step + 1
-            done = done | torch.isin(token, end_ids) | (budget[live] == step + 1)
-            if done.all():
+            token, log_prob = draw_tokens(logits, temperature, uniforms[rows, step])
+            # Ended rows that are still in the batch write here too, behind the end of their responses.
+            tokens[rows, step], log_probs[rows, step] = token, log_prob
+            lengths[rows[~ended]] = step + 1
+            ended = ended | torch.isin(token, end_ids) | (budgets[rows] == step + 1)
+            if ended.all():
                 break
-            if done.float().mean() >= COMPACT_SHARE:
-                kept = (~done).nonzero().squeeze(1)
+            if ended.float().mean() >= COMPACT_SHARE:
+                kept = (~ended).nonzero().squeeze(1)
                 cache.batch_select_indices(kept)
-                live, token, attention_mask, done = (x[kept] for x in (live, token, attention_mask, done))
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(live), 1)], dim=1)
+                rows, token, ended = rows[kept], token[kept], ended[kept]
+                attention_mask = attention_mask[kept]
+            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
             logits = self.model(
                 input_ids=token[:, None],
                 attention_mask=decoding_mask(self.model, cache, attention_mask),
@@ -148,70 +174,87 @@ class TransformersEngine:
         return rollouts
 
 
-def _uniforms(seed: int, num_prompts: int, group_size: int, length: int) -> torch.Tensor:
-    """Uniforms (B, T) in [0, 1): a stream for each response, so that none depends on its neighbours."""
-    streams = [
-        np.random.SeedSequence(seed + i, spawn_key=(g,))
-        for i in range(num_prompts)
-        for g in range(group_size)
-    ]
-    return torch.from_numpy(np.stack([np.random.default_rng(stream).random(length) for stream in streams]))
+def draw_uniforms(seed: int, num_prompts: int, group_size: int, length: int) -> torch.Tensor:
+    """Return float64 numbers (B, length) uniform in [0, 1), from an independent stream for each response."""
+    rows = []
+    for i in range(num_prompts):
+        for g in range(group_size):
+            stream = np.random.SeedSequence(seed + i, spawn_key=(g,))
+            rows.append(np.random.default_rng(stream).random(length))
+    return torch.from_numpy(np.stack(rows))
 
 
-def _sample(logits, temperature, uniform):
-    """Draw by inverting the cumulative distribution at uniform (B,): tokens and log-probabilities (B,).
+def draw_tokens(
+    logits: torch.Tensor, temperature: float, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token per row from softmax(logits / temperature), by inverting the cumulative distribution.
 
-    First the block of CDF_BLOCK tokens, then the token in it, so that the sums that need float64 (in float32
-    their error over a 150k vocabulary is larger than many tokens' probabilities) are over few numbers: half
-    the time of one cumulative sum. A token of probability 0 is never drawn.
+    The token drawn is the first whose cumulative probability exceeds the row's uniform number. Over a
+    vocabulary of 150,000, float32 sums have an error larger than many tokens' probabilities, so the sums must
+    be float64. To make few of them, the block of CDF_BLOCK tokens is drawn first and then the token in it:
+    this takes half the time of one cumulative sum. A token of probability 0 is never drawn.
+
+    Args:
+        logits: (B, V).
+        temperature: 0 takes the most probable token.
+        uniform: (B,) float64 in [0, 1).
+
+    Returns:
+        The tokens (B,) and their log-probabilities (B,) in float32.
     """
     logits = logits.float()  # (B, V)
     if temperature == 0:
         token = logits.argmax(-1)
         return token, torch.zeros_like(token, dtype=torch.float32)
-    weights = torch.softmax(logits / temperature, -1)
-    weights = F.pad(weights, (0, -weights.shape[1] % CDF_BLOCK)).view(len(logits), -1, CDF_BLOCK)
-    blocks = weights.sum(-1, dtype=torch.float64)  # (B, V / CDF_BLOCK)
-    cumulative = blocks.cumsum(-1)
-    threshold = uniform[:, None] * cumulative[:, -1:]
-    block = _first_above(cumulative, threshold)  # (B, 1)
-    threshold = threshold - (cumulative - blocks).gather(1, block)
-    weights = weights.gather(1, block[:, :, None].expand(-1, 1, CDF_BLOCK))[:, 0]  # (B, CDF_BLOCK)
-    within = _first_above(weights.double().cumsum(-1), threshold)  # (B, 1)
-    token = block * CDF_BLOCK + within
-    return token.squeeze(1), weights.gather(1, within).log().squeeze(1)
+    probs = torch.softmax(logits / temperature, -1)
+    probs = F.pad(probs, (0, -probs.shape[1] % CDF_BLOCK))  # whole blocks
+    probs = probs.view(len(logits), -1, CDF_BLOCK)
+    block_probs = probs.sum(-1, dtype=torch.float64)  # (B, V / CDF_BLOCK)
+    block_cdf = block_probs.cumsum(-1)
+    # The probabilities are rounded and sum to almost 1: scale the uniform number to their exact sum.
+    threshold = uniform[:, None] * block_cdf[:, -1:]  # (B, 1)
+    block = _first_above(block_cdf, threshold)  # (B, 1)
+    # What remains of the threshold within the block.
+    threshold = threshold - (block_cdf - block_probs).gather(1, block)
+    probs = probs.gather(1, block[:, :, None].expand(-1, 1, CDF_BLOCK))[:, 0]  # (B, CDF_BLOCK)
+    index = _first_above(probs.double().cumsum(-1), threshold)  # (B, 1), within the block
+    token = block * CDF_BLOCK + index
+    return token.squeeze(1), probs.gather(1, index).log().squeeze(1)
 
 
-def _first_above(cumulative, threshold):
-    """Index (B, 1) of the first of cumulative (B, N) above threshold (B, 1), which rounding may have raised
-    to the last of them or a little more."""
-    threshold = torch.minimum(threshold, cumulative[:, -1:] * (1 - 2**-52))
-    return torch.searchsorted(cumulative, threshold, right=True)
+def _first_above(cdf: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """Return the index (B, 1) of the first entry of `cdf` (B, N) above `threshold` (B, 1)."""
+    # Rounding may have raised the threshold to the last entry or a little above it, where none would follow.
+    threshold = torch.minimum(threshold, cdf[:, -1:] * (1 - 2**-52))
+    return torch.searchsorted(cdf, threshold, right=True)
 
 
-def _response_budget(prompt, sampling: Sampling) -> int:
-    """Tokens that a response to this prompt may have."""
+def _response_budget(prompt: Sequence[int], sampling: Sampling) -> int:
+    """Return how many tokens a response to this prompt may have."""
     if not prompt:
         raise ValueError("a prompt has no tokens: there is nothing to continue")
-    room = sampling.max_length - len(prompt) if sampling.max_length is not None else sampling.max_new_tokens
-    if min(room, sampling.max_new_tokens) < 1:
+    budget = sampling.max_new_tokens
+    if sampling.max_length is not None:
+        budget = min(budget, sampling.max_length - len(prompt))
+    if budget < 1:
         raise ValueError(
             f"a prompt of {len(prompt)} tokens leaves no room for a response (max_length "
             f"{sampling.max_length}, max_new_tokens {sampling.max_new_tokens})"
         )
-    return min(room, sampling.max_new_tokens)
+    return budget
 
 
-def _end_token_ids(model, tokenizer) -> list[int]:
-    """Every id that ends a response: the tokenizer's, and the generation config's (often a list)."""
-    configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
+def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return every id that ends a response: the tokenizer's, and those of the model's generation config."""
+    configured = model.generation_config.eos_token_id  # an id, a list of ids or None
+    if not isinstance(configured, list):
+        configured = [configured]
     return sorted({i for i in (tokenizer.eos_token_id, *configured) if i is not None})
 
 
 @contextmanager
-def _evaluating(model):
-    """Evaluation mode (no dropout, no gradient checkpointing) within; every module's mode as found after."""
+def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Set evaluation mode (no dropout, no gradient checkpointing), and restore every module's mode after."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

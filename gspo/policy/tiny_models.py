@@ -1,15 +1,17 @@
-"""`tiny` and `tiny-moe`: Qwen3 and Qwen3-MoE made from config, with a vocabulary of characters.
+"""`tiny` and `tiny-moe`: small Qwen3 and Qwen3-MoE models with a vocabulary of characters.
 
-For tests, validation and small science. gspo/checks/warm_up_tiny.py makes their weights.
+They serve tests, validation and small experiments. gspo/checks/warm_up_tiny.py has trained their weights.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3MoeConfig,
@@ -20,8 +22,11 @@ TINY_FOLDER = Path(__file__).parent / "weights"
 TINY_VOCABULARY = ["<pad>", "<eos>", "<unk>", "\n", *map(chr, range(32, 127))]
 
 
-def tiny_tokenizer():
-    """One token per character: printable ASCII and newline, else <unk>. decode(encode(text)) == text."""
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per character: printable ASCII, newline, and <unk> for all others.
+
+    decode(encode(text)) == text for every text without unknown characters.
+    """
     vocabulary = {token: index for index, token in enumerate(TINY_VOCABULARY)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -38,9 +43,13 @@ def tiny_tokenizer():
     return tokenizer
 
 
-def tiny_config(name):
-    """Configuration of `tiny` (Qwen3, 113k parameters) or `tiny-moe` (Qwen3-MoE, 222k, 2 of 8 experts)."""
-    shared = dict(
+def tiny_config(name: str) -> Qwen3Config | Qwen3MoeConfig:
+    """Return the configuration of a tiny model.
+
+    `tiny` is a Qwen3 with 113k parameters; `tiny-moe` is a Qwen3-MoE with 222k, of whose 8 experts 2 are used
+    per token.
+    """
+    shared: dict[str, Any] = dict(
         vocab_size=len(TINY_VOCABULARY),
         hidden_size=64,
         num_attention_heads=4,
@@ -63,8 +72,12 @@ def tiny_config(name):
     )
 
 
-def new_tiny_model(name, weights=None):
-    """`tiny` or `tiny-moe`: random, or with weights, a state dict under the names save_pretrained writes."""
+def new_tiny_model(name: str, weights: dict[str, torch.Tensor] | None = None) -> PreTrainedModel:
+    """Build `tiny` or `tiny-moe` with random weights, or with the given ones.
+
+    Args:
+        weights: a state dict with the names that save_pretrained writes.
+    """
     config = tiny_config(name)
     if weights is None:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -7,7 +7,7 @@ from gspo.policy import prompt_cache
 from gspo.policy.cpu import packed_weights
 from gspo.policy.log_probs import token_log_probs
 from gspo.policy.model_loader import load_model
-from gspo.policy.rollout import Sampling, TransformersEngine, _sample, _uniforms, encode_prompt
+from gspo.policy.rollout import Sampling, TransformersEngine, draw_tokens, draw_uniforms, encode_prompt
 from support.models import VOCABULARY, make_model
 
 PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16], [17, 18]]
@@ -79,7 +79,7 @@ def test_a_sample_depends_on_its_seed_and_prompt_alone(llama):
 
 def test_streams_of_seeds_and_responses_are_distinct():
     streams = [
-        _uniforms(seed, 1, 3, 1).flatten().tolist() for seed in (0, 5, 1 << 32, (1 << 32) + 5, 5 << 64)
+        draw_uniforms(seed, 1, 3, 1).flatten().tolist() for seed in (0, 5, 1 << 32, (1 << 32) + 5, 5 << 64)
     ]
     drawn = [x for stream in streams for x in stream]
     assert len(set(drawn)) == len(drawn) == 15
@@ -89,7 +89,7 @@ def test_draws_follow_the_softmax():
     # 40,000 draws over 61 tokens at temperature 0.7; chi-square with 60 degrees exceeds 112 once in 20,000
     logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(0))
     uniform = torch.rand(40_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    token, log_prob = _sample(logits.expand(len(uniform), -1), 0.7, uniform)
+    token, log_prob = draw_tokens(logits.expand(len(uniform), -1), 0.7, uniform)
     expected = torch.softmax(logits.double() / 0.7, -1)
     observed = torch.bincount(token, minlength=VOCABULARY)
     chi_square = ((observed - expected * len(uniform)) ** 2 / (expected * len(uniform))).sum().item()
@@ -102,7 +102,7 @@ def test_draws_invert_the_cumulative_distribution_of_a_large_vocabulary():
     logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(0)) * 4
     logits[:, 256:768] = -200
     uniform = torch.rand(2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    token, log_prob = _sample(logits.expand(len(uniform), -1), 1.0, uniform)
+    token, log_prob = draw_tokens(logits.expand(len(uniform), -1), 1.0, uniform)
     expected = torch.softmax(logits[0].double(), -1)
     slow = torch.searchsorted(expected.cumsum(-1), uniform, right=True)
     assert (token != slow).sum() <= 1, "but for a uniform within rounding of a boundary"
@@ -120,7 +120,7 @@ def test_first_tokens_of_a_model_follow_its_softmax(llama):
 
 def test_impossible_tokens_are_never_drawn():
     logits = torch.tensor([[-float("inf"), 0.0, -float("inf")]] * 2)
-    token, log_prob = _sample(logits, 1.0, torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64))
+    token, log_prob = draw_tokens(logits, 1.0, torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64))
     assert token.tolist() == [1, 1] and log_prob.tolist() == [0, 0]
 
 
@@ -139,7 +139,7 @@ def test_packed_weights_multiply_as_bfloat16_does(any_model):
 def test_a_cache_with_room_keeps_what_it_had_when_it_grows(llama, monkeypatch):
     sampling = Sampling(max_new_tokens=12, seed=3)
     roomy = engine(llama).generate(PROMPTS, 2, sampling)
-    monkeypatch.setattr(prompt_cache, "ROOM", 1)
+    monkeypatch.setattr(prompt_cache, "SPARE_TOKENS", 1)
     assert [r.response_ids for r in engine(llama).generate(PROMPTS, 2, sampling)] == [
         r.response_ids for r in roomy
     ]

@@ -128,8 +128,8 @@ FAULTS = {
     ),
     "temperature ignored by the scorer": Fault(
         "gspo.policy.log_probs",
-        "else logits.float() / temperature",
-        "else logits.float()",
+        "logits = logits / temperature",
+        "logits = logits * 1",
         "scoring equals",
     ),
     "weights frozen": Fault(
@@ -158,20 +158,20 @@ FAULTS = {
     ),
     "scoring shifted by one": Fault(
         "gspo.policy.log_probs",
-        "torch.tensor(places, device=device)",
-        "torch.tensor(places, device=device).sub(1).clamp(min=0)",
+        "torch.tensor(predictors, device=device)",
+        "torch.tensor(predictors, device=device).sub(1).clamp(min=0)",
         "scoring equals",
     ),
     "shared prompts mixed up": Fault(
         "gspo.policy.group_attention",
-        "responses.by_group(of_responses[0]), *map(prompts.by_row, of_prompts[1:]), groups",
-        "responses.by_group(of_responses[0]), *(prompts.by_row(x).flip(0) for x in of_prompts[1:]), groups",
+        "responses.by_group(padded[0]), prompt_key, prompt_value, groups",
+        "responses.by_group(padded[0]), prompt_key.flip(0), prompt_value.flip(0), groups",
         "scoring equals",
     ),
     "positions after a shared prompt": Fault(
         "gspo.policy.group_attention",
-        "positions += range(len(prompt), len(prompt) + len(row))",
-        "positions += range(len(prompt) + 1, len(prompt) + 1 + len(row))",
+        "positions += range(len(prompt), len(prompt) + len(response))",
+        "positions += range(len(prompt) + 1, len(prompt) + 1 + len(response))",
         "scoring equals",
     ),
     "shared prompts without a gradient": Fault(
@@ -182,8 +182,8 @@ FAULTS = {
     ),
     "prompt and response each with a softmax": Fault(
         "gspo.policy.group_attention",
-        "log_sums = torch.logaddexp(own_sums, shared_sums)",
-        "log_sums = own_sums",
+        "log_sums = torch.logaddexp(own_log_sums, shared_log_sums)",
+        "log_sums = own_log_sums",
         "scoring equals",
     ),
     "unbounded exponential": Fault(
@@ -229,8 +229,8 @@ FAULTS = {
     ),
     "budget off by one": Fault(
         "gspo.policy.rollout",
-        "return min(room, sampling.max_new_tokens)",
-        "return min(room + 1, sampling.max_new_tokens)",
+        "budget = min(budget, sampling.max_length - len(prompt))",
+        "budget = min(budget, sampling.max_length - len(prompt) + 1)",
         "responses end",
     ),
     "always finished": Fault(
