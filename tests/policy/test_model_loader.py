@@ -1,9 +1,6 @@
-"""Names to models: the built-in ones, folders, and every mistake that can be made without a network."""
+"""Loading models by name: built-in ones, folders, and the mistakes that users make, all without a network."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -23,14 +20,13 @@ from gspo.policy.model_loader import (
     load_model,
     tiny_tokenizer,
 )
-from support import ROOT
 
 TINY = ["tiny", "tiny-moe"]
 PRINTABLE = "\n" + "".join(map(chr, range(32, 127)))
 
 
 def one_line_error(name):
-    """The message with which load_model refuses the name."""
+    """Return the message with which load_model refuses the name."""
     with pytest.raises(ValueError) as caught:
         load_model(name, device="cpu")
     assert "\n" not in str(caught.value)
@@ -39,7 +35,7 @@ def one_line_error(name):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A whole model folder, for a test to damage."""
+    """Return a complete model folder, for a test to damage."""
     model, tokenizer = load_model("tiny", device="cpu")
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -143,7 +139,7 @@ def test_folder_with_a_weight_missing_or_misshapen(folder):
     assert "model.norm.weight" in one_line_error(str(folder))
 
 
-def test_code_that_comes_with_a_model_runs_only_when_asked(folder, tmp_path, monkeypatch):
+def test_code_that_comes_with_a_model_is_executed_only_when_asked(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     config = json.loads((folder / "config.json").read_text())
     own = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": {
@@ -200,11 +196,11 @@ def test_embedded_model_not_installed(monkeypatch, tmp_path):
     assert "run python setup.py" in one_line_error("smollm2-135m")
 
 
-# The hub, played by a server on this machine
+# A server on this machine in place of the hub
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers as the hub does: one gated repository, and no other."""
+    """Answers as the hub does if it had gated repositories by meta-llama and no others."""
 
     def do_HEAD(self):
         gated = self.path.startswith("/meta-llama/")
@@ -220,7 +216,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     server = HTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(model_loader, "hf_hub_url", lambda name, file: f"{address}/{name}/{file}")
     yield server
@@ -243,18 +239,17 @@ def test_hub_out_of_reach(hub):
         count_parameters("Qwen/Qwen2.5-7B-Instruct")
 
 
-def test_hub_out_of_reach_but_model_in_its_cache(folder, tmp_path):
-    repository = tmp_path / "home" / "hub" / "models--someone--model"
+def test_hub_out_of_reach_but_model_in_its_cache(folder, tmp_path, hub, monkeypatch):
+    hub.server_close()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert "its local cache lacks the files" in one_line_error("someone/model")
+    repository = tmp_path / "cache" / "models--someone--model"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
     (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
     for path in list(folder.glob("*.*")):
         path.rename(repository / "snapshots" / ("0" * 40) / path.name)
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    command = "from gspo.policy.model_loader import load_model; "
-    command += "print(load_model('someone/model')[0].num_parameters())"
-    output = subprocess.check_output([sys.executable, "-c", command], env=environment, cwd=ROOT, text=True)
-    assert int(output) == count_parameters("tiny")
+    assert load_model("someone/model", device="cpu")[0].num_parameters() == count_parameters("tiny")
 
 
 @pytest.mark.skipif(

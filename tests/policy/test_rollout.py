@@ -1,10 +1,11 @@
-"""Sampling: the distribution, the end of a sequence, reproducibility, and the model left as found."""
+"""Sampling: the distribution, the end of a response, reproducibility, and the model's mode afterwards."""
 
 import pytest
 import torch
 
 from gspo.policy import prompt_cache
 from gspo.policy.cpu import packed_weights
+from gspo.policy.gradient_checkpointing import enable_gradient_checkpointing
 from gspo.policy.log_probs import token_log_probs
 from gspo.policy.model_loader import load_model
 from gspo.policy.rollout import Sampling, TransformersEngine, draw_tokens, draw_uniforms, encode_prompt
@@ -14,7 +15,7 @@ PROMPTS = [[5, 6, 7, 8], [9], [10, 11, 12, 13, 14, 15, 16], [17, 18]]
 
 
 class IdTokenizer:
-    """Decodes ids as numbers; no chat template."""
+    """A tokenizer that decodes ids as numbers and has no chat template."""
 
     eos_token_id = 2
     chat_template = None
@@ -30,15 +31,15 @@ def engine(model):
     return TransformersEngine(model, IdTokenizer())
 
 
-def test_log_probs_are_the_scorers(any_model):
+def test_log_probs_are_those_of_token_log_probs(any_model):
     rollouts = engine(any_model).generate(PROMPTS, 3, Sampling(max_new_tokens=14, temperature=0.8, seed=1))
     assert [r.prompt_ids for r in rollouts] == [p for p in PROMPTS for _ in range(3)]
     with torch.no_grad():
-        scored = token_log_probs(
+        log_probs = token_log_probs(
             any_model, [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], temperature=0.8
         )
     assert len({len(r.response_ids) for r in rollouts}) > 1, "rows must leave the batch at different times"
-    for rollout, expected in zip(rollouts, scored, strict=True):
+    for rollout, expected in zip(rollouts, log_probs, strict=True):
         torch.testing.assert_close(torch.tensor(rollout.log_probs), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -51,7 +52,7 @@ def test_responses_end_at_the_first_end_token(any_model):
     assert all(len(r.log_probs) == len(r.response_ids) for r in rollouts)
 
 
-def test_every_end_token_ends(llama):
+def test_every_end_token_of_the_generation_config_ends_a_response():
     model = make_model("llama")
     model.generation_config.eos_token_id = [2, 7, 8, 9, 10]
     rollouts = engine(model).generate(PROMPTS, 8, Sampling(max_new_tokens=30, seed=0))
@@ -63,15 +64,15 @@ def test_max_length_bounds_prompt_and_response_together(llama):
     rollouts = engine(llama).generate(PROMPTS, 4, Sampling(max_new_tokens=6, max_length=9, seed=3))
     assert all(len(r.response_ids) <= min(6, 9 - len(r.prompt_ids)) for r in rollouts)
     assert all(r.finished or len(r.response_ids) == min(6, 9 - len(r.prompt_ids)) for r in rollouts), (
-        "cut short without need"
+        "a response was cut off although there was room"
     )
 
 
-def test_a_sample_depends_on_its_seed_and_prompt_alone(llama):
+def test_a_sample_depends_on_its_seed_and_prompt_only(llama):
     sampling = Sampling(max_new_tokens=12, seed=5)
     together = engine(llama).generate(PROMPTS, 4, sampling)
-    again = engine(llama).generate(PROMPTS, 4, sampling)
-    assert together == again
+    again = engine(llama).generate(PROMPTS, 4, Sampling(max_new_tokens=12, temperature=1.0, seed=5))
+    assert together == again, "temperature 1 is the default"
     alone = engine(llama).generate(PROMPTS[1:2], 4, Sampling(max_new_tokens=12, seed=6))
     assert [r.response_ids for r in alone] == [r.response_ids for r in together[4:8]]
     assert len({tuple(r.response_ids) for r in together}) > 12, "responses of a group must differ"
@@ -105,7 +106,7 @@ def test_draws_invert_the_cumulative_distribution_of_a_large_vocabulary():
     token, log_prob = draw_tokens(logits.expand(len(uniform), -1), 1.0, uniform)
     expected = torch.softmax(logits[0].double(), -1)
     slow = torch.searchsorted(expected.cumsum(-1), uniform, right=True)
-    assert (token != slow).sum() <= 1, "but for a uniform within rounding of a boundary"
+    assert (token != slow).sum() <= 1, "one uniform number may be within rounding of a boundary"
     torch.testing.assert_close(log_prob, expected.log()[token].float())
 
 
@@ -132,17 +133,16 @@ def test_packed_weights_multiply_as_bfloat16_does(any_model):
             packed = any_model(input_ids=ids).logits.float()
     assert (packed - usual).norm() < 0.02 * usual.norm()
     assert not any("forward" in vars(module) for module in any_model.modules())
-    with packed_weights(any_model, 8):  # float32: nothing to gain
+    with packed_weights(any_model, 8):  # in float32, packing has no benefit
         assert not any("forward" in vars(module) for module in any_model.modules())
 
 
-def test_a_cache_with_room_keeps_what_it_had_when_it_grows(llama, monkeypatch):
+def test_a_cache_keeps_its_content_when_it_grows(llama, monkeypatch):
     sampling = Sampling(max_new_tokens=12, seed=3)
-    roomy = engine(llama).generate(PROMPTS, 2, sampling)
+    grown_never = engine(llama).generate(PROMPTS, 2, sampling)
     monkeypatch.setattr(prompt_cache, "SPARE_TOKENS", 1)
-    assert [r.response_ids for r in engine(llama).generate(PROMPTS, 2, sampling)] == [
-        r.response_ids for r in roomy
-    ]
+    grown_often = engine(llama).generate(PROMPTS, 2, sampling)
+    assert [r.response_ids for r in grown_often] == [r.response_ids for r in grown_never]
 
 
 def test_temperature_zero_is_greedy(llama):
@@ -153,14 +153,15 @@ def test_temperature_zero_is_greedy(llama):
     assert greedy[len(PROMPTS[0]) - 1 : -1].tolist() == rollout.response_ids
 
 
-def test_the_model_is_left_as_found():
-    model = make_model("gpt2").train()
+def test_sampling_restores_the_mode_of_every_module():
+    model = make_model("gpt2")
+    enable_gradient_checkpointing(model)
     model.transformer.h[0].eval()
-    model.gradient_checkpointing_enable()
     before = [module.training for module in model.modules()]
+    assert len(set(before)) == 2, "some modules in training mode and others not"
     engine(model).generate(PROMPTS, 2, Sampling(max_new_tokens=4))
     assert [module.training for module in model.modules()] == before
-    assert model.is_gradient_checkpointing and torch.is_grad_enabled()
+    assert model.transformer.h[1].gradient_checkpointing and torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("prompt", [[], [5] * 9])
