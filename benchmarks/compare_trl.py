@@ -1,25 +1,27 @@
-"""GSPO in this toolkit against TRL's GRPOTrainer set to GSPO: same model, prompts, response lengths, rewards.
+"""Compare the speed of training: GSPO in this toolkit, and TRL's GRPOTrainer with the settings of GSPO.
 
     python benchmarks/compare_trl.py                         workloads a, b and c, five rollout batches each
     python benchmarks/compare_trl.py --workloads a --batches 9
 
-TRL gets an environment of its own (benchmarks/.peers/trl, made at the first run: some minutes, 2 GB) and what
-is fastest for it here: bf16, in sampling too, no gradient checkpointing, and the allocator settings that this
-toolkit makes for itself. The two alternate, batch by batch, while the other waits. The table has medians; the
-first batch of each, which warms up, does not count. Everything is also written to benchmarks/results.json.
+Both have the same model, prompts, response lengths and rewards. TRL has an environment of its own,
+benchmarks/.peers/trl. The first use makes it, which takes some minutes and 2 GB. TRL gets the settings that
+are fastest for it here: bfloat16, in sampling too, no gradient checkpointing, and the allocator settings that
+this toolkit makes for itself. The two take turns of one rollout batch, while the other waits. The table has
+medians without the first batch, which warms up. All numbers are also written to benchmarks/results.json.
 """
 
 import argparse
 import json
 import os
 import sys
+from pathlib import Path
 from statistics import median
 
 from contestants import FOLDER, Worker, alternate, environment_of, model_folder
 from workloads import WORKLOADS
 
 PACKAGES = ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0")
-PHASES = ("generation", "scoring", "update", "total")
+PHASES = ("generation", "log_prob", "update", "total")
 
 
 def main() -> None:
@@ -38,8 +40,8 @@ def main() -> None:
         (FOLDER / "results.json").write_text(json.dumps(results, indent=1))
 
 
-def compare(name: str, batches: int, threads: int, trl_python) -> dict[str, list[dict]]:
-    """Each contestant's rollout batches, without the first."""
+def compare(name: str, batches: int, threads: int, trl_python: Path) -> dict[str, list[dict]]:
+    """Return what each contestant measured in its rollout batches, without the first."""
     folder = model_folder()
     workers = {
         "gspo": Worker([sys.executable, "gspo_worker.py", folder, name], threads),
@@ -49,7 +51,7 @@ def compare(name: str, batches: int, threads: int, trl_python) -> dict[str, list
 
 
 def table(name: str, answers: dict[str, list[dict]]) -> str:
-    """Medians in Markdown: seconds by phase, response tokens a second, peak memory, TRL's ratio to ours."""
+    """Return a Markdown table of medians: seconds by phase, response tokens per second, peak memory, ratios."""
     workload = WORKLOADS[name]
     tokens = median(sum(workload.lengths(batch)) for batch in range(1, len(answers["gspo"]) + 1))
     lines = [

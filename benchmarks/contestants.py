@@ -1,4 +1,4 @@
-"""Contestants of a benchmark: environments of their own, processes of their own, turn by turn."""
+"""The contestants of a benchmark. Each has its own environment and process, and they take turns."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-# glibc: keep freed memory, as gspo/policy/cpu.py does for this toolkit.
+# These settings make glibc keep freed memory, as gspo/policy/cpu.py does for this toolkit.
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
@@ -18,7 +18,7 @@ ALLOCATOR = {
 
 
 def environment_of(peer: str, packages: Sequence[str], unwanted: Sequence[str] = ()) -> Path:
-    """The Python of a peer's environment, benchmarks/.peers/PEER, which is made where it is missing."""
+    """Return the Python of a peer's environment, benchmarks/.peers/PEER, and make it if it is missing."""
     folder = FOLDER / ".peers" / peer
     python = folder / "bin" / "python"
     if not python.exists():
@@ -31,7 +31,7 @@ def environment_of(peer: str, packages: Sequence[str], unwanted: Sequence[str] =
 
 
 def model_folder() -> str:
-    """The embedded model as both load it."""
+    """Return the folder of the embedded model, from which all contestants load it."""
     code = (
         "from gspo.policy.model_cache import EMBEDDED_NAME, converted_folder\n"
         "from gspo.policy.model_loader import load_model\n"
@@ -45,9 +45,9 @@ def model_folder() -> str:
 
 
 class Worker:
-    """A contestant in a process of its own, which does a rollout batch for each line (workloads.py)."""
+    """A contestant in its own process, which executes one rollout batch per turn (workloads.py)."""
 
-    def __init__(self, command: Sequence, threads: int, **variables: str):
+    def __init__(self, command: Sequence[str | Path], threads: int, **variables: str) -> None:
         environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(threads), **variables}
         self.process = subprocess.Popen(
             command, cwd=FOLDER, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -56,6 +56,7 @@ class Worker:
             pass
 
     def turn(self) -> dict:
+        """Let the contestant execute one rollout batch, and return what it measured."""
         print("go", file=self.process.stdin, flush=True)
         while not (line := self._line()).startswith("{"):
             pass
@@ -73,11 +74,11 @@ class Worker:
 
 
 def alternate(workers: dict[str, Worker], turns: int) -> dict[str, list[dict]]:
-    """The answers of each to so many turns, taken in turn; the first, which warms up, is left out."""
-    answers = {who: [] for who in workers}
+    """Let the workers take turns, and return what each measured, without its first turn, which warms up."""
+    answers: dict[str, list[dict]] = {who: [] for who in workers}
     for _ in range(turns):
         for who, worker in workers.items():
             answers[who].append(worker.turn())
     for worker in workers.values():
         worker.close()
-    return {who: taken[1:] for who, taken in answers.items()}
+    return {who: measured[1:] for who, measured in answers.items()}

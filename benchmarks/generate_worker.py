@@ -1,4 +1,4 @@
-"""Sampling in process: this toolkit's engine, or transformers' generate, on a workload's prompts.
+"""Sample responses to a workload's prompts with this toolkit's engine or with transformers' generate.
 
 python generate_worker.py MODEL_FOLDER WORKLOAD gspo|transformers
 """

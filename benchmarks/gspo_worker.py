@@ -1,31 +1,41 @@
-"""This toolkit's GSPOTrainer on a workload, one rollout batch a turn.
+"""Train on a workload with this toolkit's GSPOTrainer, one rollout batch per turn.
 
 python gspo_worker.py MODEL_FOLDER WORKLOAD
 """
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gspo.policy.cpu import keep_freed_memory
 from gspo.policy.model_loader import load_model
-from gspo.policy.rollout import TransformersEngine, encode_prompt
+from gspo.policy.rollout import Rollout, TransformersEngine, encode_prompt
 from gspo_implementation import GSPOConfig, GSPOTrainer
-from workloads import CLIP_RANGES, LEARNING_RATE, WORKLOADS, answer, reward, wait_for_turn
+from workloads import CLIP_RANGES, LEARNING_RATE, WORKLOADS, Workload, answer, reward, wait_for_turn
 
 
 class ForcedLengths(TransformersEngine):
-    """Samples responses of the workload's lengths, whatever tokens they hold."""
+    """Samples responses of the workload's lengths; no token ends a response."""
 
-    def __init__(self, model, tokenizer, workload):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, workload: Workload
+    ) -> None:
         super().__init__(model, tokenizer)
         self.workload, self.end_ids, self.batch = workload, [], 0
 
-    def _sample_batch(self, prompts, budgets, temperature, uniforms):
+    def _sample_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        budgets: torch.Tensor,
+        temperature: float,
+        uniforms: torch.Tensor,
+    ) -> list[Rollout]:
         lengths = torch.tensor(self.workload.lengths(self.batch))
         return super()._sample_batch(prompts, lengths, temperature, uniforms)
 
@@ -62,7 +72,7 @@ def main(folder: str, workload_name: str) -> None:
         answer(
             {
                 "generation": metrics["generation_s"],
-                "scoring": metrics["scoring_s"],
+                "log_prob": metrics["log_prob_s"],
                 "update": metrics["update_s"],
                 "total": total,
                 "clip_fraction": metrics["clip_fraction"],

@@ -1,21 +1,21 @@
-"""What the contestants of the benchmark are given: the same prompts, response lengths and rewards.
+"""The tasks of the benchmark's contestants: the same prompts, response lengths and rewards for all.
 
-Standard library only: the peers' environments have nothing of ours.
+This module needs the standard library only, because the peers' environments have none of our packages.
 
-A worker is a process that loads one contestant, prints a line, and then does one rollout batch for each line
-that it reads, answering with a line of JSON. Between its turns it waits and takes no CPU, so that contestants
-can alternate.
+A worker is a process that loads one contestant and prints "ready". It then executes one rollout batch for
+each line that it reads, and prints a line of JSON after it. Between its turns it waits without using the CPU.
 """
 
 import json
 import random
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 LEARNING_RATE = 1e-5
 CLIP_RANGES = (3e-4, 4e-4)
-# Single tokens of the embedded model, with the space before them: a prompt of n of them is n tokens longer.
+# Each word, with the space before it, is one token of the embedded model.
 WORDS = (
     " one two three four five six seven eight nine ten red green blue black white day night sun rain".split()
 )
@@ -23,11 +23,11 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Workload:
-    """num_prompts prompts of so many tokens (chat template included), group_size responses to each."""
+    """A number of prompts of one length, and responses to them of given lengths."""
 
     description: str
-    prompt_tokens: int
-    shortest: int  # response tokens, uniform between the two; the same for both contestants
+    prompt_tokens: int  # with the chat template
+    shortest: int  # the least and the most response tokens; lengths are uniform between them
     longest: int
     num_prompts: int = 4
     group_size: int = 8
@@ -37,12 +37,12 @@ class Workload:
         return self.num_prompts * self.group_size
 
     def lengths(self, batch: int) -> list[int]:
-        """Tokens of each response of rollout batch number batch, groups contiguous."""
+        """Return the tokens of each response of a rollout batch, given its number; groups are contiguous."""
         draw = random.Random(batch)
         return [draw.randint(self.shortest, self.longest) for _ in range(self.num_responses)]
 
-    def prompts(self, count_tokens) -> list[str]:
-        """Texts that count_tokens (of a user's message, templated) says are prompt_tokens long."""
+    def prompts(self, count_tokens: Callable[[str], int]) -> list[str]:
+        """Return user messages of which count_tokens says that they have prompt_tokens tokens."""
         draw = random.Random(0)
         missing = self.prompt_tokens - count_tokens(WORDS[0])
         texts = [" ".join([WORDS[0], *draw.choices(WORDS, k=missing)]) for _ in range(self.num_prompts)]
@@ -58,12 +58,12 @@ WORKLOADS = {
 
 
 def reward(index: int) -> float:
-    """Of response number index: no group is tied, so that every response is trained on."""
+    """Return the reward of a response, given its index. No group is tied, so all responses give gradients."""
     return float(index % 2)
 
 
 def wait_for_turn() -> bool:
-    """Whether another rollout batch is asked for."""
+    """Wait, and return whether there is another rollout batch to execute."""
     return bool(sys.stdin.readline())
 
 
@@ -73,5 +73,5 @@ def answer(seconds: dict[str, float]) -> None:
 
 
 def peak_memory_gb() -> float:
-    """The process's highest resident memory, 1e9 bytes."""
+    """Return the process's highest resident memory in units of 1e9 bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
