@@ -3,9 +3,9 @@
     python benchmarks/compare_generate.py                    workload a
     python benchmarks/compare_generate.py --workloads ab --batches 9 --no_vllm
 
-All of them sample in bfloat16, and no response ends early. vLLM (its CPU build) has an environment of its own,
-benchmarks/.peers/vllm. The first use makes it, which takes some minutes and 3.5 GB. The contestants take turns.
-The table has medians without the first turn, which warms up.
+All of them sample in bfloat16, and no response ends early. vLLM (its CPU build) has an environment of its
+own, benchmarks/.peers/vllm. The first use makes it, which takes some minutes and 3.5 GB. The contestants take
+turns. The table has medians without the first turn, which warms up.
 """
 
 import argparse

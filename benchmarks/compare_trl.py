@@ -51,7 +51,7 @@ def compare(name: str, batches: int, threads: int, trl_python: Path) -> dict[str
 
 
 def table(name: str, answers: dict[str, list[dict]]) -> str:
-    """Return a Markdown table of medians: seconds by phase, response tokens per second, peak memory, ratios."""
+    """Return a Markdown table of medians: seconds by phase, response tokens per second, memory and ratios."""
     workload = WORKLOADS[name]
     tokens = median(sum(workload.lengths(batch)) for batch in range(1, len(answers["gspo"]) + 1))
     lines = [

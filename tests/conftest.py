@@ -1,4 +1,4 @@
-"""Settings and fixtures of all tests: no network, one thread."""
+"""Settings and fixtures of all tests. The tests use no network and one thread."""
 
 import os
 
@@ -8,17 +8,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
 
 from support.models import FAMILIES, make_model  # noqa: E402
 
-torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
+torch.set_num_threads(1)  # on tensors this small, threads mostly wait for each other
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
-def any_model(request):
+def any_model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return make_model(request.param)
 
 
 @pytest.fixture(scope="session")
-def llama():
+def llama() -> PreTrainedModel:
     return make_model("llama")

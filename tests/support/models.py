@@ -1,7 +1,7 @@
-"""Small random models of every family that log-probabilities and sampling must handle."""
+"""Small random models of every family for which log-probabilities and sampling are tested."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 61
 COMMON = {
@@ -19,19 +19,19 @@ FAMILIES = {
     # a window shorter than the sequences, and logits that are capped after the output layer
     "gemma2": ("gemma2", {**COMMON, "sliding_window": 5, "final_logit_softcapping": 3.0,
                           "query_pre_attn_scalar": 8}),
-    # positions with an offset, an output layer that reads the decoder's decoder
+    # positions with an offset, and a decoder inside the decoder
     "opt": ("opt", {"vocab_size": VOCABULARY, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48,
                     "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
                     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}),
     "mistral": ("mistral", {**COMMON, "sliding_window": 5}),
-    # attention sinks: rows by themselves
+    # attention sinks, because of which its rows cannot be packed
     "gpt_oss": ("gpt_oss", {**COMMON, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}),
     "gemma3": ("gemma3_text", {**COMMON, "sliding_window": 5, "query_pre_attn_scalar": 8}),
 }  # fmt: skip
 
 
-def make_model(family: str):
-    """A random model of the family, with logits spread widely enough that errors show."""
+def make_model(family: str) -> PreTrainedModel:
+    """Return a random model of the family, with large weights, so that errors change its logits visibly."""
     torch.manual_seed(0)
     model_type, settings = FAMILIES[family]
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings)).eval()
