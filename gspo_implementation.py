@@ -1,14 +1,14 @@
-"""Group Sequence Policy Optimization (arXiv 2507.18071): the losses, the configuration and the trainer.
+"""Group Sequence Policy Optimization (arXiv 2507.18071): the losses and the trainer.
 
     python train_gspo.py --model_name smollm2-135m --dataset math               one CPU or one GPU
     torchrun --nproc_per_node 4 train_gspo.py --dataset gsm8k                   several processes
 
 The algorithm, for one rollout batch:
 
-    1. sample G responses a query from the current policy, which thereby is pi_old;
+    1. sample G responses per query from the current policy, which becomes pi_old;
     2. reward them; A_i = (r_i - mean) / std over the group of its query;
-    3. log pi_old of every response;
-    4. for each minibatch, with s_i = exp(mean_t[log pi - log pi_old]): maximise
+    3. compute log pi_old of every response;
+    4. for each minibatch, with s_i = exp(mean_t[log pi - log pi_old]), maximise
        mean_i min(s_i A_i, clip(s_i) A_i).
 
 Where this departs from the paper:
@@ -16,45 +16,45 @@ Where this departs from the paper:
     1. std is unbiased and has 1e-6 added to it (the paper gives no constant).
     2. log-ratios are bounded by MAX_LOG_RATIO before exp(), far outside any clip range.
     3. the gradient norm is clipped (--max_grad_norm), and a learning rate may be warmed up.
-    4. a minibatch whose groups are all tied still makes an AdamW step, which its momentum moves.
-    5. a response that could not be judged has no advantage and stays out of its group's mean and std.
+    4. a minibatch whose groups are all tied still makes an AdamW step, whose momentum moves the weights.
+    5. a response that could not be graded has no advantage and stays out of its group's mean and std.
 
 Shapes: Q queries, G group size, B = Q * G sequences (groups contiguous), T response positions.
 """
 
 import math
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from accelerate.utils.memory import should_reduce_batch_size
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-from gspo import PROGRESS_DELAY_S
+from gspo.policy.gradient_checkpointing import enable_gradient_checkpointing
 from gspo.policy.log_probs import micro_batches, token_log_probs
-from gspo.policy.rollout import Rollout, Sampling, TransformersEngine, encode_prompt
-from gspo.training.alarms import EmergencyStop, repetition, stop_if, stop_reason, unreadable_characters
+from gspo.policy.rollout import Sampling, TransformersEngine, encode_prompt
+from gspo.training.alarms import EmergencyStop, non_finite_weights, stop_if, stop_reason
 from gspo.training.config import GSPOConfig
+from gspo.training.hardware import choose_device, choose_dtype, peak_memory_gb
 from gspo.training.intervals import wilson_interval
-from gspo.training.rollout_batch import RolloutBatch
-from gspo.training.run_log import peak_memory_gb
-from gspo.training.training_run import Interrupted, TrainingRun
+from gspo.training.memory import MicroBatchSize
+from gspo.training.processes import Processes
+from gspo.training.progress import progress_bar
+from gspo.training.rollout_batch import RolloutBatch, Sample
+from gspo.training.stopping import StopRequest
+from gspo.training.training_run import TrainingRun, is_due
 
 # exp() of an unbounded log-ratio overflows to inf, and inf * 0 in the backward of min() is NaN in every
 # weight. exp(60) = 1e26 stays finite in float32 through the loss and its gradient; the largest ratio that
 # any clip range or stop rule looks at is 100.
 MAX_LOG_RATIO = 60.0
-# Random stream of evaluations: far from every training stream, and the same in every run, so that two
+# The random stream of evaluations is far from every training stream, and the same in every run, so that two
 # evaluations of the same problems are paired.
 EVALUATION_STREAM = 1 << 100
-# Problems evaluated at a time: a step of the progress bar.
+# Problems per step of an evaluation and of its progress bar.
 EVALUATION_CHUNK = 16
 
 
@@ -65,29 +65,29 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     """A_i = (r_i - mean(r)) / (std(r) + 1e-6) over each group of group_size consecutive rewards.
 
     Args:
-        rewards: (B,), groups contiguous. NaN marks a response that could not be judged: its advantage is 0,
+        rewards: (B,), groups contiguous. NaN marks a response that could not be graded: its advantage is 0,
             and its group's mean and (unbiased) standard deviation are taken over the others.
 
     Returns:
-        (B,) advantages; exactly 0 throughout a group whose rewards are all equal, which teaches nothing.
+        (B,) advantages; exactly 0 throughout a group whose rewards are all equal, which has no signal.
 
     Raises:
-        ValueError: a group size under 2, or B no multiple of it.
+        ValueError: the group size is under 2, or B is not a multiple of it.
     """
     if group_size < 2:
         raise ValueError(f"group_size must be at least 2, got {group_size}: one response has no group")
     if rewards.dim() != 1 or len(rewards) % group_size:
         raise ValueError(f"rewards of shape {tuple(rewards.shape)} do not split into groups of {group_size}")
     groups = (rewards if rewards.is_floating_point() else rewards.float()).view(-1, group_size)  # (Q, G)
-    judged = ~groups.isnan()
-    count = judged.sum(1, keepdim=True)  # (Q, 1)
-    centred = torch.where(judged, groups - groups.nanmean(1, keepdim=True), 0.0)
+    graded = ~groups.isnan()
+    count = graded.sum(1, keepdim=True)  # (Q, 1)
+    centred = torch.where(graded, groups - groups.nanmean(1, keepdim=True), 0.0)
     std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    # A tie is read off the rewards themselves: the mean of equal floats can miss them by a rounding error,
-    # which a std of the same size would turn into an advantage of order 1.
-    highest = torch.where(judged, groups, -math.inf).amax(1, keepdim=True)
-    lowest = torch.where(judged, groups, math.inf).amin(1, keepdim=True)
-    return torch.where(judged & (highest > lowest), centred / (std + 1e-6), 0.0).view(-1)
+    # Ties are found by comparing the rewards themselves. The mean of equal floats can differ from them by a
+    # rounding error, which a std of the same size would turn into an advantage of order 1.
+    highest = torch.where(graded, groups, -math.inf).amax(1, keepdim=True)
+    lowest = torch.where(graded, groups, math.inf).amin(1, keepdim=True)
+    return torch.where(graded & (highest > lowest), centred / (std + 1e-6), 0.0).view(-1)
 
 
 def sequence_importance_ratio(
@@ -95,7 +95,7 @@ def sequence_importance_ratio(
 ) -> torch.Tensor:
     """s_i = (pi(y_i|x) / pi_old(y_i|x))^(1/|y_i|), the geometric mean of the token ratios (equation 7).
 
-    Args: log_probs, old_log_probs (B, T); mask (B, T) bool. Returns (B,); 1 for a row with no tokens.
+    Args: log_probs, old_log_probs (B, T); mask (B, T) bool. Returns (B,); 1 for a row without tokens.
     """
     return _bounded_exp(_mean_over_tokens(_token_log_ratio(log_probs, old_log_probs, mask), mask))
 
@@ -115,21 +115,22 @@ def gspo_loss(
         log_probs: (B, T) under the policy, differentiable.
         old_log_probs: (B, T) under the policy that sampled; no gradient flows to it.
         advantages: (B,).
-        mask: (B, T) bool, True at response tokens. Other positions never matter, NaN included; a row with no
-            tokens contributes 0.
-        denominator: sequences of the whole optimizer update when these B are one micro-batch of it (B if
-            not given): the sum over micro-batches is then the loss of the update, however it was cut.
+        mask: (B, T) bool, True at response tokens. Other positions never matter, NaN included. A row without tokens
+            contributes 0.
+        denominator: sequences of the whole optimizer update if these B are one micro-batch of it; B by
+            default. The losses of the micro-batches then add up to the loss of the update, however it is cut.
 
     Returns:
         The scalar loss to minimise, and metrics as floats: clip_fraction (of tokens, the paper's unit),
-        clip_fraction_sequences, importance_ratio_mean, _std, _min, _max (over sequences).
+        clip_fraction_sequences, importance_ratio_mean, _std, _min, _max (over sequences), and the sums from
+        which pool_metrics() makes the same averages over several calls.
 
     Raises:
-        ValueError: shapes that do not agree, or a clip range that is not positive.
+        ValueError: shapes do not agree, or a clip range is not positive.
     """
     _check_shapes(log_probs, old_log_probs, advantages, mask, advantages_per_token=False)
     log_ratio = _token_log_ratio(log_probs, old_log_probs.detach(), mask)  # (B, T)
-    ratio = _bounded_exp(_mean_over_tokens(log_ratio, mask))[:, None]  # (B, 1): one ratio a sequence
+    ratio = _bounded_exp(_mean_over_tokens(log_ratio, mask))[:, None]  # (B, 1): one ratio per sequence
     return _clipped_loss(
         ratio, ratio, advantages[:, None], mask, left_clip_range, right_clip_range, denominator
     )
@@ -146,21 +147,17 @@ def gspo_token_loss(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """GSPO-token (equations 13 and 14): s_it = sg[s_i] pi(y_it) / sg[pi(y_it)], with an advantage per token.
 
-    As gspo_loss, but advantages may be (B, T). With equal advantages along a row it has GSPO's value,
-    clipping and gradient.
+    Arguments and results are those of gspo_loss, but advantages may be (B, T). With equal advantages along a
+    row it has GSPO's value, clipping and gradient.
     """
     _check_shapes(log_probs, old_log_probs, advantages, mask, advantages_per_token=True)
     sequence_ratio = sequence_importance_ratio(log_probs, old_log_probs, mask).detach()[:, None]  # (B, 1)
-    own_ratio = torch.exp(_token_log_ratio(log_probs, log_probs.detach(), mask))  # (B, T): 1, with a gradient
-    advantages = advantages if advantages.dim() == 2 else advantages[:, None]
+    # pi / sg[pi] is exactly 1 everywhere: it only carries the gradient of the token's own log-probability.
+    own_ratio = torch.exp(_token_log_ratio(log_probs, log_probs.detach(), mask))  # (B, T)
+    ratio = sequence_ratio * own_ratio
+    advantages = _per_token(advantages)
     return _clipped_loss(
-        sequence_ratio * own_ratio,
-        sequence_ratio,
-        advantages,
-        mask,
-        left_clip_range,
-        right_clip_range,
-        denominator,
+        ratio, sequence_ratio, advantages, mask, left_clip_range, right_clip_range, denominator
     )
 
 
@@ -175,18 +172,19 @@ def grpo_loss(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The GRPO baseline: 1/B sum_i 1/|y_i| sum_t min(w_it A_i, clip(w_it) A_i), w_it = pi / pi_old.
 
-    As gspo_loss, but advantages may be (B, T), and the metrics' importance ratios are over tokens.
+    Arguments and results are those of gspo_loss, but advantages may be (B, T), and the metrics' importance
+    ratios are over tokens.
     """
     _check_shapes(log_probs, old_log_probs, advantages, mask, advantages_per_token=True)
     ratio = _bounded_exp(_token_log_ratio(log_probs, old_log_probs.detach(), mask))  # (B, T)
-    advantages = advantages if advantages.dim() == 2 else advantages[:, None]
+    advantages = _per_token(advantages)
     return _clipped_loss(ratio, ratio, advantages, mask, left_clip_range, right_clip_range, denominator)
 
 
 def kl_penalty(
     log_probs: torch.Tensor, reference_log_probs: torch.Tensor, mask: torch.Tensor, denominator: int
 ) -> torch.Tensor:
-    """1/denominator sum_i mean_t [r - 1 - log r], r = pi_ref / pi: KL(pi || pi_ref) in nats per token.
+    """1/denominator sum_i mean_t [r - 1 - log r] with r = pi_ref / pi, in nats per token: KL(pi || pi_ref).
 
     Schulman's k3 estimator, as in GRPO (arXiv 2402.03300, equation 4). GSPO's own objective has no such term.
     """
@@ -194,52 +192,139 @@ def kl_penalty(
     return _mean_over_tokens(_bounded_exp(log_ratio) - 1 - log_ratio, mask).sum() / denominator
 
 
-def _token_log_ratio(log_probs, old_log_probs, mask):
+def pool_metrics(
+    parts: Iterable[dict[str, float]], num_sequences: int | None = None, num_tokens: int | None = None
+) -> dict[str, float]:
+    """The metrics of a whole from those that a loss returned for its parts: micro-batches, updates, processes.
+
+    Args:
+        parts: metrics of the losses above.
+        num_sequences, num_tokens: those of the whole, for the clip fractions. By default they are counted in
+            the parts; give them if sequences without a signal, which cannot clip, were left out of the parts.
+    """
+    parts = [part for part in parts if part["ratios"]]
+    sums: dict[str, float] = {name: 0.0 for name in METRIC_SUMS}
+    for part in parts:
+        for name in METRIC_SUMS:
+            sums[name] += part.get(name, 0.0)
+    lowest = min((part["importance_ratio_min"] for part in parts), default=1.0)
+    highest = max((part["importance_ratio_max"] for part in parts), default=1.0)
+    return _with_averages(sums, lowest, highest, num_sequences, num_tokens)
+
+
+def _per_token(advantages: torch.Tensor) -> torch.Tensor:
+    """(B,) or (B, T) to a shape that broadcasts over (B, T)."""
+    return advantages if advantages.dim() == 2 else advantages[:, None]
+
+
+def _token_log_ratio(
+    log_probs: torch.Tensor, old_log_probs: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
     """log pi - log pi_old (B, T), 0 where mask is False."""
     return torch.where(mask, log_probs - old_log_probs, 0.0)
 
 
-def _mean_over_tokens(values, mask):
-    """(B, T) or (B, 1) to (B,): the mean over each row's tokens, 0 for a row without any."""
+def _mean_over_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) or (B, 1) to (B,): the mean over each row's tokens, 0 for a row without tokens."""
     return torch.where(mask, values, 0.0).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def _bounded_exp(log_ratio):
+def _bounded_exp(log_ratio: torch.Tensor) -> torch.Tensor:
     return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
 
-def _clipped_loss(ratio, reported_ratio, advantages, mask, left, right, denominator):
+def _clipped_loss(
+    ratio: torch.Tensor,
+    reported_ratio: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    left: float,
+    right: float,
+    denominator: int | None,
+) -> tuple[torch.Tensor, dict[str, float]]:
     """The clipped surrogate that the three losses share; they differ in the ratio alone.
 
-    ratio, advantages: (B, 1) per sequence or (B, T) per token. Mean over each sequence's tokens, then over
-    sequences: never over tokens of different sequences, where long answers would dominate.
+    ratio, reported_ratio, advantages: (B, 1) per sequence or (B, T) per token. The mean is over each
+    sequence's tokens, then over sequences, never over the tokens of all sequences, where long answers would
+    dominate.
     """
     if not (left > 0 and right > 0):
         raise ValueError(f"clip ranges must be positive, got left {left} and right {right}")
     objective = torch.minimum(ratio * advantages, ratio.clamp(1 - left, 1 + right) * advantages)
-    loss = -_mean_over_tokens(objective, mask).sum() / (denominator or len(mask))
-    # Clipped: the clipped branch is the one in force, so that no gradient passes. |s - 1| alone is not it.
+    objective = _mean_over_tokens(objective, mask).sum()
+    loss = -objective / (denominator or len(mask))
+    # A token is clipped if the clipped branch is in force, so that no gradient flows. A ratio outside the
+    # range is not enough: on the other side min() takes the unclipped branch.
     clipped = ((advantages > 0) & (ratio > 1 + right)) | ((advantages < 0) & (ratio < 1 - left))
-    return loss, _ratio_metrics(reported_ratio.detach(), clipped & mask, mask)
+    return loss, _loss_metrics(objective.detach(), reported_ratio.detach(), clipped & mask, mask)
 
 
-def _ratio_metrics(ratio, clipped, mask) -> dict[str, float]:
-    """Ratios (B, 1) or (B, T); clipped, mask (B, T). float64: the square of a ratio overflows float32."""
+# The sums over sequences and tokens that a loss counts, or the trainer beside it. They add up over micro-batches,
+# updates and processes.
+METRIC_SUMS = (
+    "objective", "sequences", "clipped_sequences", "tokens", "clipped_tokens",
+    "ratios", "ratio_deviations", "ratio_deviations_squared", "kl_sum", "sampler_gap_sum",
+)  # fmt: skip
+
+
+def _loss_metrics(
+    objective: torch.Tensor, ratio: torch.Tensor, clipped: torch.Tensor, mask: torch.Tensor
+) -> dict[str, float]:
+    """Sums and averages over one call: objective (), ratio (B, 1) or (B, T), clipped and mask (B, T)."""
     has_tokens = mask.any(1)
+    # float64, since the square of a ratio overflows float32.
     ratios = ratio[mask if ratio.shape == mask.shape else has_tokens].double()
-    if ratios.numel() == 0:
-        ratios = torch.ones(1, dtype=torch.float64)
+    deviations = ratios - 1
+    none = ratios.new_ones(1)  # min() and max() need an element
+    # One tensor, so that a GPU is waited for once.
+    figures = torch.stack(
+        [
+            objective.double(),
+            has_tokens.sum().double(),
+            clipped.any(1).sum().double(),
+            mask.sum().double(),
+            clipped.sum().double(),
+            deviations.sum(),
+            deviations.square().sum(),
+            (ratios if len(ratios) else none).min(),
+            (ratios if len(ratios) else none).max(),
+        ]
+    ).tolist()
+    names = ("objective", "sequences", "clipped_sequences", "tokens", "clipped_tokens",
+             "ratio_deviations", "ratio_deviations_squared")  # fmt: skip
+    *counted, lowest, highest = figures
+    sums = dict(zip(names, counted, strict=True)) | {"ratios": float(len(ratios))}
+    return _with_averages(sums, lowest, highest)
+
+
+def _with_averages(
+    sums: dict[str, float],
+    lowest: float,
+    highest: float,
+    num_sequences: int | None = None,
+    num_tokens: int | None = None,
+) -> dict[str, float]:
+    """The sums, and the averages that they give over so many sequences and tokens (by default their own)."""
+    mean_deviation = sums["ratio_deviations"] / max(sums["ratios"], 1)
+    mean_square = sums["ratio_deviations_squared"] / max(sums["ratios"], 1)
     return {
-        "clip_fraction": clipped.sum().item() / max(mask.sum().item(), 1),
-        "clip_fraction_sequences": clipped.any(1).sum().item() / max(has_tokens.sum().item(), 1),
-        "importance_ratio_mean": ratios.mean().item(),
-        "importance_ratio_std": ratios.std(correction=0).item(),
-        "importance_ratio_min": ratios.min().item(),
-        "importance_ratio_max": ratios.max().item(),
+        **sums,
+        "clip_fraction": sums["clipped_tokens"] / max(num_tokens or sums["tokens"], 1),
+        "clip_fraction_sequences": sums["clipped_sequences"] / max(num_sequences or sums["sequences"], 1),
+        "importance_ratio_mean": 1 + mean_deviation,
+        "importance_ratio_std": math.sqrt(max(mean_square - mean_deviation**2, 0.0)),
+        "importance_ratio_min": lowest,
+        "importance_ratio_max": highest,
     }
 
 
-def _check_shapes(log_probs, old_log_probs, advantages, mask, advantages_per_token) -> None:
+def _check_shapes(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    advantages_per_token: bool,
+) -> None:
     shape = tuple(mask.shape)
     allowed = [shape[:1], shape] if advantages_per_token else [shape[:1]]
     if mask.dim() != 2 or log_probs.shape != mask.shape or old_log_probs.shape != mask.shape:
@@ -253,7 +338,102 @@ def _check_shapes(log_probs, old_log_probs, advantages, mask, advantages_per_tok
         raise ValueError(f"advantages {tuple(advantages.shape)} must be {' or '.join(map(str, allowed))}")
 
 
-LOSSES = {"gspo": gspo_loss, "gspo_token": gspo_token_loss, "grpo": grpo_loss}
+# -------------------------------------------------------------------------------------------- the algorithms
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """All that is to be said about an algorithm: --algorithm, validation and the tests read it here.
+
+    loss: a function like gspo_loss.
+    ratio, clip_unit: its ratio, and what one clip decision covers, in the words that a run prints.
+    left_clip_range, right_clip_range: its default clip ranges.
+    reference: the name of the same loss as a float64 loop in gspo/checks/float64_reference.py.
+    """
+
+    loss: Callable[..., tuple[torch.Tensor, dict[str, float]]]
+    ratio: str
+    clip_unit: str
+    left_clip_range: float
+    right_clip_range: float
+    reference: str
+
+
+# Clip ranges of section 5.1: a sequence ratio is a mean over tokens and moves a thousand times less than a
+# token ratio does.
+ALGORITHMS = {
+    "gspo": Algorithm(
+        loss=gspo_loss,
+        ratio="sequence ratio s = exp(mean of its tokens' log-ratios)",
+        clip_unit="response",
+        left_clip_range=3e-4,
+        right_clip_range=4e-4,
+        reference="gspo",
+    ),
+    "gspo_token": Algorithm(
+        loss=gspo_token_loss,
+        ratio="sequence ratio s, with a gradient per token",
+        clip_unit="response",
+        left_clip_range=3e-4,
+        right_clip_range=4e-4,
+        reference="gspo_token",
+    ),
+    "grpo": Algorithm(
+        loss=grpo_loss,
+        ratio="token ratio w = pi / pi_old",
+        clip_unit="token",
+        left_clip_range=0.2,
+        right_clip_range=0.27,
+        reference="grpo",
+    ),
+}
+
+
+def resolve(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
+    """A copy in which every None that depends on the algorithm, the model's size or the machine is decided.
+
+    Raises:
+        ValueError: there is no such algorithm, or no GPU and one is asked for.
+    """
+    if config.algorithm not in ALGORITHMS:
+        raise ValueError(f"--algorithm {config.algorithm}: choose one of {', '.join(ALGORITHMS)}")
+    algorithm = ALGORITHMS[config.algorithm]
+    device = choose_device(config.device)
+    default_rate = 1e-5 if num_parameters < 0.5e9 else 1e-6
+    return replace(
+        config,
+        left_clip_range=config.left_clip_range or algorithm.left_clip_range,
+        right_clip_range=config.right_clip_range or algorithm.right_clip_range,
+        learning_rate=config.learning_rate or default_rate,
+        max_new_tokens=config.max_new_tokens or config.max_length,
+        device=device,
+        dtype=choose_dtype(device, num_parameters)[0] if config.dtype == "auto" else config.dtype,
+    )
+
+
+def describe_objective(config: GSPOConfig) -> str:
+    """The objective of a resolved configuration in a paragraph: what is maximised, and what can clip."""
+    algorithm = ALGORITHMS[config.algorithm]
+    updates, frequency = config.updates_per_rollout_batch, config.update_frequency
+    kl = f", minus {config.kl_coef} x KL to the starting model" if config.kl_coef else ", no KL term"
+    if updates * frequency == 1:
+        clipping = (
+            "With one optimizer update per rollout batch the ratio is 1 by construction: nothing can clip, and "
+            "every algorithm here is the same. Lower --mini_batch_size for more updates."
+        )
+    else:
+        clipping = (
+            f"The first update sees a ratio of exactly 1 and cannot clip; the other {updates * frequency - 1} "
+            "before pi_old is refreshed can."
+        )
+    return (
+        f"{config.algorithm}: {algorithm.ratio}, clipped to [1 - {config.left_clip_range:g}, "
+        f"1 + {config.right_clip_range:g}] per {algorithm.clip_unit}; mean over each response's tokens, then "
+        f"over responses{kl}. {config.batch_size} queries x {config.group_size} responses per rollout batch, "
+        f"{updates} optimizer update{'s' * (updates != 1)} of {config.mini_batch_size} x {config.group_size} "
+        f"responses each; pi_old is refreshed every {frequency} rollout batch{'es' * (frequency != 1)}. "
+        f"{clipping}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the trainer
@@ -263,421 +443,365 @@ class GSPOTrainer:
     """Trains a causal language model with the configured algorithm.
 
     Args:
-        model, tokenizer: the policy; its weights are kept in float32, whatever the compute type.
+        model, tokenizer: the policy. Its weights are kept in float32, whatever the compute type.
         config: a GSPOConfig.
-        reward_fn: (problems, responses) -> list of float, or None for a response that cannot be judged. A
-            problem is any object with a string .prompt; problems and responses are aligned. If it has an
-            attribute `metrics`, a dict of sums over the responses of its last call, those are logged too.
-        engine: samples the responses; by default the policy itself, in process.
+        reward_fn: (problems, responses) -> list of float, with None for a response that cannot be graded. A
+            problem is any object with a string .prompt; problems and responses are aligned. If reward_fn has
+            an attribute `metrics`, a dict of sums over the responses of its last call, those are logged too.
+        engine: samples the responses; by default the policy itself, in this process.
+
+    Attributes:
+        step: the number of rollout batches trained on.
+        stop: a StopRequest; set stop.requested to stop after the update in progress.
     """
 
-    def __init__(self, model, tokenizer, config: GSPOConfig, reward_fn, engine=None):
-        self.config = config = config.resolve(sum(p.numel() for p in model.parameters()))
+    def __init__(
+        self, model: Any, tokenizer: Any, config: GSPOConfig, reward_fn: Callable, engine: Any = None
+    ):
+        self.config = config = resolve(config, sum(p.numel() for p in model.parameters()))
         positions = getattr(model.config, "max_position_embeddings", None)
         if positions is not None and config.max_length > positions:
             raise ValueError(f"--max_length {config.max_length} is beyond the model's {positions} positions")
-        self.accelerator = Accelerator(cpu=config.device == "cpu")
-        self.model = model.float().to(self.accelerator.device).eval()
+        self.algorithm = ALGORITHMS[config.algorithm]
+        self.processes = Processes(str(config.device))
+        self.stop = StopRequest(self.processes)
+        self.micro_batch_size = MicroBatchSize(config.micro_batch_tokens)
+        self.model = model.float().to(self.processes.device).eval()
         self.tokenizer = tokenizer
         self.reward_fn = reward_fn
         self.engine = engine or TransformersEngine(self.model, tokenizer)
         self.reference_model = deepcopy(self.model).requires_grad_(False) if config.kl_coef else None
         if config.gradient_checkpointing:
-            _enable_gradient_checkpointing(self.model)
+            enable_gradient_checkpointing(self.model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda update: min(1.0, (update + 1) / max(1, config.warmup_steps))
         )
-        self.loss = LOSSES[config.algorithm]
-        self.step = 0  # rollout batches trained on
-        self.halvings = 0  # of micro_batch_tokens, for want of memory
-        self.stop_requested = False  # set it (in a signal handler, say) to stop after the update in progress
-        self._stepping = False  # the optimizer is at the weights
+        self.step = 0
+        self._in_optimizer_step = False
 
     def train(self, train_problems: Sequence, eval_problems: Sequence) -> dict:
-        """Run the configured epochs in the run folder that the configuration names.
+        """Train for the configured epochs in the run folder that the configuration names.
 
-        Returns: the evaluations "before" and "after", and whether it is "finished" (false: stop_requested).
-
-        Raises:
-            ValueError: no problem whose prompt leaves room for a response, a run folder already in use, or a
-                checkpoint that does not go with these settings and problems.
-            EmergencyStop: an update that must not reach the weights; the evidence is in emergency/.
-            CannotSave: the disk is full; the last whole checkpoint is as it was.
+        Returns and raises what TrainingRun.train() does, and raises ValueError as TrainingRun does.
         """
         return TrainingRun(self, train_problems, eval_problems).train()
 
     def train_step(self, problems: Sequence) -> dict:
-        """One rollout batch on these problems: sample, reward, score, update. Returns its metrics."""
-        metrics = self.update(self.collect(problems, self.step))
-        self.step += 1
-        return metrics
+        """One rollout batch on these problems: sample, reward, update. Returns its metrics."""
+        return self.update(self.collect(problems, self.step))
 
-    def evaluate(self, problems: Sequence) -> dict:
-        """Sample group_size responses to each problem, from random streams that are the same every time.
-
-        Returns:
-            pass_at_1: share of responses with reward 1, and interval_95 of it (Wilson's, over problems);
-            reward_mean; response_tokens_mean; pass_by_problem: each problem's own share, for paired
-            comparisons. A response that could not be judged counts as not passed.
-        """
-        size = self.config.group_size
-        rollouts, rewards = [], []
-        starts = range(0, len(problems), EVALUATION_CHUNK)
-        for start in self.progress_bar(iterable=starts, desc="evaluating", unit="chunk", leave=False):
-            self.stop_here_if_asked()
-            chunk = problems[start : start + EVALUATION_CHUNK]
-            sampled, judged, _ = self._sample(chunk, EVALUATION_STREAM + start)
-            rollouts += sampled
-            rewards += judged
-        passed = np.array([reward == 1.0 for reward in rewards]).reshape(-1, size).mean(1)  # (Q,)
-        pass_at_1 = float(passed.mean())
-        return {
-            "pass_at_1": pass_at_1,
-            "interval_95": list(wilson_interval(pass_at_1, len(passed))),
-            "reward_mean": float(np.mean([reward or 0.0 for reward in rewards])),
-            "response_tokens_mean": float(np.mean([len(r.response_ids) for r in rollouts])),
-            "pass_by_problem": passed.tolist(),
-        }
-
-    def that_fit(self, problems: Sequence, purpose: str) -> list:
-        """The problems whose prompts leave room for a response; the others are dropped and counted.
-
-        Raises:
-            ValueError: none does.
-        """
-        lengths = [len(encode_prompt(self.tokenizer, problem.prompt)) for problem in problems]
-        kept = [p for p, length in zip(problems, lengths, strict=True) if length < self.config.max_length]
-        if not kept:
-            raise ValueError(
-                f"--max_length {self.config.max_length} is shorter than every {purpose} prompt (the shortest "
-                f"has {min(lengths)} tokens); raise it"
-            )
-        if len(kept) < len(problems) and self.accelerator.is_main_process:
-            print(
-                f"{purpose}: dropped {len(problems) - len(kept)} of {len(problems)} problems, whose prompts "
-                f"leave no room for a response in --max_length {self.config.max_length}",
-                file=sys.stderr,
-            )
-        return kept
-
-    # ---- one rollout batch
-
-    def _computing(self):
-        """The compute type: bfloat16 matrix products over the float32 weights, or float32 throughout.
-
-        torch.autocast rather than accelerate's: that one is fixed once a process, and trainers of both types
-        may be compared in one.
-        """
-        enabled = self.config.dtype == "bfloat16"
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=enabled)
-
-    def _sample(self, problems, stream: int):
-        """Responses, their rewards, and metrics of both, sampled and judged by all processes together.
-
-        stream + i seeds problem i, so that the samples do not depend on how many processes share them.
-        """
-        config, rank = self.config, self.accelerator.process_index
-        share = np.array_split(np.arange(len(problems)), self.accelerator.num_processes)[rank].tolist()
-        own = [problems[i] for i in share]
-        started = time.perf_counter()
-        rollouts = self._generate(own, stream + share[0]) if own else []
-        generated = time.perf_counter()
-        asked = [problem for problem in own for _ in range(config.group_size)]
-        rewards = list(self.reward_fn(asked, [rollout.text for rollout in rollouts])) if own else []
-        metrics = {"generation_s": generated - started, "reward_s": time.perf_counter() - generated}
-        gathered = gather_object(list(zip(rollouts, rewards, strict=True)))
-        for counts in gather_object([getattr(self.reward_fn, "metrics", {})] if own else []):
-            metrics |= {name: metrics.get(name, 0) + count for name, count in counts.items()}
-        rollouts, rewards = [rollout for rollout, _ in gathered], [reward for _, reward in gathered]
-        if not all(math.isfinite(x) for rollout in rollouts for x in rollout.log_probs):
-            raise EmergencyStop(self.broken_weights() or "the policy's log-probabilities are not finite")
-        if not all(reward is None or math.isfinite(reward) for reward in rewards):
-            raise EmergencyStop("the reward function returned a number that is not finite; None: not judged")
-        return rollouts, rewards, metrics
-
-    def _generate(self, problems, seed: int) -> list[Rollout]:
-        config = self.config
-        prompts = [encode_prompt(self.tokenizer, problem.prompt) for problem in problems]
-        sampling = Sampling(config.max_new_tokens, config.temperature, config.max_length, seed)
-        with self._computing():
-            return self.engine.generate(prompts, config.group_size, sampling)
+    # ---- steps 1 to 3: sample, reward, log pi_old
 
     def collect(self, problems: Sequence, index: int) -> RolloutBatch:
-        """Sample, judge and score rollout batch number index under the present policy: pi_old from now."""
+        """Sample and reward rollout batch number index under the present policy, which is its pi_old.
+
+        The first minibatch of a window gets its log pi_old from the forward pass of its own update, which sees
+        the same weights; the other log-probabilities are computed here.
+        """
         config = self.config
         stream = (config.seed << 64) + (index << 32)
-        rollouts, judged, sampling_metrics = self._sample(problems, stream)
-        rewards = torch.tensor([math.nan if r is None else float(r) for r in judged])  # (B,)
-        known = rewards[~rewards.isnan()]
-        if len(known) == 0:
-            raise EmergencyStop("no response of the rollout batch could be judged")
-        advantages = group_advantages(rewards, config.group_size)
-        groups = advantages.view(-1, config.group_size)  # (Q, G)
-        teaches = (advantages != 0) | bool(config.kl_coef)
-        batch = RolloutBatch(list(problems), rollouts, rewards, advantages, teaches)
+        samples, metrics = self._sample_and_reward(problems, stream)
+        if all(sample.reward is None for sample in samples):
+            raise EmergencyStop("no response of the rollout batch could be graded")
+        rewards = [math.nan if sample.reward is None else float(sample.reward) for sample in samples]
+        advantages = group_advantages(torch.tensor(rewards), config.group_size)  # (B,)
+        for sample, advantage in zip(samples, advantages.tolist(), strict=True):
+            sample.advantage = advantage
+            sample.has_signal = advantage != 0 or config.kl_coef > 0
+        batch = RolloutBatch(samples, config.group_size)
         started = time.perf_counter()
-        batch.old_log_probs = self._score(self.model, batch, self._minibatches(batch))
+        minibatches = batch.minibatches(config.mini_batch_size)
+        measures_noise = index == 0 or is_due(index, config.eval_frequency)
+        opens_window = index % config.update_frequency == 0
+        computed_here = minibatches[1:] if opens_window and not measures_noise else minibatches
+        for sample, log_probs in self._log_probs_of(self.model, computed_here):
+            sample.old_log_probs = log_probs
         if self.reference_model is not None:
-            batch.reference_log_probs = self._score(self.reference_model, batch, self._minibatches(batch))
-        null_clip_fraction = self._null_clip_fraction(batch)
-        scoring_s = time.perf_counter() - started
-        lengths = [len(rollout.response_ids) for rollout in rollouts]
-        gaps = [
-            (torch.tensor(rollouts[row].log_probs) - old).abs().mean().item()
-            for row, old in batch.old_log_probs.items()
-        ]
-        batch.metrics = {
-            **sampling_metrics,
-            "null_clip_fraction": null_clip_fraction,
-            "sampler_gap": float(np.mean(gaps)) if gaps else 0.0,
-            "reward_mean": known.mean().item(),
-            "reward_std": known.std(correction=0).item(),
-            "zero_variance_groups": (groups == 0).all(1).double().mean().item(),
-            "unjudged_responses": len(rewards) - len(known),
-            "response_tokens_mean": float(np.mean(lengths)),
-            "entropy": -float(np.mean([x for rollout in rollouts for x in rollout.log_probs])),
-            "truncated_fraction": float(np.mean([not rollout.finished for rollout in rollouts])),
-            "repetition": float(np.mean([repetition(rollout.response_ids) for rollout in rollouts])),
-            "unreadable_characters": float(np.mean([unreadable_characters(r.text) for r in rollouts])),
-            "scoring_s": scoring_s,
-        }
+            for sample, log_probs in self._log_probs_of(self.reference_model, minibatches):
+                sample.reference_log_probs = log_probs
+        if measures_noise:
+            metrics["null_clip_fraction"] = self._null_clip_fraction(minibatches)
+        metrics["log_prob_s"] = time.perf_counter() - started
+        batch.metrics = metrics | batch.statistics()
         return batch
 
+    def _sample_and_reward(self, problems: Sequence, stream: int) -> tuple[list[Sample], dict]:
+        """Sample and reward responses, by all processes together. Returns them and the time it took.
+
+        stream + i seeds problem i, so that the samples do not depend on how many processes share the work.
+        """
+        config = self.config
+        share = self.processes.contiguous_share(len(problems))
+        own = [problems[i] for i in share]
+        asked = [problem for problem in own for _ in range(config.group_size)]
+        rollouts, rewards = [], []
+        started = time.perf_counter()
+        if own:
+            prompts = [encode_prompt(self.tokenizer, problem.prompt) for problem in own]
+            seed = stream + share.start
+            sampling = Sampling(config.max_new_tokens, config.temperature, config.max_length, seed)
+            with self._compute_type():
+                rollouts = self.engine.generate(prompts, config.group_size, sampling)
+        generated = time.perf_counter()
+        if own:
+            rewards = list(self.reward_fn(asked, [rollout.text for rollout in rollouts]))
+        metrics = {"generation_s": generated - started, "reward_s": time.perf_counter() - generated}
+        own_sums = getattr(self.reward_fn, "metrics", {}) if own else {}
+        for sums in self.processes.gather([own_sums]):
+            for name, value in sums.items():
+                metrics[name] = metrics.get(name, 0) + value
+        gathered = self.processes.gather(list(zip(rollouts, rewards, strict=True)))
+        samples = []
+        for i, (rollout, reward) in enumerate(gathered):
+            if not all(map(math.isfinite, rollout.log_probs)):
+                raise EmergencyStop(
+                    non_finite_weights(self.model) or "the policy's log-probabilities are not finite"
+                )
+            if reward is not None and not math.isfinite(reward):
+                raise EmergencyStop("the reward function returned a value that is not finite")
+            samples.append(Sample(problems[i // config.group_size], rollout, reward))
+        return samples, metrics
+
+    def _log_probs_of(
+        self, model: Any, minibatches: Sequence[Sequence[Sample]]
+    ) -> list[tuple[Sample, torch.Tensor]]:
+        """Log-probabilities of the samples with a signal, in the very forward passes that their updates run.
+
+        Equal shapes give equal bits, so that the ratio of an unchanged policy is exactly 1.
+        """
+
+        def own_share() -> list[tuple[int, int, torch.Tensor]]:
+            computed = []
+            with torch.no_grad(), self._compute_type():  # entered once, so that the weights are cast once
+                for number, samples in enumerate(minibatches):
+                    for rows in self._own_micro_batches(samples):
+                        log_probs = self._forward(model, [samples[row] for row in rows])
+                        computed += [(number, row, x.cpu()) for row, x in zip(rows, log_probs, strict=True)]
+            return computed
+
+        longest = _longest_row([sample for samples in minibatches for sample in samples])
+        gathered = self.processes.gather(self.micro_batch_size.retry(own_share, longest))
+        return [(minibatches[number][row], log_probs) for number, row, log_probs in gathered]
+
+    def _null_clip_fraction(self, minibatches: Sequence[Sequence[Sample]]) -> float:
+        """The share of a minibatch's tokens outside the clip range if computed again: noise and nothing else."""
+        with_signal = [samples for samples in minibatches if any(sample.has_signal for sample in samples)]
+        pairs = self._log_probs_of(self.model, with_signal[:1])
+        if not pairs:
+            return 0.0
+        samples, again = [sample for sample, _ in pairs], [log_probs for _, log_probs in pairs]
+        outside = 0.0
+        for sign in (1.0, -1.0):  # a positive advantage clips on the right, a negative one on the left
+            signed = [replace(sample, advantage=sign) for sample in samples]
+            outside += self._loss(signed, again, denominator=1)[1]["clip_fraction"]
+        return outside
+
+    # ---- step 4: the updates
+
     def update(self, batch: RolloutBatch) -> dict:
-        """The updates that the rollout batch still lacks; returns the metrics of the whole batch."""
+        """Make the updates that the rollout batch still lacks. Returns the metrics of the whole batch."""
         stop_if(stop_reason(batch.metrics), batch.metrics)
-        for rows in self._minibatches(batch)[len(batch.updates) :]:
-            self._update_minibatch(batch, rows)
-            self.stop_here_if_asked()
-        with torch.no_grad():
-            everything = list(range(len(batch.rollouts)))
-            _, pooled = self._loss_of(batch, everything, batch.seen, denominator=len(everything))
+        for samples in batch.minibatches(self.config.mini_batch_size)[len(batch.updates) :]:
+            self._update_minibatch(batch, samples)
+            self.stop.check()
         self.optimizer.zero_grad()  # sampling needs the gradients' memory
+        self.step += 1
         updates = batch.updates
+        pooled = self._pool(updates, batch.samples)
         metrics = {
-            **pooled,
+            **{name: value for name, value in pooled.items() if name not in METRIC_SUMS},
             "clip_fraction_by_minibatch": [update["clip_fraction"] for update in updates],
             "grad_norm": float(np.mean([update["grad_norm"] for update in updates])),
             "learning_rate": updates[-1]["learning_rate"],
             **batch.metrics,
             "update_s": sum(update["seconds"] for update in updates),
         }
-        tokens = sum(len(rollout.response_ids) for rollout in batch.rollouts)
-        total = sum(metrics[name] for name in ("generation_s", "reward_s", "scoring_s", "update_s"))
-        return {**metrics, "tokens_per_s": tokens / total, "peak_memory_gb": peak_memory_gb()}
+        num_tokens = sum(sample.num_tokens for sample in batch.samples)
+        seconds = sum(metrics[name] for name in ("generation_s", "reward_s", "log_prob_s", "update_s"))
+        return {**metrics, "tokens_per_s": num_tokens / seconds, "peak_memory_gb": peak_memory_gb()}
 
-    def _update_minibatch(self, batch: RolloutBatch, rows: list[int]) -> None:
-        """One optimizer update on these rows; the batch then has its metrics, and what it saw."""
+    def _update_minibatch(self, batch: RolloutBatch, samples: Sequence[Sample]) -> None:
+        """One optimizer update on these samples. The batch then has its metrics."""
         started = time.perf_counter()
-        seen = self._within_memory(batch, lambda: self._backward(batch, rows))
-        for parameter in self.model.parameters():
-            if parameter.grad is None:  # no row of this process reached it
-                parameter.grad = torch.zeros_like(parameter)
-            if self.accelerator.num_processes > 1:  # accelerate copies the gradient even where there is one
-                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="sum")
+        longest = _longest_row(batch.samples)
+        parts, log_probs = self.micro_batch_size.retry(lambda: self._backward(samples), longest)
+        self.processes.sum_gradients(self.model)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
-        if grad_norm > self.config.max_grad_norm:  # else a pass over all gradients would multiply them by 1
+        if grad_norm > self.config.max_grad_norm:  # otherwise every gradient would be multiplied by 1
             torch.nn.utils.clip_grads_with_norm_(
                 self.model.parameters(), self.config.max_grad_norm, grad_norm
             )
-        seen = dict(gather_object(list(seen.items())))
-        with torch.no_grad():
-            _, metrics = self._loss_of(batch, rows, seen, denominator=len(rows))
+        metrics = self._pool(self.processes.gather(parts), samples)
         metrics |= {"grad_norm": grad_norm.item(), "learning_rate": self.schedule.get_last_lr()[0]}
         stop_if(stop_reason(metrics), batch.metrics | metrics)
-        self._stepping = True
+        for row, values in self.processes.gather(log_probs):
+            if samples[row].old_log_probs is None:
+                samples[row].old_log_probs = values
+        self._in_optimizer_step = True
         self.optimizer.step()
         self.schedule.step()
-        batch.seen |= seen
         batch.updates.append(metrics | {"seconds": time.perf_counter() - started})
-        self._stepping = False
+        self._in_optimizer_step = False
 
-    def _backward(self, batch: RolloutBatch, rows: list[int]) -> dict[int, torch.Tensor]:
-        """Gradients of the loss of this process's share of the rows, and the log-probabilities it saw."""
+    def _backward(self, samples: Sequence[Sample]) -> tuple[list[dict], list[tuple[int, torch.Tensor]]]:
+        """Gradients of the loss of this process's share of the samples.
+
+        Returns: the metrics of its micro-batches, and by row in the samples the log-probabilities (|y|,).
+        """
         self.optimizer.zero_grad()  # here, so that an update that was given up leaves nothing behind
-        seen = {}
-        for micro_batch in self._own_micro_batches(batch, rows):
-            log_probs = self._log_probs(self.model, batch, micro_batch)
-            loss, _ = self._loss_of(batch, micro_batch, log_probs, denominator=len(rows))
+        parts, computed = [], []
+        for rows in self._own_micro_batches(samples):
+            chosen = [samples[row] for row in rows]
+            log_probs = self._forward(self.model, chosen)
+            loss, metrics = self._loss(chosen, log_probs, denominator=len(samples))
             loss.backward()
-            seen |= {row: values.detach().cpu() for row, values in log_probs.items()}
-        return seen
+            own = [values.detach().cpu() for values in log_probs]
+            metrics["sampler_gap_sum"] = sum(map(_sampler_gap, chosen, own))
+            parts.append(metrics)
+            computed += zip(rows, own, strict=True)
+        return parts, computed
 
-    def _within_memory(self, batch: RolloutBatch, work: Callable):
-        """work(), with half the tokens of a forward pass whenever memory runs out.
+    def _loss(
+        self, samples: Sequence[Sample], log_probs: Sequence[torch.Tensor], denominator: int
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """The configured loss of some samples, a part of a sum over denominator sequences, and its metrics.
 
-        The gradient is the same but for rounding, which in bfloat16 adds noise to the ratios of the rollout
-        batch in progress: they were scored in other shapes.
+        log_probs: (|y|,) per sample, as the policy now has them.
         """
-        longest = max(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in batch.rollouts)
-        while True:
-            try:
-                return work()
-            except RuntimeError as error:
-                if not _out_of_memory(error) or self._micro_batch_tokens <= longest:
-                    raise
-            # Out of the handler, which holds the failed attempt's tensors.
-            self.halvings += 1
-            torch.cuda.empty_cache()
-            tqdm.write(
-                f"out of memory: from now on {self._micro_batch_tokens} tokens a forward pass "
-                "(--micro_batch_tokens)",
-                file=sys.stderr,
-            )
-
-    @property
-    def _micro_batch_tokens(self) -> int:
-        return self.config.micro_batch_tokens >> self.halvings
-
-    def _loss_of(self, batch: RolloutBatch, rows: list[int], log_probs: dict, denominator: int):
-        """The configured loss of some rows, a part of a sum over denominator rows, and its metrics.
-
-        log_probs: row to (|y|,), as the policy now has them. Rows that are not there teach nothing: they add
-        0 to the loss, cannot clip, and count in the clip fractions' denominators alone.
-        """
-        config, device = self.config, self.accelerator.device
-        taught = [row for row in rows if row in log_probs]
-        lengths = torch.tensor([len(log_probs[row]) for row in taught], dtype=torch.long, device=device)
-        values = _pad([log_probs[row] for row in taught], device)  # (B, T)
+        config, device = self.config, self.processes.device
+        # Without log pi_old this is the first update after sampling: the policy is still pi_old.
+        old = [
+            values.detach() if sample.old_log_probs is None else sample.old_log_probs
+            for sample, values in zip(samples, log_probs, strict=True)
+        ]
+        lengths = torch.tensor([sample.num_tokens for sample in samples], device=device)
+        values = _pad(log_probs, device)  # (B, T)
         mask = torch.arange(values.shape[1], device=device) < lengths[:, None]  # (B, T)
-        loss, metrics = self.loss(
+        loss, metrics = self.algorithm.loss(
             values,
-            _pad([batch.old_log_probs[row] for row in taught], device),
-            batch.advantages[taught].to(device),
+            _pad(old, device),
+            torch.tensor([sample.advantage for sample in samples], device=device),
             mask,
             config.left_clip_range,
             config.right_clip_range,
             denominator,
         )
-        tokens = sum(len(batch.rollouts[row].response_ids) for row in rows)
-        metrics["clip_fraction"] *= lengths.sum().item() / max(tokens, 1)
-        metrics["clip_fraction_sequences"] *= len(taught) / max(len(rows), 1)
         if config.kl_coef:
-            reference = _pad([batch.reference_log_probs[row] for row in taught], device)
+            reference = _pad([sample.reference_log_probs for sample in samples], device)
             kl = kl_penalty(values, reference, mask, denominator)
             loss = loss + config.kl_coef * kl
-            metrics["kl"] = kl.item()
-        return loss, {"loss": loss.item(), **metrics}
+            metrics["kl_sum"] = kl.item() * denominator
+        return loss, metrics
 
-    def _minibatches(self, batch: RolloutBatch) -> list[list[int]]:
-        """The rows of each optimizer update: whole groups, in order; the last may be smaller."""
-        size = self.config.mini_batch_size * self.config.group_size
-        rows = list(range(len(batch.rollouts)))
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+    def _pool(self, parts: Iterable[dict], samples: Sequence[Sample]) -> dict[str, float]:
+        """The metrics of these samples, some of which have no signal, from those of their parts."""
+        num_tokens = sum(sample.num_tokens for sample in samples)
+        metrics = pool_metrics(parts, len(samples), num_tokens)
+        penalty = self.config.kl_coef * metrics["kl_sum"]
+        metrics["loss"] = (penalty - metrics["objective"]) / len(samples)
+        metrics["sampler_gap"] = metrics["sampler_gap_sum"] / max(metrics["sequences"], 1)
+        if self.config.kl_coef:
+            metrics["kl"] = metrics["kl_sum"] / len(samples)
+        return metrics
 
-    def _own_micro_batches(self, batch: RolloutBatch, rows: list[int]) -> list[list[int]]:
-        """This process's share of the rows that teach, as the passes that scoring and updating both run.
+    def _own_micro_batches(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """The rows of this process's samples with a signal, as forward passes.
 
-        A row without an advantage has a gradient of exactly 0. On problems much too easy or too hard for the
-        model, which half of all groups often are, leaving it out halves scoring and updating.
+        A sample without an advantage has a gradient of exactly 0. On problems much too easy or too hard for
+        the model, which half of all groups often are, leaving them out halves the work.
         """
-        teaching = [row for row in rows if batch.teaches[row]]
-        own = teaching[self.accelerator.process_index :: self.accelerator.num_processes]
-        prompts = [batch.rollouts[row].prompt_ids for row in own]
-        responses = [batch.rollouts[row].response_ids for row in own]
-        split = micro_batches(self.model, prompts, responses, self._micro_batch_tokens)
+        with_signal = [row for row, sample in enumerate(samples) if sample.has_signal]
+        own = with_signal[self.processes.rank :: self.processes.count]
+        prompts = [samples[row].rollout.prompt_ids for row in own]
+        responses = [samples[row].rollout.response_ids for row in own]
+        split = micro_batches(self.model, prompts, responses, self.micro_batch_size.tokens)
         return [[own[i] for i in indices] for indices in split]
 
-    def _log_probs(self, model, batch: RolloutBatch, rows: list[int]) -> dict[int, torch.Tensor]:
-        prompts = [batch.rollouts[row].prompt_ids for row in rows]
-        responses = [batch.rollouts[row].response_ids for row in rows]
-        with self._computing():
-            scored = token_log_probs(model, prompts, responses, self.config.temperature)
-        return dict(zip(rows, scored, strict=True))
+    def _forward(self, model: Any, samples: Sequence[Sample]) -> list[torch.Tensor]:
+        """Log-probabilities (|y|,) of each sample's response, in one forward pass."""
+        prompts = [sample.rollout.prompt_ids for sample in samples]
+        responses = [sample.rollout.response_ids for sample in samples]
+        with self._compute_type():
+            return token_log_probs(model, prompts, responses, self.config.temperature)
 
-    def _score(self, model, batch: RolloutBatch, minibatches: list[list[int]]) -> dict:
-        """Log-probabilities of the minibatches' rows, in the very forward passes that their updates run.
+    def _compute_type(self) -> torch.autocast:
+        """bfloat16 matrix products over the float32 weights, or float32 throughout.
 
-        Equal shapes give equal bits, so that the ratio of an unchanged policy is exactly 1.
+        This is torch.autocast rather than accelerate's, which is fixed once per process: trainers of both types
+        may be compared in one process.
         """
+        enabled = self.config.dtype == "bfloat16"
+        return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=enabled)
 
-        def own_share() -> dict:
-            own = {}
-            with torch.no_grad(), self._computing():  # entered once: the weights are cast once for all passes
-                for rows in minibatches:
-                    for micro_batch in self._own_micro_batches(batch, rows):
-                        scored = self._log_probs(model, batch, micro_batch)
-                        own |= {row: values.cpu() for row, values in scored.items()}
-            return own
+    # ---- evaluation
 
-        return dict(gather_object(list(self._within_memory(batch, own_share).items())))
+    def evaluate(self, problems: Sequence) -> dict:
+        """Sample group_size responses to each problem, from random streams that are the same every time.
 
-    def _null_clip_fraction(self, batch: RolloutBatch) -> float:
-        """Share of a minibatch's tokens outside the clip range when scored again: pure noise."""
-        teaching = [rows for rows in self._minibatches(batch) if batch.teaches[rows].any()]
-        again = self._score(self.model, batch, teaching[:1])
-        outside = 0.0
-        for sign in (1.0, -1.0):  # a positive advantage clips on the right, a negative one on the left
-            signed = replace(batch, advantages=torch.full_like(batch.advantages, sign))
-            outside += self._loss_of(signed, sorted(again), again, denominator=1)[1]["clip_fraction"]
-        return outside
-
-    def progress_bar(self, **options):
-        """tqdm, on the main process, for what takes longer than PROGRESS_DELAY_S."""
-        # In a log file a bar is a line each time it is drawn: draw it seldom.
-        interval = 0.5 if sys.stderr.isatty() else 30.0
-        main = self.accelerator.is_main_process
-        return tqdm(
-            disable=not main, mininterval=interval, delay=PROGRESS_DELAY_S, dynamic_ncols=True, **options
+        Returns:
+            pass_at_1: share of responses with reward 1, and interval_95 of it (Wilson's, over problems);
+            reward_mean; response_tokens_mean; pass_by_problem: the share of each problem, for paired
+            comparisons. A response that could not be graded counts as not passed.
+        """
+        samples: list[Sample] = []
+        starts = range(0, len(problems), EVALUATION_CHUNK)
+        bar = progress_bar(
+            self.processes.is_main, iterable=starts, desc="evaluating", unit="chunk", leave=False
         )
+        for start in bar:
+            self.stop.check()
+            chunk = problems[start : start + EVALUATION_CHUNK]
+            samples += self._sample_and_reward(chunk, EVALUATION_STREAM + start)[0]
+        passed = np.array([sample.reward == 1.0 for sample in samples])
+        pass_by_problem = passed.reshape(-1, self.config.group_size).mean(1)  # (Q,)
+        pass_at_1 = float(pass_by_problem.mean())
+        return {
+            "pass_at_1": pass_at_1,
+            "interval_95": list(wilson_interval(pass_at_1, len(pass_by_problem))),
+            "reward_mean": float(np.mean([sample.reward or 0.0 for sample in samples])),
+            "response_tokens_mean": float(np.mean([sample.num_tokens for sample in samples])),
+            "pass_by_problem": pass_by_problem.tolist(),
+        }
 
-    # ---- stopping and going on
-
-    def stop_here_if_asked(self) -> None:
-        """A place at which the state is whole. The processes agree: a signal may reach only one of them."""
-        if any(gather_object([self.stop_requested])):
-            raise Interrupted
+    # ---- the state
 
     def is_whole(self) -> bool:
-        """Whether the state is that after a whole update, and worth keeping."""
-        return not self._stepping and self.broken_weights() is None
-
-    def broken_weights(self) -> str | None:
-        """Which weights are not finite, or None."""
-        parameters = {name: parameter.detach() for name, parameter in self.model.named_parameters()}
-        if torch.nn.utils.get_total_norm(parameters.values()).isfinite():  # fast: no mask of them is made
-            return None
-        broken = [name for name, p in parameters.items() if not p.isfinite().all()]
-        return f"{len(broken)} weight tensors are not finite, such as {broken[0]}" if broken else None
+        """True if the state is that after a whole update, and its weights are finite."""
+        return not self._in_optimizer_step and non_finite_weights(self.model) is None
 
     def state_dict(self) -> dict:
-        """What the future depends on besides the weights: plain data and tensors."""
+        """What the future depends on besides the weights, as plain data and tensors."""
         return {
             "step": self.step,
-            "halvings": self.halvings,
+            "halvings": self.micro_batch_size.halvings,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.step, self.halvings = state["step"], state["halvings"]
+        """Take up the state of state_dict(); the weights are loaded by the caller."""
+        self.step, self.micro_batch_size.halvings = state["step"], state["halvings"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
 
 
-def _pad(rows: list[torch.Tensor], device) -> torch.Tensor:
-    if not rows:
-        return torch.zeros(0, 0, device=device)
+def _pad(rows: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Tensors (|y|,) to (B, T)."""
     return pad_sequence([row.to(device) for row in rows], batch_first=True)
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    """On a GPU, or on a CPU as torch's allocator says it, or oneDNN, which does not give the reason."""
-    return should_reduce_batch_size(error) or "could not create a primitive" in str(error)
+def _longest_row(samples: Sequence[Sample]) -> int:
+    """Tokens of the longest prompt and response together."""
+    return max((len(s.rollout.prompt_ids) + s.num_tokens for s in samples), default=0)
 
 
-def _enable_gradient_checkpointing(model) -> None:
-    """Recompute activations in the backward pass, with dropout still off.
+def _sampler_gap(sample: Sample, log_probs: torch.Tensor) -> float:
+    """Mean distance, in nats per token, between the sampler's log-probabilities and those of pi_old.
 
-    transformers checkpoints a layer only while it is in training mode, which would also turn on the dropout
-    that GPT-2 and its kin have; so the layers are marked one by one, and what is inside them is left alone.
+    log_probs: (|y|,) under the present policy, which is pi_old if there are no others yet.
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in model.modules():
-        module.training = getattr(module, "gradient_checkpointing", False)
-        for name, value in vars(module).items() if module.training else ():
-            if "dropout" in name and isinstance(value, float):  # OPT's layers drop out by themselves
-                setattr(module, name, 0.0)
+    old = log_probs if sample.old_log_probs is None else sample.old_log_probs
+    return (torch.tensor(sample.rollout.log_probs) - old).abs().mean().item()

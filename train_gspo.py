@@ -2,68 +2,64 @@
 
     python train_gspo.py                                          the embedded model, on a CPU
     python train_gspo.py --model_name Qwen/Qwen2.5-7B-Instruct --dataset gsm8k --use_wandb
-    python train_gspo.py --dataset math --algorithm grpo          the baseline, same everything else
-    torchrun --nproc_per_node 4 train_gspo.py ...                 several processes, with a GPU each or none
+    python train_gspo.py --dataset math --algorithm grpo          the baseline, with everything else equal
+    torchrun --nproc_per_node 4 train_gspo.py ...                 several processes, each with a GPU or without
 
 Exit codes: 0 done; 1 failure; 2 bad input (one line: what, why, what to do); 3 emergency stop;
 130 interrupted. Whenever it stops, what was learnt is on disk and --resume continues.
 """
 
+# The imports up here are quick, so that --help and a mistyped flag are answered at once. Everything that
+# imports torch stands in the functions that run after the flags are parsed.
 import argparse
+import ast
 import json
 import os
-import signal
 import sys
-import time
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from types import NoneType
-from typing import get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from gspo.training.command_line import Parser, complain, interruptible
+from data_loader import DATASETS, RewardFunction, default_max_new_tokens, load_problems
+from gspo.training.command_line import Parser, complain, interruptible, prepare_process
+from gspo.training.config import GSPOConfig
+from gspo.training.find_run import refuse_other_settings, resumed_folder, run_folder, settings_of
 
-# Waiting OpenMP threads spin for long before they sleep. On a CPU that other processes share, that made a
-# rollout batch up to five times slower; spinning briefly costs little (LOG.md). Read when torch is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-if __name__ == "__main__":  # before the imports below, which take seconds
-    interruptible()
-
-from transformers.utils.logging import disable_progress_bar
-
-from data_loader import default_max_new_tokens, load_problems
-from gspo.policy.cpu import keep_freed_memory
-from gspo.policy.model_loader import check_memory, count_parameters, load_model, resolve_model_name
-from gspo.tasks.rewards import RewardFunction
-from gspo.training.alarms import EmergencyStop
-from gspo.training.checkpoints import CannotSave
-from gspo.training.config import choose_dtype
-from gspo.training.intervals import paired_interval
-from gspo.training.run_log import (
-    process_count,
-    refuse_other_settings,
-    resumed_folder,
-    run_folder,
-    settings_of,
-)
-from gspo.training.training_run import TrainingRun
-from gspo_implementation import GSPOConfig, GSPOTrainer
+if TYPE_CHECKING:
+    from gspo.training.alarms import EmergencyStop
+    from gspo.training.training_run import TrainingRun
 
 PROGRAM = "train_gspo.py"
-SAME_SIGNAL_S = 1.0  # seconds
-# Bytes: float32 weights, gradients and AdamW's two moments, before activations.
-MEMORY_PER_PARAMETER = 16
 
 
 def main(arguments: list[str] | None = None) -> int:
-    keep_freed_memory()
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
-        sys.stdout = open(os.devnull, "w")
     try:
-        config = resolve(parse(arguments))
+        config = parse(arguments)
+    except ValueError as error:
+        complain(PROGRAM, error)
+        return 2
+    if os.environ.get("RANK", "0") != "0":  # only rank 0 prints
+        sys.stdout = open(os.devnull, "w")
+    return train(config)
+
+
+def train(config: GSPOConfig) -> int:
+    """Run a configuration. Returns the exit code."""
+    from gspo.policy.cpu import keep_freed_memory
+    from gspo.training.alarms import EmergencyStop
+    from gspo.training.whole_folders import CannotSave
+    from gspo_implementation import describe_objective
+
+    keep_freed_memory()
+    try:
+        config = resolve_for_machine(config)
+        settings = asdict(config)
         if config.resume:
-            refuse_other_settings(asdict(config))
-        print(json.dumps({k: v for k, v in asdict(config).items() if v is not None}, indent=2))
-        print(f"\n{config.describe_objective()}\n")
+            folder = run_folder(settings)
+            refuse_other_settings(folder, settings_of(folder) or {}, settings)
+        print(json.dumps({k: v for k, v in settings.items() if v is not None}, indent=2))
+        print(f"\n{describe_objective(config)}\n")
         if config.dry_run:
             return 0
         run = prepare(config)
@@ -73,128 +69,163 @@ def main(arguments: list[str] | None = None) -> int:
     except (CannotSave, OSError) as error:
         complain(PROGRAM, error)
         return 1
-    stop_on_signals(run.trainer)
-    speaks = run.trainer.accelerator.is_main_process  # all processes end alike
+    run.trainer.stop.on_signals()
+    is_main = run.processes.is_main  # all processes end alike, and only the main one says why
     try:
         result = run.train()
     except CannotSave as error:
-        if speaks:
-            complain(PROGRAM, f"{error}; make room, then continue with --resume {run.log.folder}")
+        if is_main:
+            complain(PROGRAM, f"{error}; make room, then continue with --resume {run.folder.path}")
         return 1
     except EmergencyStop as stop:
-        if speaks:
+        if is_main:
             complain(PROGRAM, explain(stop, run))
         return 3
-    if speaks:
+    if is_main:
         report(run, result)
     return 0 if result["finished"] else 130
 
 
-def parse(arguments: list[str] | None) -> GSPOConfig:
-    """The flags as a configuration; with --resume, flags that are not given are those of the resumed run.
+# ---- the flags
 
-    Bad values end the program with one line and exit code 2.
+
+def parse(arguments: list[str] | None) -> GSPOConfig:
+    """The flags as a configuration. With --resume, flags that are not given are those of the resumed run.
+
+    A bad flag ends the program with one line and exit code 2; a bad value may also be a ValueError.
     """
-    parser = Parser(__doc__)
-    types, groups = get_type_hints(GSPOConfig), {}
+    parser = Parser(str(__doc__))
+    types = get_type_hints(GSPOConfig)
+    tables = {"dataset": tuple(DATASETS), "algorithm": algorithm_names()}
+    groups: dict[str, Any] = {}
     for f in fields(GSPOConfig):
-        group = groups.setdefault(f.metadata["group"], None) or parser.add_argument_group(f.metadata["group"])
-        groups[f.metadata["group"]] = group
-        kind = next(t for t in get_args(types[f.name]) or (types[f.name],) if t is not NoneType)
-        shown = "" if f.default is None or kind is bool else f" (default: {f.default})"
-        options = (
-            {"action": "store_true"} if kind is bool else {"type": kind, "choices": f.metadata["choices"]}
-        )
-        help = f.metadata["help"] + shown
-        group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **options)
+        group = f.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        kinds = get_args(types[f.name]) or (types[f.name],)
+        kind = next(t for t in kinds if t is not NoneType)
+        help = f.metadata["help"]
+        if kind is bool:
+            options: dict[str, Any] = {"action": "store_true"}
+        else:
+            options = {"type": kind, "choices": tables.get(f.name, f.metadata["choices"])}
+            if f.default is not None:
+                help += f" (default: {f.default})"
+        groups[group].add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **options)
     given = vars(parser.parse_args(arguments))
     if "resume" in given:
-        given = of_resumed_run(given)
+        given = with_settings_of_resumed_run(given)
     return GSPOConfig(**given)
 
 
-def of_resumed_run(given: dict) -> dict:
-    """The flags that are given, the resumed run's own for the others, and where its folder is now."""
+def algorithm_names() -> tuple[str, ...]:
+    """The keys of gspo_implementation.ALGORITHMS, read from its source, since importing it takes seconds."""
+    source = Path(__file__).with_name("gspo_implementation.py").read_text(encoding="utf-8")
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "ALGORITHMS":
+            assert isinstance(statement.value, ast.Dict)
+            return tuple(ast.literal_eval(key) for key in statement.value.keys if key)
+    raise AssertionError("gspo_implementation.py has no table ALGORITHMS")
+
+
+def with_settings_of_resumed_run(given: dict) -> dict:
+    """The flags that are given, the resumed run's own for all others, and where its folder is now."""
     folder = resumed_folder(given["resume"], given.get("output_dir", GSPOConfig.output_dir))
     if given.get("run_name", folder.name) != folder.name:
         raise ValueError(f"--run_name {given['run_name']}: the resumed run is {folder}; leave the flag out")
     inherited = {f.name for f in fields(GSPOConfig)} - {"dry_run"}
-    saved = {name: value for name, value in settings_of(folder).items() if name in inherited}
+    saved = {name: value for name, value in (settings_of(folder) or {}).items() if name in inherited}
     resume = str(folder) if given["resume"] == "latest" else os.path.abspath(given["resume"])
     return saved | given | {"resume": resume, "output_dir": str(folder.parent), "run_name": folder.name}
 
 
-def resolve(config: GSPOConfig) -> GSPOConfig:
-    """Decide what depends on the machine, the model's size and the data set."""
+# ---- before training
+
+
+def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
+    """Decide what depends on the machine, the model's size and the data set, and print the choices."""
+    from gspo.policy.model_loader import (
+        TRAINING_BYTES_PER_PARAMETER,
+        check_memory,
+        count_parameters,
+        resolve_model_name,
+    )
+    from gspo.training.hardware import choose_dtype, num_processes
+    from gspo_implementation import resolve
+
     model_name, reason = resolve_model_name(config.model_name)
     if config.model_name != model_name:
         print(f"model: {model_name} ({reason})")
-    parameters = count_parameters(model_name, config.trust_remote_code)
-    if config.dataset_path:  # for a resume from elsewhere
-        config = replace(config, dataset_path=os.path.abspath(config.dataset_path))
-    if config.dataset_path and config.dataset == GSPOConfig.dataset:
-        config = replace(config, dataset="file")
-    source = "file" if config.dataset_path else config.dataset
-    difficulty = config.difficulty if config.difficulty != "auto" else difficulty_for(parameters)
-    config = replace(
+    num_parameters = count_parameters(model_name, config.trust_remote_code)
+    dataset, dataset_path = config.dataset, config.dataset_path
+    if dataset_path:
+        dataset_path = os.path.abspath(dataset_path)  # for a resume from another directory
+        if dataset == GSPOConfig.dataset:
+            dataset = "file"
+    difficulty = config.difficulty
+    if difficulty == "auto":
+        difficulty = difficulty_for(num_parameters)
+    source = "file" if dataset_path else dataset
+    config_of_task = replace(
         config,
         model_name=model_name,
+        dataset=dataset,
+        dataset_path=dataset_path,
         difficulty=difficulty,
         max_new_tokens=config.max_new_tokens or default_max_new_tokens(source, difficulty),
     )
-    resolved = config.resolve(parameters)
+    resolved = resolve(config_of_task, num_parameters)
     if resolved.device == "cuda":
-        check_memory(model_name, MEMORY_PER_PARAMETER * parameters)
-    print(f"processes: {process_count()}")
+        check_memory(model_name, TRAINING_BYTES_PER_PARAMETER * num_parameters)
+    print(f"processes: {num_processes()}")
     if config.dtype == "auto":
-        print(f"dtype: {resolved.dtype} ({choose_dtype(resolved.device, parameters)[1]})")
+        print(f"dtype: {resolved.dtype} ({choose_dtype(str(resolved.device), num_parameters)[1]})")
     return resolved
 
 
-def difficulty_for(parameters: int) -> str:
+def difficulty_for(num_parameters: int) -> str:
     """The level of generated problems on which a model of this size has something to learn."""
-    if parameters < 0.4e9:
+    if num_parameters < 0.4e9:
         return "easy"
-    return "medium" if parameters < 4e9 else "hard"
+    if num_parameters < 4e9:
+        return "medium"
+    return "hard"
 
 
-def prepare(config: GSPOConfig) -> TrainingRun:
-    """Problems, model, trainer and run folder; ValueError where the input cannot work. Quick things first."""
+def prepare(config: GSPOConfig) -> "TrainingRun":
+    """Problems, model, trainer and run folder. What is quick to check comes first.
+
+    Raises:
+        ValueError: the input cannot work.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from gspo.policy.model_loader import load_model
+    from gspo.training.training_run import TrainingRun
+    from gspo_implementation import GSPOTrainer
+
     run_folder(asdict(config))
-    train_problems, eval_problems = (
-        load_problems(config.dataset, split, count, config.seed, config.difficulty, config.dataset_path)
-        for split, count in (("train", config.num_train_samples), ("eval", config.num_eval_samples))
-    )
+    splits = {"train": config.num_train_samples, "eval": config.num_eval_samples}
+    problems = {
+        split: load_problems(
+            config.dataset, split, count, config.seed, config.difficulty, config.dataset_path
+        )
+        for split, count in splits.items()
+    }
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading the weights
-    # On the CPU first: each process of several then moves it to its own GPU.
+    # On the CPU first: each process then moves the model to its own GPU.
     model, tokenizer = load_model(config.model_name, device="cpu", trust_remote_code=config.trust_remote_code)
     trainer = GSPOTrainer(model, tokenizer, config, RewardFunction(config.code_reward))
-    return TrainingRun(trainer, train_problems, eval_problems)
+    return TrainingRun(trainer, problems["train"], problems["eval"])
 
 
-def stop_on_signals(trainer: GSPOTrainer) -> None:
-    """First SIGINT or SIGTERM: stop after the update in progress, with a checkpoint. Second: at once.
-
-    A launcher passes on a signal that its processes have had themselves: within SAME_SIGNAL_S it is the same.
-    """
-    asked = []
-
-    def stop(*_):
-        asked.append(time.monotonic())
-        if asked[-1] - asked[0] > SAME_SIGNAL_S:
-            os._exit(130)  # without the checkpoint that may be in progress: the last whole one stays
-        if not trainer.stop_requested and trainer.accelerator.is_main_process:
-            print("\nstopping after this update; once more to stop at once", file=sys.stderr)
-        trainer.stop_requested = True
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+# ---- after training
 
 
-def explain(stop: EmergencyStop, run: TrainingRun) -> str:
+def explain(stop: "EmergencyStop", run: "TrainingRun") -> str:
     """What went wrong, where to look, and what to go on from."""
-    folder, checkpoints = run.log.folder, run.log.checkpoints()
+    folder, checkpoints = run.folder.path, run.folder.checkpoints()
     before = f"the state before it is {checkpoints[-1]}" if checkpoints else "no checkpoint was written yet"
     return (
         f"emergency stop in rollout batch {run.trainer.step + 1}, before the update: {stop}. The evidence is "
@@ -203,9 +234,11 @@ def explain(stop: EmergencyStop, run: TrainingRun) -> str:
     )
 
 
-def report(run: TrainingRun, result: dict) -> None:
-    """What came of it: pass@1 before and after, the paired gain, and where everything is."""
-    before, after, folder = result["before"], result["after"], run.log.folder
+def report(run: "TrainingRun", result: dict) -> None:
+    """Print pass@1 before and after, the paired gain, and where everything is."""
+    from gspo.training.intervals import paired_interval
+
+    before, after, folder = result["before"], result["after"], run.folder.path
     if before is None:
         print(f"interrupted in the first evaluation; continue with --resume {folder}")
         return
@@ -226,4 +259,6 @@ def report(run: TrainingRun, result: dict) -> None:
 
 
 if __name__ == "__main__":
+    prepare_process()
+    interruptible()  # the imports that follow take seconds
     sys.exit(main())

@@ -1,39 +1,47 @@
-"""When a run should be looked at, and when it must stop: rules over its metrics, and measures of its text.
+"""Warnings, emergency stops, and the measures of text that they read.
 
-The rules are pure functions of metrics, oldest first (run_record.GLOSSARY). What the model's text is like is
-measured against the run's own start: a model may always have rambled.
+The rules are pure functions of metrics (record.GLOSSARY), of one rollout batch or of all so far, oldest first. A
+text is compared with the run's own start, because a model may have rambled from the beginning.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-# Rollout batches in a row that a rule on text or ties looks at.
+import torch
+
+# The rules on text and ties look at this many rollout batches in a row.
 WINDOW = 5
-REPEATED_RUN = 4  # tokens
+# Tokens of a sequence that counts as repeated when it occurs a second time.
+REPEATED_TOKENS = 4
 
 
-# ---- what is measured of text
+# ---- measures of a response's text
 
 
 def repetition(response_ids: Sequence[int]) -> float:
-    """Share of a response's runs of REPEATED_RUN tokens that stood in it before; 0 where there are no two."""
-    runs = list(zip(*(response_ids[i:] for i in range(REPEATED_RUN)), strict=False))
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+    """The share of sequences of REPEATED_TOKENS tokens that occurred before in the response; 0 if it is short."""
+    shifted = [response_ids[i:] for i in range(REPEATED_TOKENS)]
+    sequences = list(zip(*shifted, strict=False))
+    if not sequences:
+        return 0.0
+    return 1 - len(set(sequences)) / len(sequences)
 
 
 def unreadable_characters(text: str) -> float:
-    """Share of control, unassigned and replacement characters; 0 for an empty text."""
+    """The share of control, unassigned and replacement characters; 0 for an empty text."""
+    if not text:
+        return 0.0
     readable = sum((c.isprintable() or c.isspace()) and c != "\ufffd" for c in text)
-    return 1 - readable / len(text) if text else 0.0
+    return 1 - readable / len(text)
 
 
 # ---- emergency stops
 
 
 class EmergencyStop(RuntimeError):
-    """Training cannot go on; the weights are those before the update that went bad.
+    """Training must not go on; the weights are those before the update that went wrong.
 
-    metrics: what is known of that update, and shows why.
+    metrics: what is known about that update, as evidence.
     """
 
     def __init__(self, reason: str, metrics: dict | None = None):
@@ -42,16 +50,26 @@ class EmergencyStop(RuntimeError):
 
 
 def stop_if(reason: str | None, metrics: dict | None = None) -> None:
-    """Raises EmergencyStop where there is a reason."""
+    """Raises EmergencyStop if there is a reason."""
     if reason:
         raise EmergencyStop(reason, metrics)
 
 
-def stop_reason(metrics: dict) -> str | None:
-    """Why what these metrics describe must not reach the weights, or None.
+def non_finite_weights(model: torch.nn.Module) -> str | None:
+    """Name the weights that are not finite, or return None."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    # The norm is fast, since no mask of all weights is made.
+    if torch.nn.utils.get_total_norm(parameters.values()).isfinite():
+        return None
+    broken = [name for name, parameter in parameters.items() if not parameter.isfinite().all()]
+    return f"{len(broken)} weight tensors are not finite, such as {broken[0]}" if broken else None
 
-    Any figure that is not finite; a ratio above 100 (a healthy one stays within a few per cent of 1); samples
-    that are not the policy's.
+
+def stop_reason(metrics: dict) -> str | None:
+    """The reason why an update with these metrics must not reach the weights, or None.
+
+    Reasons are a figure that is not finite, a ratio above 100 (a healthy one stays within a few per cent of 1),
+    and responses that were not sampled from the policy.
     """
     for name, values in metrics.items():
         for value in values if isinstance(values, list) else [values]:
@@ -68,8 +86,10 @@ def stop_reason(metrics: dict) -> str | None:
 
 
 def gibberish_reason(history: Sequence[dict]) -> str | None:
-    """Why the policy's text is beyond repair, or None: it has changed for the worse for WINDOW rollout
-    batches, in which less than a tenth of the start's reward was earned."""
+    """The reason why the policy's text is beyond repair, or None.
+
+    The text has got worse for WINDOW rollout batches, which earned less than a tenth of the reward at the start.
+    """
     if not any(batch["reward_mean"] for batch in _start(history)):
         return None  # nothing has been lost
     faults = _text_faults(history, reward_kept=0.1)
@@ -80,7 +100,7 @@ def gibberish_reason(history: Sequence[dict]) -> str | None:
 
 
 def warnings_of(history: Sequence[dict]) -> dict[str, str]:
-    """What a user should look at, read off the metric history (oldest first): kind to message."""
+    """The warnings that the metrics so far call for (oldest first): kind to message."""
     last, warnings = history[-1], {}
     lowest, highest = last["importance_ratio_min"], last["importance_ratio_max"]
     if highest > 10 or lowest < 0.1:
@@ -90,19 +110,20 @@ def warnings_of(history: Sequence[dict]) -> dict[str, str]:
         )
     if last["clip_fraction"] > 0.8:
         warnings["clip"] = (
-            f"{last['clip_fraction']:.0%} of tokens are clipped: most of the batch teaches nothing; "
+            f"{last['clip_fraction']:.0%} of tokens are clipped: most of the batch has no gradient; "
             "lower --learning_rate or widen the clip range"
         )
-    if last["null_clip_fraction"] > 0.01:
+    noise = last.get("null_clip_fraction", 0.0)
+    if noise > 0.01:
         warnings["null clip"] = (
-            f"null_clip_fraction is {last['null_clip_fraction']:.3g}: scoring noise alone leaves the clip "
-            "range; use --dtype float32 or a wider range"
+            f"null_clip_fraction is {noise:.3g}: the noise of the log-probabilities alone leaves the clip range; "
+            "use --dtype float32 or a wider range"
         )
     first_gap = next((batch["sampler_gap"] for batch in history if batch["sampler_gap"]), 0.0)
     if last["sampler_gap"] > 3 * max(1e-3, first_gap):
         warnings["stale sampler"] = (
-            f"sampler and scorer differ by {last['sampler_gap']:.3g} nats per token, at the start by "
-            f"{first_gap:.3g}: does the sampler get the new weights?"
+            f"the log-probabilities of sampler and trainer differ by {last['sampler_gap']:.3g} nats per token, at "
+            f"the start by {first_gap:.3g}: does the sampler get the new weights?"
         )
     if len(history) >= WINDOW and all(batch["zero_variance_groups"] == 1 for batch in history[-WINDOW:]):
         warnings["no signal"] = (
@@ -110,45 +131,49 @@ def warnings_of(history: Sequence[dict]) -> dict[str, str]:
             "try an easier --difficulty, a larger --group_size or a stronger model"
         )
     if faults := _text_faults(history, reward_kept=1.0):
-        warnings["text"] = f"the text changes for the worse: {'; '.join(faults)}; look at samples.jsonl"
+        warnings["text"] = f"the text gets worse: {'; '.join(faults)}; look at samples.jsonl"
     first, latest = _mean(history[:10], "loss"), _mean(history[-10:], "loss")
     if len(history) >= 30 and latest > first + 1:
         warnings["loss"] = f"the loss has risen from {first:.3g} to {latest:.3g}"
     return warnings
 
 
+# What can get worse about a text: the metric, a message about its recent mean and its mean at the start, and a
+# rule that compares a recent value with the mean at the start.
+Rule = Callable[[float, float], bool]
+TEXT_SIGNS: list[tuple[str, str, Rule]] = [
+    ("entropy", "entropy {:.3g} nats per token, {:.3g} at the start", lambda x, start: x > 3 * max(1.0, start)),
+    ("entropy", "entropy {:.3g} nats per token, {:.3g} at the start", lambda x, start: x < 0.05 * start),
+    ("response_tokens_mean", "responses of {:.3g} tokens, {:.3g} at the start", lambda x, start: x < 0.2 * start),
+    ("repetition", "{:.0%} of the text is repetition, {:.0%} at the start", lambda x, start: x > max(0.5, 2 * start)),
+    ("unreadable_characters", "{:.0%} of the characters are unreadable, {:.0%} at the start",
+     lambda x, start: x > start + 0.1),
+    ("truncated_fraction", "{:.0%} of the responses do not end, {:.0%} at the start",
+     lambda x, start: x >= 0.9 and start < 0.5),
+]  # fmt: skip
+
+
 def _text_faults(history: Sequence[dict], reward_kept: float) -> list[str]:
     """What is worse in each of the last WINDOW rollout batches than at the start.
 
-    None while they earn more than reward_kept of the start's reward: a model that learns to answer in one
-    token has not collapsed.
+    The list is empty as long as they earn more than reward_kept times the reward at the start: a model that
+    learns to answer in one token has not collapsed.
     """
     start, recent = _start(history), history[-WINDOW:]
     if not start or _mean(recent, "reward_mean") > reward_kept * _mean(start, "reward_mean"):
         return []
-    signs = {
-        "entropy": ("entropy {:.3g} nats per token, {:.3g} at the start", [
-            lambda x, first: x > 3 * max(1.0, first), lambda x, first: x < 0.05 * first]),
-        "response_tokens_mean": ("responses of {:.3g} tokens, {:.3g} at the start", [
-            lambda x, first: x < 0.2 * first]),
-        "repetition": ("{:.0%} of the text is repetition, {:.0%} at the start", [
-            lambda x, first: x > max(0.5, 2 * first)]),
-        "unreadable_characters": ("{:.0%} of the characters are unreadable, {:.0%} at the start", [
-            lambda x, first: x > first + 0.1]),
-        "truncated_fraction": ("{:.0%} of the responses do not end, {:.0%} at the start", [
-            lambda x, first: x >= 0.9 and first < 0.5]),
-    }  # fmt: skip
-    return [
-        message.format(_mean(recent, name), _mean(start, name))
-        for name, (message, rules) in signs.items()
-        if any(all(rule(batch[name], _mean(start, name)) for batch in recent) for rule in rules)
-    ]
+    faults = []
+    for name, message, rule in TEXT_SIGNS:
+        at_start = _mean(start, name)
+        if all(rule(batch[name], at_start) for batch in recent):
+            faults.append(message.format(_mean(recent, name), at_start))
+    return faults
 
 
 def _start(history: Sequence[dict]) -> Sequence[dict]:
-    """The first WINDOW rollout batches, less those among the last WINDOW: a run may break at once."""
+    """The first WINDOW rollout batches, without those among the last WINDOW: a run may collapse at once."""
     return history[:-WINDOW][:WINDOW]
 
 
-def _mean(history, name):
+def _mean(history: Sequence[dict], name: str) -> float:
     return sum(batch[name] for batch in history) / len(history)

@@ -1,149 +1,65 @@
-"""Folders on disk that are whole or not there, and proof of it before one is trusted.
+"""A run's checkpoints: which there are, which is whole, and what they hold besides the weights.
 
-step-12.partial/     being written; a kill leaves it, the next start removes it
-step-12/             whole: every file was on the disk before the folder got its name
-step-12.previous/    what step-12 replaces; a kill between two renames leaves it alone, and it is put back
-SHA256SUMS           in each, with the number of its files; `sha256sum -c SHA256SUMS` checks it by hand
+checkpoints/step-N/ holds the model and the tokenizer as from_pretrained loads them, and STATE_FILE.
 """
 
-import hashlib
-import os
 import random
 import re
-import shutil
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
-CHECKSUMS = "SHA256SUMS"
+from gspo.training.whole_folders import damage
 
-
-class CannotSave(RuntimeError):
-    """Something could not be written: the disk is full, most often."""
-
-
-@contextmanager
-def saving(path: Path):
-    """Turns what libraries raise on a full or broken disk into CannotSave, with a message of one line."""
-    try:
-        yield
-    except CannotSave:
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch, safetensors raise their own
-        reason = str(error).strip().splitlines()
-        raise CannotSave(f"cannot write {path}: {reason[0] if reason else type(error).__name__}") from error
-
-
-@contextmanager
-def whole_folder(target: Path):
-    """A new folder to fill, which takes target's place when complete.
-
-    Raises:
-        CannotSave: it could not be completed; target is as it was, and nothing else is left.
-    """
-    partial, previous = (target.with_name(f"{target.name}.{part}") for part in ("partial", "previous"))
-    with saving(target):
-        try:
-            remove(partial)
-            partial.mkdir(parents=True)
-            yield partial
-            _write_checksums(partial)
-            for path in (partial, *partial.rglob("*")):
-                sync(path)
-        except Exception:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        if os.path.lexists(target):
-            remove(previous)
-            target.rename(previous)
-        partial.rename(target)
-        sync(target.parent)
-        shutil.rmtree(previous, ignore_errors=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a text file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with saving(path):
-        try:
-            partial.write_text(text, encoding="utf-8")
-            sync(partial)
-            partial.rename(path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
-
-
-def recover(parent: Path) -> None:
-    """Undo what a kill left half done in a folder: replaced ones without a successor return, pieces go."""
-    for previous in parent.glob("*.previous"):
-        target = previous.with_suffix("")
-        if os.path.lexists(target):
-            remove(previous)
-        else:
-            previous.rename(target)
-    for partial in parent.glob("*.partial"):
-        remove(partial)
-
-
-def remove(path: Path) -> None:
-    """Whatever is there: a folder, a file, a link (not what it points to), nothing."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def damage(folder: Path, needed: str) -> str | None:
-    """What is wrong with a folder, by its checksums, or None.
-
-    needed: a file without which it is of no use.
-    """
-    try:
-        header, *lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines() or [""]
-    except (OSError, UnicodeDecodeError):
-        return f"it has no readable {CHECKSUMS}"
-    listed = dict(reversed(line.split("  ", 1)) for line in lines if "  " in line)
-    if header != _header(len(listed)):
-        return f"{CHECKSUMS} is cut short or damaged"
-    missing = [name for name in (needed, *listed) if name not in listed or not (folder / name).is_file()]
-    if missing:
-        return f"{missing[0]} is missing"
-    damaged = [name for name, digest in listed.items() if _digest(folder / name) != digest]
-    return f"{damaged[0]} is cut short or damaged" if damaged else None
+STATE_FILE = "training_state.pt"
+# The version of what STATE_FILE holds. A checkpoint of another version is refused, not misread.
+STATE_FORMAT = 2
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """A run folder's checkpoints, oldest first."""
+    """The checkpoints of a run folder, oldest first."""
     found = (folder / "checkpoints").glob("step-*")
     return sorted((p for p in found if re.fullmatch(r"step-\d+", p.name) and p.is_dir()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
+    """The number of rollout batches trained on at a checkpoint."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def newest_whole(
-    candidates: Sequence[Path], needed: str, refused: Callable[[Path, str], None]
-) -> Path | None:
-    """The last of the checkpoints (oldest first) that is whole; those passed over are told to refused."""
+def newest_whole(candidates: list[Path]) -> Path | None:
+    """The last of these checkpoints (oldest first) that is whole. Damaged ones are named on standard error."""
     for path in reversed(candidates):
-        reason = damage(path, needed)
+        reason = damage(path, STATE_FILE)
         if reason is None:
             return path
-        refused(path, reason)
+        print(f"{path} is not used: {reason}", file=sys.stderr)
     return None
 
 
-# ---- random states
+def read_state(checkpoint: Path, lazily: bool = False) -> dict:
+    """The training state of a checkpoint, on the CPU.
+
+    Args:
+        lazily: read the tensors from the file only when they are used, for a look at the rest.
+
+    Raises:
+        ValueError: another version of this toolkit wrote it.
+    """
+    # On the CPU: the optimizer moves its state to the weights, and random states stay there.
+    state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True, mmap=lazily)
+    if state.get("format") != STATE_FORMAT:
+        raise ValueError(
+            f"--resume {checkpoint}: another version of this toolkit wrote it; go on with that one, or start "
+            f"anew from its weights (--model_name {checkpoint})"
+        )
+    return state
 
 
 def random_states() -> dict:
-    """Of every generator that a reward function or a model may draw from, as plain data and tensors."""
+    """The states of the global random generators of Python, numpy and torch, as plain data and tensors."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -154,34 +70,9 @@ def random_states() -> dict:
 
 
 def set_random_states(states: dict) -> None:
-    """As random_states() found them; GPUs' only where there are as many as then."""
+    """Restore what random_states() returned; those of GPUs only if there are as many GPUs as then."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     if len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def _write_checksums(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
-    (folder / CHECKSUMS).write_text("".join([_header(len(files)) + "\n", *lines]), encoding="utf-8")
-
-
-def _header(count: int) -> str:
-    """First line of SHA256SUMS, a comment to sha256sum: it shows when the list was cut short."""
-    return f"# {count} files"
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a folder's names are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,65 +1,167 @@
-"""metrics.jsonl, eval.jsonl and samples.jsonl: what a line holds, written whole and read back.
+"""The record of a run: metrics.jsonl, eval.jsonl and samples.jsonl, and everything that reads along.
 
-A line is a JSON object with the "step" it was written at: rollout batches trained on.
+    python -m gspo.training.record      prints the glossary of the metrics, the table in docs/metrics.md
+
+A line is a JSON object with the "step" at which it was written: the number of rollout batches trained on. The
+files are the record; other sinks (wandb) get the same figures, and the alarms read them.
 """
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
-from gspo.training.checkpoints import saving
+from gspo.training.alarms import warnings_of
+from gspo.training.checkpoints import checkpoints_in, step_of
+from gspo.training.whole_folders import remove, saving, write_whole
 
-# What is logged for each rollout batch: (unit, meaning and reduction). The README's glossary is this table.
+# What is logged for each rollout batch: name to (unit, meaning and reduction).
 GLOSSARY = {
-    "loss": ("-", "minus the objective over the rollout batch, each response as its update saw it"),
+    "loss": ("-", "minus the objective, mean over all responses, each as its own update computed it"),
     "clip_fraction": ("share", "response tokens whose clipped branch is in force, of all in the batch"),
     "clip_fraction_sequences": ("share", "responses with a clipped token, of all responses in the batch"),
-    "clip_fraction_by_minibatch": (
+    "clip_fraction_by_minibatch": ("share", "clip_fraction of each update; 0 for the first after pi_old is set"),
+    "null_clip_fraction": (
         "share",
-        "clip_fraction of each update in turn; 0 for the first after pi_old is set",
+        "tokens outside the clip range if log-probabilities are computed twice with the same weights; on the "
+        "first rollout batch and on the one after each evaluation",
     ),
-    "null_clip_fraction": ("share", "tokens outside the clip range when scored twice with the same weights"),
-    "importance_ratio_mean": ("-", "mean ratio to pi_old, over responses (GSPO) or tokens (GRPO) that teach"),
-    "importance_ratio_std": ("-", "standard deviation of the ratio, likewise"),
-    "importance_ratio_min": ("-", "smallest ratio, likewise"),
-    "importance_ratio_max": ("-", "largest ratio, likewise"),
-    "reward_mean": ("reward", "mean over the judged responses of the batch"),
-    "reward_std": ("reward", "standard deviation over the judged responses of the batch"),
-    "zero_variance_groups": ("share", "groups whose rewards are all equal, which teach nothing"),
-    "unjudged_responses": ("count", "responses that could not be judged: no advantage, out of every mean"),
-    "code_timeouts": ("count", "responses whose code ran out of time; from the toolkit's own rewards"),
+    "importance_ratio_mean": (
+        "-",
+        "mean ratio to pi_old, over the responses (GRPO: tokens) that have a signal; 1 if none has",
+    ),
+    "importance_ratio_std": ("-", "standard deviation of these ratios"),
+    "importance_ratio_min": ("-", "smallest of these ratios"),
+    "importance_ratio_max": ("-", "largest of these ratios"),
+    "reward_mean": ("reward", "mean over the graded responses of the batch"),
+    "reward_std": ("reward", "standard deviation over the graded responses of the batch"),
+    "zero_variance_groups": ("share", "groups whose rewards are all equal, so that they have no signal"),
+    "unjudged_responses": ("count", "responses without a reward: they have no advantage and enter no mean"),
+    "code_timeouts": ("count", "responses whose code ran out of time; logged by the toolkit's own rewards"),
     "response_tokens_mean": ("tokens", "mean response length, end token included"),
     "truncated_fraction": ("share", "responses cut before their end token"),
-    "repetition": ("share", "runs of 4 tokens that stood in the same response before, mean over responses"),
+    "repetition": ("share", "4-token sequences that occurred before in the same response, mean over responses"),
     "unreadable_characters": ("share", "control and replacement characters, mean over responses"),
     "entropy": ("nats per token", "minus the mean log-probability of the sampled tokens"),
     "sampler_gap": (
         "nats per token",
-        "mean distance of the sampler's log-probabilities from the scorer's, over responses that teach",
+        "mean absolute difference between the sampler's log-probabilities and pi_old's, over the responses "
+        "that have a signal",
     ),
-    "kl": ("nats per token", "estimated KL to the starting model; only with a kl_coef"),
+    "kl": ("nats per token", "estimated KL to the starting model; logged with a kl_coef"),
     "grad_norm": ("-", "gradient norm before clipping, mean over the batch's optimizer updates"),
-    "learning_rate": ("-", "of the batch's last optimizer update"),
-    "generation_s": ("s", "sampling the responses"),
-    "reward_s": ("s", "judging them"),
-    "scoring_s": ("s", "log-probabilities under pi_old"),
-    "update_s": ("s", "forward, backward and optimizer steps"),
+    "learning_rate": ("-", "learning rate of the batch's last optimizer update"),
+    "generation_s": ("s", "time to sample the responses"),
+    "reward_s": ("s", "time to reward them"),
+    "log_prob_s": ("s", "time for the log-probabilities of pi_old that no update computes itself"),
+    "update_s": ("s", "time for forward, backward and optimizer steps"),
     "tokens_per_s": ("tokens/s", "response tokens of the batch, over the sum of the four times"),
-    "peak_memory_gb": ("GB", "peak so far: of the GPU where there is one, else of the process"),
+    "peak_memory_gb": ("GB", "peak so far: of the GPU, or of the process if there is no GPU"),
 }
-# Those that another run of the same settings may have otherwise.
-SECONDS = ("generation_s", "reward_s", "scoring_s", "update_s", "tokens_per_s", "peak_memory_gb")
-# By file, what every line holds besides the step: each a number, or a list of numbers.
+# Metrics that differ between identical runs: timing and memory.
+SECONDS = ("generation_s", "reward_s", "log_prob_s", "update_s", "tokens_per_s", "peak_memory_gb")
+# Metrics that some lines lack.
+OPTIONAL = ("kl", "code_timeouts", "null_clip_fraction")
+# What every line of a file holds besides the step: each a number, or a list of numbers.
 LISTS = ("clip_fraction_by_minibatch", "interval_95", "pass_by_problem")
 FIELDS = {
-    "metrics": tuple(name for name in GLOSSARY if name not in ("kl", "code_timeouts")),
+    "metrics": tuple(name for name in GLOSSARY if name not in OPTIONAL),
     "eval": ("pass_at_1", "interval_95", "reward_mean", "response_tokens_mean", "pass_by_problem"),
     "samples": (),
 }
 
 
+class Sink(Protocol):
+    """Something that takes the record's lines: the files, or wandb."""
+
+    def write(self, stream: str, step: int, values: dict) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Record:
+    """What a run has recorded so far, and where its next lines go.
+
+    Args:
+        folder: the run's folder.
+        sinks: receive every line. Those that want the lines of a resumed run's past find them in the files.
+    """
+
+    def __init__(self, folder: Path, sinks: Sequence[Sink] = ()):
+        self.folder = folder
+        self.sinks = list(sinks)
+        self.history: list[dict] = []  # the metrics of the rollout batches so far, for the alarms
+        self._raised: set[str] = set()  # kinds of the warnings that the last rollout batch caused
+
+    def add_metrics(self, step: int, metrics: dict) -> list[str]:
+        """Record a rollout batch. Returns the warnings that it causes and that the one before did not."""
+        self.history.append({"step": step, **metrics})
+        self._write("metrics", step, metrics)
+        before = self._raised
+        warnings = warnings_of(self.history)
+        self._raised = set(warnings)
+        return [message for kind, message in warnings.items() if kind not in before]
+
+    def add_evaluation(self, step: int, metrics: dict) -> None:
+        self._write("eval", step, metrics)
+
+    def add_samples(self, step: int, samples: Sequence[dict]) -> None:
+        for sample in samples:
+            self._write("samples", step, sample)
+
+    def _write(self, stream: str, step: int, values: dict) -> None:
+        for sink in self.sinks:
+            sink.write(stream, step, values)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+    def evaluations(self) -> list[dict]:
+        """The evaluations so far, oldest first."""
+        return read_lines(self.folder, "eval")
+
+    def line_counts(self, step: int) -> dict[str, int]:
+        """The number of lines of each file up to a step, for rewind()."""
+        counts = {}
+        for stream in FIELDS:
+            counts[stream] = sum(line["step"] <= step for line in read_lines(self.folder, stream))
+        return counts
+
+    def rewind(self, step: int, lines: dict[str, int]) -> None:
+        """Drop what was written after a checkpoint. The resumed run writes it again.
+
+        Args:
+            step: rollout batches trained on at the checkpoint.
+            lines: the number of lines of each file at that time. Lines after them may be damaged.
+
+        Raises:
+            ValueError: a line is damaged, or lines are missing; nothing has changed on the disk.
+            CannotSave: the disk is full.
+        """
+        kept_lines = {stream: read_lines(self.folder, stream, lines.get(stream, 0)) for stream in FIELDS}
+        for stream, kept in kept_lines.items():
+            steps = [line["step"] for line in kept if line["step"] <= step]
+            has_every_step = stream != "metrics" or steps == list(range(1, step + 1))
+            if len(steps) < lines.get(stream, 0) or not has_every_step:
+                raise ValueError(
+                    f"{self.folder / stream}.jsonl lacks lines that the checkpoint follows; put the file "
+                    "back, or start anew from the checkpoint's weights (--model_name)"
+                )
+        # Delete newer checkpoints before truncating the files: they need the lines that are dropped next.
+        for path in reversed(checkpoints_in(self.folder)):
+            if step_of(path) > step:
+                remove(path)
+        for stream, kept in kept_lines.items():
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            write_whole(self.folder / f"{stream}.jsonl", text)
+        self.history = kept_lines["metrics"]
+        self._raised = set(warnings_of(self.history)) if self.history else set()
+
+
 class JsonLines:
-    """Writes them: one flushed line a record, whole or not at all."""
+    """The sink that writes the files: one flushed line per record, whole or not at all."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -82,42 +184,53 @@ class JsonLines:
 
 
 def read_lines(folder: Path, stream: str, count: int | None = None) -> list[dict]:
-    """The first count lines of one of the files, "metrics", "eval" or "samples", or all; a last line without
-    its end, cut short by a kill, is none.
+    """The lines of one of the files, "metrics", "eval" or "samples": the first count of them, or all.
+
+    A last line without its line end was cut short by a kill and does not count.
 
     Raises:
-        ValueError: a line that is damaged, or no record.
+        ValueError: a line is damaged, or is not a record.
     """
     path = _path(folder, stream)
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [_read(line, stream, f"{path}, line {i + 1}") for i, line in enumerate(lines[:count])]
+    return [_parse(line, stream, f"{path}, line {i + 1}") for i, line in enumerate(lines[:count])]
 
 
 def _path(folder: Path, stream: str) -> Path:
     return folder / f"{stream}.jsonl"
 
 
-def _read(line: bytes, stream: str, where: str) -> dict:
+def _parse(line: bytes, stream: str, where: str) -> dict:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         raise ValueError(f"{where}: not valid JSON; the file is damaged") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: no JSON object; the file is damaged")
+        raise ValueError(f"{where}: not a JSON object; the file is damaged")
     wrong = [name for name in FIELDS[stream] if not _is_value_of(name, record.get(name))]
     if type(record.get("step")) is not int or not 0 <= record["step"] < 2**31:
         wrong.insert(0, "step")
     if wrong:
-        raise ValueError(f"{where}: {wrong[0]} is missing or no such figure; the file is damaged")
+        raise ValueError(f"{where}: {wrong[0]} is missing or is not a figure; the file is damaged")
     return record
 
 
-def _is_value_of(name: str, value) -> bool:
-    if name in LISTS:
-        whole = isinstance(value, list) and (len(value) == 2 or name != "interval_95")
-        return whole and all(map(_is_number, value))
-    return _is_number(value)
+def _is_value_of(name: str, value: Any) -> bool:
+    if name not in LISTS:
+        return _is_number(value)
+    right_length = isinstance(value, list) and (len(value) == 2 or name != "interval_95")
+    return right_length and all(map(_is_number, value))
 
 
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300  # NaN is not
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # false for NaN
+
+
+def glossary_table() -> str:
+    """GLOSSARY as a Markdown table."""
+    rows = [f"| `{name}` | {unit} | {meaning} |" for name, (unit, meaning) in GLOSSARY.items()]
+    return "\n".join(["| name | unit | meaning |", "|---|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    print(glossary_table())

@@ -1,65 +1,127 @@
-"""A rollout batch: responses, what they earned, and how far its updates have come.
+"""A rollout batch: its responses, what they earned, and how far its updates have come."""
 
-Shapes: Q queries, G group size, B = Q * G responses (groups contiguous).
-"""
-
-import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 
 from gspo.policy.rollout import Rollout
+from gspo.training.alarms import repetition, unreadable_characters
+
+
+@dataclass
+class Sample:
+    """One response of a rollout batch, with all that is known of it.
+
+    problem: any object with a string .prompt.
+    reward: None if the response could not be graded.
+    advantage: A_i of the response within its group; 0 if its group is tied or it was not graded.
+    has_signal: False if no gradient comes from it, so that nothing more needs to be computed.
+    old_log_probs: (|y|,) float32 on the CPU, log pi_old of the response's tokens; None until it is computed.
+    reference_log_probs: (|y|,) the same under the starting model; None without a KL penalty.
+
+    Example, of a response of three tokens in a group of four with rewards 1, 0, 0, 0:
+
+        Sample(problem, Rollout([5, 9, 2], [7, 7, 1], [-0.1, -0.7, -0.2], "34", True), reward=1.0,
+               advantage=1.5, has_signal=True, old_log_probs=tensor([-0.1, -0.7, -0.2]))
+    """
+
+    problem: Any
+    rollout: Rollout
+    reward: float | None
+    advantage: float = 0.0
+    has_signal: bool = False
+    old_log_probs: torch.Tensor | None = None
+    reference_log_probs: torch.Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.rollout.response_ids)
+
+    def record(self) -> dict:
+        """What a person wants to read about it, as plain data."""
+        return {
+            **{name: getattr(self.problem, name, None) for name in ("id", "prompt", "answer")},
+            "response": self.rollout.text,
+            "reward": self.reward,
+            "advantage": self.advantage,
+            "tokens": self.num_tokens,
+            "finished": self.rollout.finished,
+        }
 
 
 @dataclass
 class RolloutBatch:
-    """What one rollout batch is trained on, from its sampling to its last update."""
+    """What one rollout batch is trained on, from its sampling to its last update.
 
-    problems: list  # (Q,)
-    rollouts: list[Rollout]  # (B,)
-    rewards: torch.Tensor  # (B,); NaN: not judged
-    advantages: torch.Tensor  # (B,)
-    teaches: torch.Tensor  # (B,) bool: has an advantage, or a KL term to pull it; the others cost nothing
-    old_log_probs: dict[int, torch.Tensor] = field(default_factory=dict)  # row to (|y|,), of those that teach
-    reference_log_probs: dict[int, torch.Tensor] = field(default_factory=dict)  # under the starting model
-    metrics: dict = field(default_factory=dict)  # what is known before the updates
-    # What each optimizer update so far has reported, and each response's log-probabilities as it saw them.
+    samples: (Q * G,) groups contiguous.
+    metrics: what is known before the updates.
+    updates: the metrics of each optimizer update so far.
+    """
+
+    samples: list[Sample]
+    group_size: int
+    metrics: dict = field(default_factory=dict)
     updates: list[dict] = field(default_factory=list)
-    seen: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def groups(self) -> list[list[Sample]]:
+        size = self.group_size
+        return [self.samples[i : i + size] for i in range(0, len(self.samples), size)]
+
+    def minibatches(self, num_queries: int) -> list[list[Sample]]:
+        """The samples of each optimizer update: whole groups, in order; the last may be smaller."""
+        size = num_queries * self.group_size
+        return [self.samples[i : i + size] for i in range(0, len(self.samples), size)]
+
+    def statistics(self) -> dict[str, float]:
+        """What the rewards and the text of the batch are like (record.GLOSSARY)."""
+        rewards = torch.tensor([float(s.reward) for s in self.samples if s.reward is not None])
+        tied = [all(sample.advantage == 0 for sample in group) for group in self.groups()]
+        rollouts = [sample.rollout for sample in self.samples]
+        return {
+            "reward_mean": rewards.mean().item(),
+            "reward_std": rewards.std(correction=0).item(),
+            "zero_variance_groups": float(np.mean(tied)),
+            "unjudged_responses": len(self.samples) - len(rewards),
+            "response_tokens_mean": float(np.mean([sample.num_tokens for sample in self.samples])),
+            "entropy": -float(np.mean([x for rollout in rollouts for x in rollout.log_probs])),
+            "truncated_fraction": float(np.mean([not rollout.finished for rollout in rollouts])),
+            "repetition": float(np.mean([repetition(rollout.response_ids) for rollout in rollouts])),
+            "unreadable_characters": float(np.mean([unreadable_characters(r.text) for r in rollouts])),
+        }
 
     def state_dict(self) -> dict:
         """Everything but the problems, as plain data and tensors."""
-        state = {name: value for name, value in vars(self).items() if name != "problems"}
-        return state | {"rollouts": [asdict(rollout) for rollout in self.rollouts]}
+        samples = []
+        for sample in self.samples:
+            state = {name: value for name, value in vars(sample).items() if name != "problem"}
+            samples.append(state | {"rollout": asdict(sample.rollout)})
+        return {**vars(self), "samples": samples}
 
     @classmethod
-    def from_state_dict(cls, state: dict, problems: list) -> "RolloutBatch":
-        return cls(problems, **(state | {"rollouts": [Rollout(**values) for values in state["rollouts"]]}))
+    def from_state_dict(cls, state: dict, problems: Sequence) -> "RolloutBatch":
+        """The batch again; problems: (Q,) those it was sampled for."""
+        samples = []
+        for i, values in enumerate(state["samples"]):
+            problem = problems[i // state["group_size"]]
+            samples.append(Sample(problem, **(values | {"rollout": Rollout(**values["rollout"])})))
+        return cls(**(state | {"samples": samples}))
 
     def records(self) -> list[dict]:
         """Each response with what is known of it, for a person to read."""
-        size = len(self.rollouts) // len(self.problems)
-        return [self._record(row, size) for row in range(len(self.rollouts))]
+        return [sample.record() for sample in self.samples]
 
     def best_and_worst(self) -> list[dict]:
-        """The best and the worst response of the group whose rewards differ most."""
-        size = len(self.rollouts) // len(self.problems)
-        groups = self.advantages.view(-1, size)  # (Q, G)
-        group = int((groups.amax(1) - groups.amin(1)).argmax())
-        rows = {"best": int(groups[group].argmax()), "worst": int(groups[group].argmin())}
-        return [{"kind": kind} | self._record(group * size + row, size) for kind, row in rows.items()]
+        """The best and the worst response of the group whose advantages differ most."""
 
-    def _record(self, row: int, group_size: int) -> dict:
-        problem, rollout, reward = (
-            self.problems[row // group_size],
-            self.rollouts[row],
-            self.rewards[row].item(),
-        )
-        return {
-            **{name: getattr(problem, name, None) for name in ("id", "prompt", "answer")},
-            "response": rollout.text,
-            "reward": None if math.isnan(reward) else reward,
-            "advantage": self.advantages[row].item(),
-            "tokens": len(rollout.response_ids),
-            "finished": rollout.finished,
-        }
+        def advantage(sample: Sample) -> float:
+            return sample.advantage
+
+        def spread(group: list[Sample]) -> float:
+            return max(map(advantage, group)) - min(map(advantage, group))
+
+        group = max(self.groups(), key=spread)
+        chosen = {"best": max(group, key=advantage), "worst": min(group, key=advantage)}
+        return [{"kind": kind} | sample.record() for kind, sample in chosen.items()]

@@ -1,4 +1,4 @@
-"""A trainer's run from its first rollout batch to its last: evaluations, record, checkpoints, stops, resume.
+"""A run from its first rollout batch to its last: evaluations, record, checkpoints, and going on.
 
 What is done at a step depends on the step, the record and the last checkpoint, never on how the process got
 there. So a run that was killed at any point and resumed writes what it would have written.
@@ -7,67 +7,95 @@ there. So a run that was killed at any point and resumed writes what it would ha
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
 
-from gspo.training.alarms import EmergencyStop, gibberish_reason, stop_if
-from gspo.training.checkpoints import CannotSave, random_states, remove, set_random_states
+from gspo.policy.rollout import encode_prompt
+from gspo.training.alarms import EmergencyStop, gibberish_reason, non_finite_weights, stop_if
+from gspo.training.checkpoints import STATE_FILE, STATE_FORMAT, random_states, read_state, set_random_states
+from gspo.training.config import GSPOConfig
+from gspo.training.processes import Processes
+from gspo.training.progress import progress_bar
+from gspo.training.record import Record
+from gspo.training.resume import open_run
 from gspo.training.rollout_batch import RolloutBatch
-from gspo.training.run_log import STATE_FILE, RunLog, refuse_differing
+from gspo.training.run_folder import RunFolder
+from gspo.training.stopping import Interrupted, StopRequest
+from gspo.training.whole_folders import CannotSave, remove
 
 # Checkpoints kept on disk: with float32 weights and AdamW's moments, one takes three times the model.
 CHECKPOINTS_KEPT = 2
-# Of what a checkpoint's state holds: it changes with that, so that an older one is refused and not misread.
-STATE_FORMAT = 1
 
 
-class Interrupted(Exception):
-    """A stop was asked for, at a place where the state is whole."""
+class Trainer(Protocol):
+    """What a run needs of a trainer: GSPOTrainer, or one that trains in another way."""
+
+    model: torch.nn.Module
+    tokenizer: Any
+    config: GSPOConfig
+    processes: Processes
+    stop: StopRequest
+    step: int
+
+    def collect(self, problems: Sequence, index: int) -> RolloutBatch: ...
+
+    def update(self, batch: RolloutBatch) -> dict: ...
+
+    def evaluate(self, problems: Sequence) -> dict: ...
+
+    def is_whole(self) -> bool: ...
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
 
 
 class TrainingRun:
-    """A trainer's configured epochs on these problems, recorded in a run folder.
+    """The configured epochs of a trainer on these problems, recorded in a run folder.
 
-    Making it opens the folder and, with config.resume, loads the state to go on from.
+    The constructor opens the folder and, with config.resume, loads the state to go on from.
 
     Args:
-        trainer: a GSPOTrainer.
         train_problems, eval_problems: those whose prompts leave no room for a response are dropped.
 
     Raises:
-        ValueError: no problem is left, a run folder already in use, or a checkpoint that these settings and
-            problems do not continue.
+        ValueError: no problem is left, a run folder already in use, or a run that these settings and problems
+            do not continue.
         CannotSave: the folder cannot be written.
     """
 
-    def __init__(self, trainer, train_problems: Sequence, eval_problems: Sequence):
-        self.trainer, self.config = trainer, trainer.config
-        self.train_problems = trainer.that_fit(train_problems, "training")
-        self.eval_problems = trainer.that_fit(eval_problems, "evaluation")
-        per_epoch = -(-len(self.train_problems) // self.config.batch_size)
-        self.num_batches = self.config.num_epochs * per_epoch
+    folder: RunFolder  # of the main process alone, like the record
+    record: Record
+
+    def __init__(self, trainer: Trainer, train_problems: Sequence, eval_problems: Sequence):
+        self.trainer, self.config, self.processes = trainer, trainer.config, trainer.processes
+        self.train_problems = drop_long_prompts(train_problems, trainer, "training")
+        self.eval_problems = drop_long_prompts(eval_problems, trainer, "evaluation")
+        batches_per_epoch = -(-len(self.train_problems) // self.config.batch_size)
+        self.num_batches = self.config.num_epochs * batches_per_epoch
         self.pending: list[RolloutBatch] = []  # sampled; the first may be part-way through its updates
         self.best_pass_rate = -1.0
-        self._saved = None  # what _position() was at the last checkpoint
-        self.log = RunLog()
-        try:
-            path = self._of_main_process(self._open_folder)
-            if self.config.resume:
-                self._go_on_from(path)
-        except BaseException:
-            self.log.close()
-            raise
+        self._saved: tuple | None = None  # what _position() was at the last checkpoint
+        checkpoint = self.processes.on_main(self._open)
+        if checkpoint is not None:
+            try:
+                self._load(checkpoint)
+            except BaseException:
+                if self.processes.is_main:
+                    self.close()
+                raise
 
     def train(self) -> dict:
-        """To the end of the last epoch, or until trainer.stop_requested.
+        """Train to the end of the last epoch, or until a stop is requested (trainer.stop).
 
-        Whatever ends it, the state after the last whole update is on disk, if its weights are finite.
+        However it ends, the state after the last whole update is on disk, if its weights are finite.
 
         Returns:
             The evaluations "before" and "after" (None: there was none yet), and whether it is "finished".
@@ -76,58 +104,69 @@ class TrainingRun:
             EmergencyStop: the update in progress must not reach the weights; the evidence is in emergency/.
             CannotSave: the disk is full; the last whole checkpoint is as it was.
         """
-        trainer = self.trainer
-        bar = trainer.progress_bar(
-            total=self.num_batches, initial=trainer.step, desc="training", unit="batch"
-        )
-        end = None
-        with closing(self.log), bar:
+        end: Interrupted | EmergencyStop | None = None
+        with ExitStack() as stack:
+            if self.processes.is_main:
+                stack.callback(self.close)
+            bar = progress_bar(
+                self.processes.is_main,
+                total=self.num_batches,
+                initial=self.trainer.step,
+                desc="training",
+                unit="batch",
+            )
+            stack.enter_context(bar)
             try:
-                self._run_through(bar)
+                self._train_all_batches(bar)
             except (Interrupted, EmergencyStop) as stop:
                 end = stop
             except CannotSave:
                 raise
-            except BaseException:  # of this process alone, perhaps
-                if trainer.accelerator.is_main_process:
+            except BaseException:  # perhaps in this process alone
+                if self.processes.is_main:
                     self._save_if_whole()
                 raise
             if isinstance(end, EmergencyStop):
-                self._of_main_process(self._keep_evidence, end)
-            # No process ends before this is done: its launcher would kill the one that writes.
-            self._of_main_process(self._save_if_whole)
-            recorded = self._recorded_evaluations()
+                self.processes.on_main(self._keep_evidence, end)
+            # No process may end before this is done: its launcher would kill the one that writes.
+            self.processes.on_main(self._save_if_whole)
+            recorded = self._evaluations()
         if isinstance(end, EmergencyStop):
             raise end
         before, after = (recorded[0], recorded[-1]) if recorded else (None, None)
         return {"before": before, "after": after, "finished": end is None}
 
+    def close(self) -> None:
+        """Close the record and unlock the folder; on the main process."""
+        self.record.close()
+        self.folder.close()
+
     # ---- the loop
 
-    def _run_through(self, bar) -> None:
+    def _train_all_batches(self, bar: tqdm) -> None:
         config, trainer = self.config, self.trainer
         while True:
-            stop_if(trainer.broken_weights())
+            stop_if(non_finite_weights(trainer.model))
             finished = trainer.step == self.num_batches
-            if trainer.step == 0 or finished or _is_due(trainer.step, config.eval_frequency):
+            if trainer.step == 0 or finished or is_due(trainer.step, config.eval_frequency):
                 self._evaluate()
             if finished:
-                self._of_main_process(self._save_model, "final_model")
+                self.processes.on_main(self._save_model, "final_model")
                 return
-            if _is_due(trainer.step, config.save_frequency):
-                self._of_main_process(self.save_checkpoint)
+            if is_due(trainer.step, config.save_frequency):
+                self.processes.on_main(self.save_checkpoint)
             self._collect_window()
             batch = self.pending[0]
-            stop_if(self._of_main_process(self._gibberish_reason), batch.metrics)
+            stop_if(self.processes.on_main(self._gibberish_reason), batch.metrics)
             metrics = trainer.update(batch)
-            self._of_main_process(self._record, trainer.step + 1, batch, metrics, bar)
-            trainer.step += 1  # recorded first: a batch whose record fails is recorded by the resumed run
             self.pending.pop(0)
+            self.processes.on_main(self._record_batch, trainer.step, batch, metrics, bar)
 
     def _problems_of(self, index: int) -> list:
-        """Rollout batch number index: each epoch has an order of its own, its last batch is what remains.
+        """The problems of rollout batch number index.
 
-        More epochs only add batches at the end, so that a finished run can be continued.
+        Each epoch has an order of its own, and its last batch has what remains. More epochs only add batches
+        at the end, so that a finished run can be continued.
         """
         config, problems = self.config, self.train_problems
         epoch, place = divmod(index, self.num_batches // config.num_epochs)
@@ -141,14 +180,14 @@ class TrainingRun:
         end = min(self.num_batches, step - step % frequency + frequency)
         for index in range(step + len(self.pending), end):
             self.pending.append(self.trainer.collect(self._problems_of(index), index))
-            self.trainer.stop_here_if_asked()
+            self.trainer.stop.check()
 
-    # ---- recording
+    # ---- recording; on the main process, which alone has the record
 
-    def _record(self, step: int, batch: RolloutBatch, metrics: dict, bar) -> None:
-        for warning in self.log.train(step, metrics):
+    def _record_batch(self, step: int, batch: RolloutBatch, metrics: dict, bar: tqdm) -> None:
+        for warning in self.record.add_metrics(step, metrics):
             bar.write(f"warning, rollout batch {step}: {warning}", file=sys.stderr)
-        self.log.samples(step, batch.best_and_worst())
+        self.record.add_samples(step, batch.best_and_worst())
         bar.set_postfix(
             refresh=False,  # a refresh would draw the bar before its delay, and close() then not end its line
             reward=f"{metrics['reward_mean']:.2f}",
@@ -157,137 +196,131 @@ class TrainingRun:
         )
         bar.update()
 
-    def _of_main_process(self, work: Callable, *arguments):
-        """What work() gives or raises on the main process, which alone has the record, for all processes."""
-        result = error = None
-        if self.trainer.accelerator.is_main_process:
-            try:
-                result = work(*arguments)
-            except (ValueError, CannotSave) as refusal:
-                error = refusal
-        result, error = broadcast_object_list([result, error])
-        if error is not None:
-            raise error
-        return result
-
-    def _recorded_evaluations(self) -> list[dict]:
-        return self._of_main_process(self.log.evaluations)
-
     def _gibberish_reason(self) -> str | None:
-        return gibberish_reason([*self.log.history, self.pending[0].metrics])
+        return gibberish_reason([*self.record.history, self.pending[0].metrics])
+
+    def _keep_evidence(self, stop: EmergencyStop) -> None:
+        try:
+            self.folder.keep_evidence(self.trainer.step + 1, str(stop), stop.metrics, self.pending[:1])
+        except CannotSave as error:
+            print(error, file=sys.stderr)
+
+    # ---- evaluating
 
     def _evaluate(self) -> None:
-        """Once a step; best_model is written before the line that says so."""
+        """Evaluate once per step. best_model is written before the line that says so."""
         step = self.trainer.step
-        if any(recorded["step"] == step for recorded in self._recorded_evaluations()):
+        if any(recorded["step"] == step for recorded in self._evaluations()):
             return
         metrics = self.trainer.evaluate(self.eval_problems)
         if metrics["pass_at_1"] > self.best_pass_rate:
             self.best_pass_rate = metrics["pass_at_1"]
-            self._of_main_process(self._save_model, "best_model")
-        self._of_main_process(self.log.evaluation, step, metrics)
+            self.processes.on_main(self._save_model, "best_model")
+        self.processes.on_main(self._add_evaluation, step, metrics)
 
-    def _keep_evidence(self, stop: EmergencyStop) -> None:
-        try:
-            self.log.emergency(self.trainer.step + 1, str(stop), stop.metrics, self.pending[:1])
-        except CannotSave as error:
-            print(error, file=sys.stderr)
+    def _add_evaluation(self, step: int, metrics: dict) -> None:
+        self.record.add_evaluation(step, metrics)
 
-    # ---- keeping
+    def _evaluations(self) -> list[dict]:
+        """The evaluations on record, oldest first, for all processes."""
+        return self.processes.on_main(lambda: self.record.evaluations())
+
+    # ---- saving; on the main process
 
     def _save_if_whole(self) -> None:
-        if self.trainer.is_whole():
+        """Save a checkpoint, unless the weights are spoilt or the record lacks the last rollout batch."""
+        if self.trainer.is_whole() and len(self.record.history) == self.trainer.step:
             self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
-        """Write checkpoints/step-N: model, tokenizer, and all else that the run's future depends on."""
+        """Write checkpoints/step-N: the model, the tokenizer, and all else that the run's future depends on."""
         if self._saved == self._position():
             return
         name = f"step-{self.trainer.step}"
-        # The oldest first: a disk that holds CHECKPOINTS_KEPT is enough, and one is whole at any time.
-        others = [path for path in self.log.checkpoints() if path.name != name]
+        # The oldest goes first: a disk that holds CHECKPOINTS_KEPT is enough, and one is whole at any time.
+        others = [path for path in self.folder.checkpoints() if path.name != name]
         for path in others[: max(0, len(others) - CHECKPOINTS_KEPT + 1)]:
             remove(path)
-        with self.log.writing(f"checkpoints/{name}") as folder:
+        with self.folder.writing(f"checkpoints/{name}") as folder:
             self._save_weights(folder)
             state = {
                 "format": STATE_FORMAT,
                 **self.trainer.state_dict(),
                 "pending": [batch.state_dict() for batch in self.pending],
                 "settings": asdict(self.config),
-                "lines": self.log.line_counts(self.trainer.step),
+                "lines": self.record.line_counts(self.trainer.step),
                 "random": random_states(),
             }
             torch.save(state, folder / STATE_FILE)
         self._saved = self._position()
 
     def _position(self) -> tuple[int, int, int, int]:
-        """Rollout batches trained on, batches sampled beyond them, updates made of these, evaluations."""
+        """How far the run is: batches trained on, batches pending, their updates, evaluations."""
         updates = sum(len(batch.updates) for batch in self.pending)
-        return self.trainer.step, len(self.pending), updates, len(self.log.evaluations())
+        return self.trainer.step, len(self.pending), updates, len(self.record.evaluations())
 
-    def _open_folder(self) -> Path | None:
-        """Opens the run folder; returns the checkpoint to go on from, if any."""
-        config = asdict(self.config)
-        self.log = RunLog.create(config, self._problems_digest())
-        return self.log.whole_checkpoint(config["resume"]) if config["resume"] else None
+    def _save_model(self, name: str) -> None:
+        with self.folder.writing(name) as folder:
+            self._save_weights(folder)
 
-    def _go_on_from(self, path: Path | None) -> None:
-        """Load a checkpoint, and rewind the run's record to it.
-
-        A run that was killed before its first checkpoint starts again: the same seed takes the same way.
-        """
-        trainer = self.trainer
-        lines = {}
-        if path is not None:
-            # On the CPU: the optimizer moves its state to the weights, and random states stay there.
-            state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
-            if state.get("format") != STATE_FORMAT:
-                raise ValueError(
-                    f"--resume {path}: another version of this toolkit wrote it; go on with that one, or "
-                    f"start anew from its weights (--model_name {path})"
-                )
-            refuse_differing(path, state["settings"], asdict(self.config))
-            reached = state["step"] + len(state["pending"])
-            if reached > self.num_batches:
-                raise ValueError(
-                    f"--num_epochs {self.config.num_epochs}: that is {self.num_batches} rollout batches, the "
-                    f"run has come further, to {reached}"
-                )
-            saved = type(trainer.model).from_pretrained(path, dtype=torch.float32)
-            trainer.model.load_state_dict(saved.state_dict())
-            trainer.load_state_dict(state)
-            self.pending = [
-                RolloutBatch.from_state_dict(batch, self._problems_of(trainer.step + i))
-                for i, batch in enumerate(state["pending"])
-            ]
-            set_random_states(state["random"])
-            lines = state["lines"]
-        self._of_main_process(self._rewind, lines)
-        self.best_pass_rate = max((e["pass_at_1"] for e in self._recorded_evaluations()), default=-1.0)
-
-    def _rewind(self, lines: dict[str, int]) -> None:
-        self.log.rewind(self.trainer.step, lines)
-        self.log.begin(asdict(self.config), self._problems_digest())
-        self._saved = self._position() if lines else None
-
-    def _problems_digest(self) -> str:
-        """Of all problems in order: a rollout batch is known by its place in them."""
-        texts = [
-            [problem.prompt, str(getattr(problem, "answer", None))]
-            for problem in (*self.train_problems, *self.eval_problems)
-        ]
-        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-
-    def _save_weights(self, folder) -> None:
+    def _save_weights(self, folder: Path) -> None:
         self.trainer.model.save_pretrained(folder)
         self.trainer.tokenizer.save_pretrained(folder)
 
-    def _save_model(self, name: str) -> None:
-        with self.log.writing(name) as folder:
-            self._save_weights(folder)
+    # ---- going on
+
+    def _open(self) -> Path | None:
+        """Open the folder and the record. Returns the checkpoint to go on from, if there is one."""
+        digest = problems_digest([*self.train_problems, *self.eval_problems])
+        opened = open_run(self.config, digest, self.num_batches)
+        self.folder, self.record = opened.folder, opened.record
+        return opened.checkpoint
+
+    def _load(self, checkpoint: Path) -> None:
+        """Take up the state of a checkpoint, in every process."""
+        trainer = self.trainer
+        state = read_state(checkpoint)
+        saved = type(trainer.model).from_pretrained(checkpoint, dtype=torch.float32)
+        trainer.model.load_state_dict(saved.state_dict())
+        trainer.load_state_dict(state)
+        for i, batch in enumerate(state["pending"]):
+            problems = self._problems_of(trainer.step + i)
+            self.pending.append(RolloutBatch.from_state_dict(batch, problems))
+        set_random_states(state["random"])
+        evaluations = self._evaluations()
+        self.best_pass_rate = max((line["pass_at_1"] for line in evaluations), default=-1.0)
+        self._saved = self.processes.on_main(self._position)
 
 
-def _is_due(step: int, frequency: int) -> bool:
-    """Whether something is done after so many rollout batches; frequency 0: never."""
+def is_due(step: int, frequency: int) -> bool:
+    """True after every `frequency` rollout batches; never for a frequency of 0."""
     return step > 0 and frequency > 0 and step % frequency == 0
+
+
+def drop_long_prompts(problems: Sequence, trainer: Trainer, purpose: str) -> list:
+    """The problems whose prompts leave room for a response. The others are dropped, counted and reported.
+
+    Raises:
+        ValueError: none does.
+    """
+    max_length = trainer.config.max_length
+    lengths = [len(encode_prompt(trainer.tokenizer, problem.prompt)) for problem in problems]
+    kept = [p for p, length in zip(problems, lengths, strict=True) if length < max_length]
+    if not kept:
+        raise ValueError(
+            f"--max_length {max_length} is shorter than every {purpose} prompt (the shortest has "
+            f"{min(lengths)} tokens); raise it"
+        )
+    if len(kept) < len(problems) and trainer.processes.is_main:
+        print(
+            f"{purpose}: dropped {len(problems) - len(kept)} of {len(problems)} problems, whose prompts leave "
+            f"no room for a response in --max_length {max_length}",
+            file=sys.stderr,
+        )
+    return kept
+
+
+def problems_digest(problems: Sequence) -> str:
+    """A digest of all problems in their order: a rollout batch is known by its place in them."""
+    texts = [[problem.prompt, str(getattr(problem, "answer", None))] for problem in problems]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()

@@ -1,0 +1,59 @@
+"""The processes that train together. Rank 0, the main process, has the record, the checkpoints and the last word."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from gspo.training.whole_folders import CannotSave
+
+
+class Processes:
+    """This process among those that torchrun or accelerate's launcher has started; alone without a launcher.
+
+    Every method is a collective operation: all processes call it, in the same order.
+    """
+
+    def __init__(self, device: str):
+        self._accelerator = Accelerator(cpu=device == "cpu")
+        self.device: torch.device = self._accelerator.device
+        self.rank: int = self._accelerator.process_index
+        self.count: int = self._accelerator.num_processes
+        self.is_main: bool = self._accelerator.is_main_process
+
+    def contiguous_share(self, count: int) -> range:
+        """The part of range(count) that belongs to this process; the parts are in the order of the ranks."""
+        share = np.array_split(np.arange(count), self.count)[self.rank].tolist()
+        return range(share[0], share[-1] + 1) if share else range(0)
+
+    def gather(self, items: Sequence) -> list:
+        """The items of all processes, in the order of the ranks."""
+        return gather_object(list(items))
+
+    def any(self, flag: bool) -> bool:
+        """True if the flag is set in at least one process."""
+        return any(self.gather([flag]))
+
+    def on_main(self, work: Callable, *arguments: Any) -> Any:
+        """Do work(*arguments) on the main process. All processes return its result or raise its refusal."""
+        result = error = None
+        if self.is_main:
+            try:
+                result = work(*arguments)
+            except (ValueError, CannotSave) as refusal:
+                error = refusal
+        result, error = broadcast_object_list([result, error])
+        if error is not None:
+            raise error
+        return result
+
+    def sum_gradients(self, model: torch.nn.Module) -> None:
+        """Replace every gradient by its sum over the processes."""
+        for parameter in model.parameters():
+            if parameter.grad is None:  # no row of this process reached it
+                parameter.grad = torch.zeros_like(parameter)
+            if self.count > 1:  # accelerate copies the gradient even if there is one process
+                parameter.grad = self._accelerator.reduce(parameter.grad, reduction="sum")

@@ -1,0 +1,78 @@
+"""A run's folder on disk: who may work in it, and what is written into it whole.
+
+    gspo_outputs/<run>/
+        config.json       the resolved configuration, with versions, hardware, git commit, command line
+        metrics.jsonl     one line per rollout batch
+        eval.jsonl        one line per evaluation
+        samples.jsonl     the best and the worst response of a group per rollout batch, with rewards
+        checkpoints/step-N/           see checkpoints.py
+        best_model/  final_model/     what from_pretrained loads
+        emergency/        the reason, metrics and rollout batch of an emergency stop
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+from gspo.training.checkpoints import checkpoints_in
+from gspo.training.hardware import describe_environment
+from gspo.training.rollout_batch import RolloutBatch
+from gspo.training.whole_folders import sync, whole_folder, write_whole
+
+
+class RunFolder:
+    """A locked run folder. The lock ends with close(), or with the process.
+
+    Raises:
+        ValueError: the folder cannot be made, or another process works in it.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock: int | None = os.open(path, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise ValueError(f"another process is at work on the run in {path}: wait for it") from None
+        except OSError as error:
+            raise ValueError(f"--output_dir: cannot make {path} ({error.strerror})") from None
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def write_config(self, config: dict, problems: str) -> None:
+        """Write config.json: the settings, the digest of the problems, and the machine. Raises CannotSave."""
+        settings = {**config, "problems": problems, "environment": describe_environment()}
+        write_whole(self.path / "config.json", json.dumps(settings, indent=2) + "\n")
+
+    def checkpoints(self) -> list[Path]:
+        """The run's checkpoints, oldest first."""
+        return checkpoints_in(self.path)
+
+    def writing(self, name: str) -> AbstractContextManager[Path]:
+        """whole_folder() of a folder in this one, after the record's lines are on the disk."""
+        for path in self.path.glob("*.jsonl"):
+            sync(path)
+        return whole_folder(self.path / name)
+
+    def keep_evidence(self, step: int, reason: str, metrics: dict, batches: Sequence[RolloutBatch]) -> None:
+        """Write emergency/: why the run stopped, with the metrics, and the rollout batch if there is one."""
+        with self.writing("emergency") as folder:
+            # NaN is not valid JSON and is written as text.
+            figures = json.loads(
+                json.dumps({"step": step, "reason": reason, **metrics}, default=str), parse_constant=str
+            )
+            (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
+            for batch in batches:
+                lines = [json.dumps(record, default=str) + "\n" for record in batch.records()]
+                (folder / "samples.jsonl").write_text("".join(lines))
+                torch.save(batch.state_dict(), folder / "rollout_batch.pt")

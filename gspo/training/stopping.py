@@ -1,0 +1,45 @@
+"""How a run stops early without losing anything: on request, at the next place where its state is whole."""
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from gspo.training.processes import Processes
+
+# Seconds within which a second signal is the first one again: a launcher passes on a signal that its processes
+# have received themselves.
+SAME_SIGNAL_S = 1.0
+
+
+class Interrupted(Exception):
+    """A stop was requested, and this is a place where the state is whole."""
+
+
+class StopRequest:
+    """Whether somebody asked the run to stop. Set `requested` to ask for it."""
+
+    def __init__(self, processes: Processes):
+        self.processes = processes
+        self.requested = False
+
+    def check(self) -> None:
+        """Mark a place where the state is whole; raises Interrupted in every process if any was asked to stop."""
+        if self.processes.any(self.requested):
+            raise Interrupted
+
+    def on_signals(self) -> None:
+        """SIGINT and SIGTERM request a stop; a second one, SAME_SIGNAL_S later, ends the process at once."""
+        received: list[float] = []
+
+        def stop(*_: Any) -> None:
+            received.append(time.monotonic())
+            if received[-1] - received[0] > SAME_SIGNAL_S:
+                os._exit(130)  # a checkpoint in progress is abandoned: the last whole one stays
+            if not self.requested and self.processes.is_main:
+                print("\nstopping after this update; once more to stop at once", file=sys.stderr)
+            self.requested = True
+
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
