@@ -214,7 +214,7 @@ def clip_ranges() -> Checks:
     for algorithm, expected in PAPER_CLIP_RANGES.items():
         config = gspo.GSPOConfig(algorithm=algorithm).resolve(10**9)
         of_loss = _edge(algorithm, -1), _edge(algorithm, 1)
-        of_trainer = config.left_clip_range, config.right_clip_range
+        of_trainer = config.left_clip_range or math.nan, config.right_clip_range or math.nan
         pairs = zip(of_loss + of_trainer, expected + expected, strict=True)
         text = "loss: left {:.4g}, right {:.4g}; trainer: left {:.4g}, right {:.4g}"
         yield Check(

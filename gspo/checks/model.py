@@ -44,6 +44,7 @@ MAX_TIED_GROUPS = 0.5
 MAX_TWIN_PARAMETERS = 20e6
 MAX_Z = 4.5  # standard errors: exceeded by chance once in 150,000 times
 WEIGHTS_PER_TENSOR = 100_000  # looked at, to see whether weights move
+Pair = tuple[list[int], list[int]]  # prompt ids and response ids
 TIED = "not measured: the model's answers to a problem are mostly equal"
 
 
@@ -104,14 +105,14 @@ class ModelChecks:
         errors, gradient_errors = {}, {}
         for name, (temperature, step) in cases.items():
             pairs = _pairs(self._sample(temperature))[::step]
-            fast = token_log_probs(self.model, *zip(*pairs, strict=True), temperature)
+            fast = self._trainers_log_probs(pairs, temperature)
             slow = [reference.token_log_probs(self.model, *pair, temperature) for pair in pairs]
             errors[name] = _largest_gap(fast, slow)
             gradient_errors[name] = relative_error(self._gradient(fast), self._gradient(slow))
         yield each_at_most("log-probs equal a naive forward pass", errors, 1e-3, "largest error", fault)
         yield each_at_most("so do their gradients", gradient_errors, 1e-3, "relative error", fault)
         with torch.no_grad(), torch.autocast(torch.device(self.device).type, torch.bfloat16):
-            coarse = torch.cat(token_log_probs(self.model, *zip(*pairs, strict=True)))
+            coarse = torch.cat(self._trainers_log_probs(pairs))
         rounded = (coarse == coarse.bfloat16()).double().mean().item()
         yield at_most(
             "their softmax is float32, even where products are bfloat16", rounded, 0.5, "share rounded",
@@ -131,7 +132,7 @@ class ModelChecks:
         for temperature in TEMPERATURES:
             rollouts = self._sample(temperature, 4 * GROUP_SIZE)
             pairs = _pairs(rollouts)
-            computed = token_log_probs(self.model, *zip(*pairs, strict=True), temperature)
+            computed = self._trainers_log_probs(pairs, temperature)
             errors[f"T={temperature}"] = _largest_gap([torch.tensor(r.log_probs) for r in rollouts], computed)
             surprises[f"T={temperature}"] = abs(self._surprise(pairs, temperature))
         yield each_at_most(
@@ -144,7 +145,7 @@ class ModelChecks:
             "policy/log_probs.py does not know",
         )  # fmt: skip
 
-    def _surprise(self, pairs: Sequence[tuple[list[int], list[int]]], temperature: float) -> float:
+    def _surprise(self, pairs: Sequence[Pair], temperature: float) -> float:
         """Sum of log p of the sampled tokens less its expectation, in standard errors.
 
         pairs: (prompt ids, response ids), GROUP_SIZE or a multiple of it to a prompt, contiguous.
@@ -235,7 +236,7 @@ class ModelChecks:
         made = len(metrics["clip_fraction_by_minibatch"])
         fault = "GSPOTrainer: mini_batch_size"
         yield exactly(f"{algorithm}: the trainer makes four updates", made, NUM_UPDATES, "updates", fault)
-        twin = self._float64_updates(start, algorithm, trainer.engine.rollouts)
+        twin = self._float64_updates(start, algorithm, _last_rollouts(trainer))
         yield each_at_most(
             name, _update_errors(algorithm, trainer, start, metrics, twin), 4e-3, "error",
             "GSPOTrainer: advantages, pi_old (the policy before the first update, at the sampling "
@@ -313,7 +314,7 @@ class ModelChecks:
         trainer = self._trainer(dtype="float32", reward_fn=three_valued_reward)
         before = _weights(trainer.model)
         first, second = trainer.evaluate(self.problems), trainer.evaluate(self.problems)
-        rewards = three_valued_reward(self.problems, [r.text for r in trainer.engine.rollouts])
+        rewards = three_valued_reward(self.problems, [r.text for r in _last_rollouts(trainer)])
         passed = (np.array(rewards) == 1).reshape(-1, GROUP_SIZE).mean(1).tolist()
         right = (
             first == second
@@ -346,6 +347,11 @@ class ModelChecks:
         engine = RecordingEngine(model, self.tokenizer)
         return gspo.GSPOTrainer(model, self.tokenizer, config, reward_fn, engine=engine)
 
+    def _trainers_log_probs(self, pairs: Sequence[Pair], temperature: float = 1.0) -> list[Tensor]:
+        prompts = [prompt for prompt, _ in pairs]
+        responses = [response for _, response in pairs]
+        return token_log_probs(self.model, prompts, responses, temperature)
+
     def _max_length(self) -> int:
         return max(map(len, self.prompts)) + MAX_NEW_TOKENS
 
@@ -369,7 +375,7 @@ def _update_errors(
     twin: reference.Updates,
 ) -> dict[str, float]:
     """How far the trainer's updates are from those of the float64 twin: quantity to error."""
-    rollouts = trainer.engine.rollouts
+    rollouts = _last_rollouts(trainer)
     moved, expected = _weights(trainer.model) - _weights(start), _weights(twin.model) - _weights(start)
     norm = np.mean(twin.grad_norms)
     # The metrics' ratios are those of responses with an advantage: of their tokens, or one for each response.
@@ -387,7 +393,12 @@ def _update_errors(
     }
 
 
-def _pairs(rollouts: Sequence[Rollout]) -> list[tuple[list[int], list[int]]]:
+def _last_rollouts(trainer: gspo.GSPOTrainer) -> list[Rollout]:
+    assert isinstance(trainer.engine, RecordingEngine)
+    return trainer.engine.rollouts
+
+
+def _pairs(rollouts: Sequence[Rollout]) -> list[Pair]:
     return [(r.prompt_ids, r.response_ids) for r in rollouts]
 
 

@@ -112,6 +112,10 @@ def count_parameters(name, trust_remote_code=False):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).num_parameters()
 
 
+# Float32 weights, gradients and AdamW's two moments, before activations.
+TRAINING_BYTES_PER_PARAMETER = 16
+
+
 def check_memory(name, needed, gpu_bytes=None):
     """ValueError where training needs more bytes than the GPU has (gpu_bytes: by default this machine's)."""
     available = gpu_bytes or torch.cuda.get_device_properties(0).total_memory

@@ -29,6 +29,13 @@ def complain(program: str, message: object) -> None:
     print(f"{speaker}: {text}", file=sys.stderr)
 
 
+def prepare_process() -> None:
+    """Settings of the process that torch reads when it is imported: call this first."""
+    # OpenMP threads that wait for work spin for long before they sleep. On a CPU that other processes share,
+    # that made a rollout batch up to five times slower; spinning briefly costs little (LOG.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 def interruptible() -> None:
     """SIGINT and SIGTERM end the program at once, with one line and exit code 130."""
 
