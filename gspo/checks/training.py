@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import os
 import random
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from gspo.checks.model import (
     largest_null_clip_fraction,
 )
 from gspo.checks.report import Check, Checks, at_most, between, each_at_most, exactly
+from gspo.checks.worker import start_worker
 from gspo.policy.log_probs import token_log_probs
 from gspo.policy.model_loader import load_model
 from gspo.policy.rollout import Sampling, TransformersEngine, encode_prompt
@@ -136,19 +136,6 @@ def reward_function(run: Run) -> Callable:
         return rewards
 
     return {"task": compute_rewards, "shuffled": shuffled, "checksum": checksum_reward}[run.rewards]
-
-
-def start_worker(threads: int) -> None:
-    """Prepare a worker process. It ends with its parent, even if that is killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "this is not a worker process"
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    torch.set_num_threads(threads)
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 class Runs:
