@@ -4,11 +4,13 @@ import importlib
 import json
 import math
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -302,8 +304,25 @@ def test_an_unknown_model_is_one_line(tmp_path, capsys):
     assert not (tmp_path / "results").exists()
 
 
-def test_a_model_of_ones_own(tiny, tmp_path, capsys):
+class InThisProcess:
+    """Stands in for the pool of worker processes, which take longer to start than the rest of the test."""
+
+    def __init__(self, *_) -> None:
+        pass
+
+    def submit(self, function, *arguments) -> Future:
+        function, arguments = pickle.loads(pickle.dumps((function, arguments)))
+        future = Future()
+        future.set_result(pickle.loads(pickle.dumps(function(*arguments))))
+        return future
+
+    def shutdown(self, **_) -> None:
+        pass
+
+
+def test_a_model_of_ones_own(tiny, tmp_path, monkeypatch, capsys):
     """The checks make sense on it, with its tokenizer and template; nothing is said of its training."""
+    monkeypatch.setattr("gspo.checks.training.ProcessPoolExecutor", InThisProcess)
     model, tokenizer = tiny
     model.save_pretrained(tmp_path / "own")
     tokenizer = deepcopy(tokenizer)
