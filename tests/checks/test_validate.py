@@ -5,13 +5,13 @@ import json
 import math
 import os
 import pickle
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -36,7 +36,7 @@ from gspo.checks.training import (
 )
 from gspo.policy.model_loader import load_model
 from support import ROOT
-from support.faults import FAULTS, import_with, path_of, plant
+from support.faults import FAULTS, import_with, plant
 
 CLOSING_LINES = [
     "✅ All technical tests PASSED!",
@@ -348,15 +348,16 @@ def test_the_whole_validation(model_name, tmp_path):
 
 
 @pytest.mark.slow
-def test_weights_that_do_not_move_turn_every_part_red(tmp_path):
-    for name in ("validate_gspo.py", "gspo_implementation.py", "data_loader.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "gspo", tmp_path / "gspo", ignore=shutil.ignore_patterns("__pycache__"))
-    planted = path_of(FAULTS["weights frozen"].module).relative_to(ROOT)
-    (tmp_path / planted).write_text(plant("weights frozen"))
-    done = validate(cwd=tmp_path)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert not any(line in done.stdout for line in CLOSING_LINES) and done.stdout.count("❌") == 4
+def test_weights_that_do_not_move_turn_every_part_red(anew, tiny, tmp_path, monkeypatch, capsys):
+    """Two rollout batches are enough to see it."""
+    import_with("weights frozen")
+    validation = importlib.import_module("gspo.checks.validation")
+    monkeypatch.setattr("gspo.checks.training.ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(validation, "SORTING", replace(validation.SORTING, num_batches=2, num_eval=16))
+    passed = validation.validate("tiny", *deepcopy(tiny), range(1), tmp_path)
+    said = capsys.readouterr().out
+    assert not passed and said.count("❌") == 4, said
+    assert not any(line in said for line in CLOSING_LINES)
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
