@@ -40,7 +40,7 @@ def test_ties_are_exactly_zero(reward):
     assert group_advantages(torch.full((7,), reward), 7).abs().max() == 0
 
 
-def test_unjudged_response_stays_out_of_its_group():
+def test_ungraded_response_stays_out_of_its_group():
     assert group_advantages(rows(1, math.nan, 0, math.nan), 4).tolist() == pytest.approx(
         [0.7071, 0, -0.7071, 0], abs=1e-4
     )

@@ -1,97 +1,137 @@
 """The paper's formulas as slow float64 loops, which share nothing with the code that they check.
 
-Used by the tests and by validate_gspo.py. Shapes: B sequences, T response positions.
+The tests and validate_gspo.py use them. An entry of ALGORITHMS in gspo_implementation.py names its loss here
+in its field `reference`. A new loss needs a function like `gspo` below.
+
+Shapes: B sequences, T response positions, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+# A loss takes log_probs (B, T), old_log_probs (B, T), advantages (B,) or (B, T), mask (B, T) bool, and the
+# left and right clip range. It returns minus the objective, differentiable in log_probs, and the share of
+# tokens whose clipped branch is in force.
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], tuple[Tensor, float]]
+# The log-probabilities of a response's tokens, new and old, to the importance ratio of each token.
+Ratios = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 
 
-def loss(kind, log_probs, old_log_probs, advantages, mask, left, right):
-    """Minus the objective of gspo (equation 5), gspo_token (13) or grpo (2); differentiable in log_probs.
+def gspo(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, left: float, right: float
+) -> tuple[Tensor, float]:
+    """GSPO (equation 5). Every token of a response has the response's own ratio s (equation 7)."""
 
-    log_probs, old_log_probs (B, T) float64; advantages (B,) or (B, T); mask (B, T) bool.
-    """
-    total = 0.0 * log_probs[mask].sum()  # differentiable where everything is clipped, too
+    def ratios(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
+        return [_sequence_ratio(new, old)] * len(new)
+
+    return _clipped_surrogate(ratios, log_probs, old_log_probs, advantages, mask, left, right)
+
+
+def gspo_token(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, left: float, right: float
+) -> tuple[Tensor, float]:
+    """GSPO-token (equations 13 and 14). The ratio of a token is sg[s] pi / sg[pi]."""
+
+    def ratios(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
+        s = _sequence_ratio(new, old).detach()
+        return [s * torch.exp(p) / torch.exp(p).detach() for p in new]
+
+    return _clipped_surrogate(ratios, log_probs, old_log_probs, advantages, mask, left, right)
+
+
+def grpo(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, left: float, right: float
+) -> tuple[Tensor, float]:
+    """GRPO (equation 2). The ratio of a token is pi / pi_old."""
+
+    def ratios(new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
+        return [torch.exp(p - q) for p, q in zip(new, old, strict=True)]
+
+    return _clipped_surrogate(ratios, log_probs, old_log_probs, advantages, mask, left, right)
+
+
+def _sequence_ratio(new: list[Tensor], old: list[Tensor]) -> Tensor:
+    differences = [p - q for p, q in zip(new, old, strict=True)]
+    return torch.exp(sum(differences) / len(differences))
+
+
+def _clipped_surrogate(
+    ratios_of: Ratios,
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    left: float,
+    right: float,
+) -> tuple[Tensor, float]:
+    """Minus the mean of min(w A, clip(w) A) over each response's tokens and then over responses."""
+    total = 0.0 * log_probs[mask].sum()  # differentiable even where every token is clipped
+    num_tokens = num_clipped = 0
     for i in range(len(mask)):
         positions = [t for t in range(mask.shape[1]) if mask[i, t]]
         if not positions:
             continue
-        ratio = sum(log_probs[i, t] - old_log_probs[i, t] for t in positions) / len(positions)
-        s = torch.exp(ratio)
+        new = [log_probs[i, t] for t in positions]
+        old = [old_log_probs[i, t] for t in positions]
         terms = []
-        for t in positions:
-            a = advantages[i] if advantages.dim() == 1 else advantages[i, t]
-            if kind == "gspo":
-                w = s
-            elif kind == "gspo_token":
-                w = s.detach() * torch.exp(log_probs[i, t]) / torch.exp(log_probs[i, t]).detach()
-            else:
-                w = torch.exp(log_probs[i, t] - old_log_probs[i, t])
-            clipped = min(max(w.item(), 1 - left), 1 + right)
-            terms.append(w * a if (w * a).item() <= clipped * a.item() else clipped * a)
+        for w, t in zip(ratios_of(new, old), positions, strict=True):
+            a = advantages[i].item() if advantages.dim() == 1 else advantages[i, t].item()
+            clipped_w = min(max(w.item(), 1 - left), 1 + right)
+            terms.append(w * a if w.item() * a <= clipped_w * a else clipped_w * a)
+            num_clipped += (a > 0 and w.item() > 1 + right) or (a < 0 and w.item() < 1 - left)
+            num_tokens += 1
         total = total + sum(terms) / len(terms)
-    return -total / len(mask)
+    return -total / len(mask), num_clipped / num_tokens
 
 
-def clip_fraction(kind, log_probs, old_log_probs, advantages, mask, left, right):
-    """Share of tokens whose clipped branch is in force."""
-    clipped = tokens = 0
-    for i in range(len(mask)):
-        positions = [t for t in range(mask.shape[1]) if mask[i, t]]
-        differences = [(log_probs[i, t] - old_log_probs[i, t]).item() for t in positions]
-        for difference, t in zip(differences, positions, strict=True):
-            a = (advantages[i] if advantages.dim() == 1 else advantages[i, t]).item()
-            w = math.exp(difference if kind == "grpo" else sum(differences) / len(differences))
-            clipped += (a > 0 and w > 1 + right) or (a < 0 and w < 1 - left)
-            tokens += 1
-    return clipped / tokens
-
-
-def advantages(rewards, group_size):
-    """Plain lists of floats; None: not judged."""
-    result = []
+def advantages(rewards: Sequence[float | None], group_size: int) -> list[float]:
+    """The advantage of each reward in its group; a reward of None (not graded) has the advantage 0."""
+    result: list[float] = []
     for start in range(0, len(rewards), group_size):
         group = rewards[start : start + group_size]
-        judged = [r for r in group if r is not None]
-        if len(judged) < 2 or max(judged) == min(judged):
+        graded = [r for r in group if r is not None]
+        if len(graded) < 2 or max(graded) == min(graded):
             result += [0.0] * group_size
             continue
-        mean = sum(judged) / len(judged)
-        std = math.sqrt(sum((r - mean) ** 2 for r in judged) / (len(judged) - 1))
+        mean = sum(graded) / len(graded)
+        std = math.sqrt(sum((r - mean) ** 2 for r in graded) / (len(graded) - 1))
         result += [0.0 if r is None else (r - mean) / (std + 1e-6) for r in group]
     return result
 
 
-def token_log_probs(model, prompt, response, temperature=1.0):
-    """One row without padding, the full logits, one float64 log-softmax a token: (len(response),)."""
+def token_log_probs(
+    model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int], temperature: float = 1.0
+) -> Tensor:
+    """Log-probabilities (len(response),) in float64, from one row without padding and with all its logits."""
     ids = torch.tensor([[*prompt, *response]], device=model.get_input_embeddings().weight.device)
-    logits = model(input_ids=ids).logits[0].double() / temperature
-    return torch.stack(
-        [logits[len(prompt) - 1 + t].log_softmax(-1)[token] for t, token in enumerate(response)]
-    )
+    logits = model(input_ids=ids).logits[0].double() / temperature  # (S, V)
+    # The logits at a position are those of the token after it.
+    log_probs = logits[len(prompt) - 1 : -1].log_softmax(-1)  # (T, V)
+    return log_probs[range(len(response)), list(response)]
 
 
 @dataclass
 class Updates:
-    """What a rollout batch's optimizer updates came to. B responses, those without tokens included."""
+    """The result of one rollout batch's optimizer updates, for all B responses, with tokens or without."""
 
-    model: torch.nn.Module  # after them, float64
+    model: torch.nn.Module  # after the updates, float64
     advantages: list[float]  # of each response
-    old_log_probs: list[torch.Tensor]  # (|y|,) of each response, before the first update
-    log_ratios: list[torch.Tensor]  # (|y|,) log pi - log pi_old as each response's own update saw them
-    clip_fractions: list[float]  # of the tokens of each update
-    num_tokens: list[int]  # of each update
-    grad_norms: list[float]  # of each update, before clipping
+    old_log_probs: list[Tensor]  # (|y|,) for each response, before the first update
+    log_ratios: list[Tensor]  # (|y|,) log pi - log pi_old for each response, in its own update
+    clip_fractions: list[float]  # share of tokens, for each update
+    num_tokens: list[int]  # for each update
+    grad_norms: list[float]  # for each update, before the gradient is clipped
 
 
 def updates(
     model: torch.nn.Module,
-    kind: str,
+    loss: Loss,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
     rewards: Sequence[float | None],
     group_size: int,
@@ -101,13 +141,14 @@ def updates(
     max_grad_norm: float,
     temperature: float,
 ) -> Updates:
-    """The optimizer updates of one rollout batch on a float64 copy of the model, with a fresh AdamW.
+    """Make the optimizer updates of one rollout batch on a float64 copy of the model, with a fresh AdamW.
 
-    pairs: (prompt ids, response ids) of the B responses, groups contiguous; update k of num_updates takes the
-    k-th equal share of them.
+    pairs: (prompt ids, response ids) of the B responses, groups contiguous. The updates take equal shares of
+    them, in order.
     """
     model = deepcopy(model).double()
-    model.set_experts_implementation("eager")  # of a mixture of experts; the others have no float64
+    # The other implementations of a mixture of experts have no float64.
+    model.set_experts_implementation("eager")
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     with torch.no_grad():
         old = [token_log_probs(model, *pair, temperature) for pair in pairs]
@@ -116,19 +157,23 @@ def updates(
     size = len(pairs) // num_updates
     for start in range(0, len(pairs), size):
         rows = range(start, start + size)
-        scored = [token_log_probs(model, *pairs[i], temperature) for i in rows]
-        width = max(len(row) for row in scored)
-        mask = torch.tensor([[t < len(row) for t in range(width)] for row in scored])
-        padded = [
-            torch.stack([torch.cat([row, row.new_zeros(width - len(row))]) for row in rows_of]).cpu()
-            for rows_of in (scored, [old[i] for i in rows])
-        ]
-        inputs = (*padded, weights[rows.start : rows.stop], mask, *ranges)
+        new = [token_log_probs(model, *pairs[i], temperature) for i in rows]
+        width = max(len(row) for row in new)
+        mask = torch.tensor([[t < len(row) for t in range(width)] for row in new])
+        new_padded = _padded(new, width)
+        old_padded = _padded([old[i] for i in rows], width)
+        value, clip_fraction = loss(new_padded, old_padded, weights[start : start + size], mask, *ranges)
         optimizer.zero_grad()
-        loss(kind, *inputs).backward()
-        result.grad_norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item())
-        result.clip_fractions.append(clip_fraction(kind, *inputs))
-        result.num_tokens.append(int(mask.sum()))
-        result.log_ratios += [(row - old[i]).detach() for row, i in zip(scored, rows, strict=True)]
+        value.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
+        result.grad_norms.append(grad_norm.item())
+        result.clip_fractions.append(clip_fraction)
+        result.num_tokens.append(int(mask.sum()))
+        result.log_ratios += [(row - old[i]).detach() for row, i in zip(new, rows, strict=True)]
     return result
+
+
+def _padded(rows: Sequence[Tensor], width: int) -> Tensor:
+    """(B, width) on the CPU, with zeros behind each row."""
+    return torch.stack([torch.cat([row, row.new_zeros(width - len(row))]) for row in rows]).cpu()

@@ -1,4 +1,4 @@
-"""What validation says: checks with the figure that each one measured, as lines, as JSON and as a picture.
+"""The results of validation: checks with the figures that they measured, as lines, as JSON and as a picture.
 
 A check that raises has failed. Nothing here decides what is checked.
 """
@@ -9,12 +9,7 @@ import traceback
 from collections.abc import Generator, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot  # noqa: E402
+from typing import Any
 
 NAME_WIDTH = 64
 
@@ -23,7 +18,7 @@ NAME_WIDTH = 64
 class Check:
     """One property. measured and expected: texts with figures; fault: where to look if it does not hold.
 
-    passed None: not measured here, and `measured` says why.
+    passed is None where the property was not measured, and `measured` says why.
     """
 
     name: str
@@ -36,10 +31,12 @@ class Check:
         mark = {True: "ok  ", False: "FAIL", None: "skip"}[self.passed]
         line = f"  {mark} {self.name:{NAME_WIDTH}} {self.measured}"
         if self.passed is False:
-            line += (
-                f"\n       expected {self.expected}; measured {self.measured}\n       look at: {self.fault}"
-            )
+            line += f"\n       expected {self.expected}; measured {self.measured}"
+            line += f"\n       look at: {self.fault}"
         return line
+
+
+Checks = Generator[Check, None, None]  # each check is yielded as soon as it is known
 
 
 def at_most(name: str, measured: float, bound: float, what: str, fault: str) -> Check:
@@ -48,9 +45,10 @@ def at_most(name: str, measured: float, bound: float, what: str, fault: str) -> 
 
 
 def each_at_most(name: str, measured: dict[str, float], bound: float, what: str, fault: str) -> Check:
-    """at_most for several things at once: thing to its error."""
+    """A check like at_most for several things at once, from thing to its error."""
     figures = ", ".join(f"{thing} {error:.2g}" for thing, error in measured.items())
-    worst = max(measured, key=lambda thing: math.inf if math.isnan(measured[thing]) else measured[thing])
+    comparable = {thing: math.inf if math.isnan(error) else error for thing, error in measured.items()}
+    worst = max(comparable, key=comparable.__getitem__)
     passed = all(error <= bound for error in measured.values())
     return Check(name, passed, f"{what}: {figures}", f"{what} at most {bound:g}", f"{worst}: {fault}")
 
@@ -60,9 +58,10 @@ def between(name: str, measured: float, low: float, high: float, what: str, faul
     return Check(name, bool(low <= measured <= high), f"{what} {measured:.4g}", expected, fault)
 
 
-def exactly(name: str, measured, expected, what: str, fault: str) -> Check:
-    texts = [f"{what} {'none' if value == [] else value}" for value in (measured, expected)]
-    return Check(name, measured == expected, *texts, fault)
+def exactly(name: str, measured: object, expected: object, what: str, fault: str) -> Check:
+    """A check that two values are equal. An empty list reads as "none"."""
+    shown, wanted = ("none" if value == [] else value for value in (measured, expected))
+    return Check(name, measured == expected, f"{what} {shown}", f"{what} {wanted}", fault)
 
 
 @dataclass
@@ -74,13 +73,14 @@ class Part:
     checks: list[Check] = field(default_factory=list)
     tables: dict[str, list[dict]] = field(default_factory=dict)  # heading to rows of column name to value
 
-    def run(self, checks: Generator[Check]) -> None:
-        """Print each check's line when it is known."""
+    def run(self, checks: Checks) -> None:
+        """Print each check's line as soon as it is known. An exception is a check that has failed."""
         try:
             for check in checks:
                 self.add(check)
         except Exception as error:  # whatever the code under test raises is its failure, not ours
-            name, what = checks.__name__.replace("_", " "), f"{type(error).__name__}: {error}"
+            name = getattr(checks, "__name__", "checks").replace("_", " ")
+            what = f"{type(error).__name__}: {error}"
             self.add(Check(name, False, what, "no exception", _last_line_of(error)))
 
     def add(self, check: Check) -> None:
@@ -109,10 +109,13 @@ class Part:
 
 
 def _last_line_of(error: Exception) -> str:
-    """The place of an exception, in the worker process if it came from one."""
+    """The place where an exception was raised, in the worker process if it came from one."""
     lines = "".join(traceback.format_exception(error.__cause__ or error)).splitlines()
     places = [i for i, line in enumerate(lines) if line.strip().startswith("File ")]
-    return " ".join(line.strip() for line in lines[places[-1] :][:2]) if places else "the worker process"
+    if not places:
+        return "the worker process"
+    place, source = lines[places[-1] : places[-1] + 2]
+    return f"{place.strip()} {source.strip()}"
 
 
 def _table(rows: list[dict]) -> str:
@@ -124,12 +127,12 @@ def _table(rows: list[dict]) -> str:
     return "\n".join("  | " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
-def _cell(value) -> str:
+def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_results(folder: Path, settings: dict, parts: list[Part], seconds: float) -> None:
-    """results.json: settings, every check with its figures, the tables."""
+    """Write results.json: settings, every check with its figures, the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         **settings,
@@ -141,7 +144,7 @@ def write_results(folder: Path, settings: dict, parts: list[Part], seconds: floa
 
 
 def write_metrics(folder: Path, runs: Iterable[tuple[str, list[dict]]]) -> None:
-    """metrics.jsonl: a line a rollout batch of every run, with the run's name."""
+    """Write metrics.jsonl: one line for each rollout batch of each run, with the run's name."""
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
         for name, metrics in runs:
             for step, line in enumerate(metrics, start=1):
@@ -149,33 +152,40 @@ def write_metrics(folder: Path, runs: Iterable[tuple[str, list[dict]]]) -> None:
 
 
 def draw_dynamics(path: Path, runs: dict[str, list[dict]], paper: dict[str, float]) -> None:
-    """Reward, clip fraction by minibatch and ratio spread of some runs: name to metrics, a dict a batch.
+    """Draw reward, clip fraction by minibatch and spread of ratios of some runs.
 
-    paper: algorithm to the clip fraction that the paper reports; the other runs are controls.
+    runs: name to metrics, one dict per rollout batch. paper: algorithm to the clip fraction that the paper
+    reports; a run with another name is a control, whose clipping and ratios are not drawn.
     """
-    figure, (rewards, clipping, ratios) = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    for colour, (name, metrics) in zip(pyplot.cm.tab10.colors, runs.items(), strict=False):
+    # Imported here, because the worker processes draw nothing and should not wait for it.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    rewards, clipping, ratios = figure.subplots(1, 3)
+    for i, (name, metrics) in enumerate(runs.items()):
+        colour = f"C{i}"  # of the default colours
         steps = range(1, len(metrics) + 1)
         rewards.plot(steps, [m["reward_mean"] for m in metrics], label=name, color=colour)
-        if name not in paper:  # a control, whose ratios say nothing more
+        if name not in paper:
             continue
         by_minibatch = zip(*(m["clip_fraction_by_minibatch"] for m in metrics), strict=True)
         means = [sum(fractions) / len(metrics) for fractions in by_minibatch]
         clipping.plot(range(1, len(means) + 1), means, "o-", label=name, color=colour)
         clipping.axhline(paper[name], color=colour, linestyle=":", label=f"{name} in the paper, pooled")
-        low, high = ([m[f"importance_ratio_{end}"] for m in metrics] for end in ("min", "max"))
+        low = [m["importance_ratio_min"] for m in metrics]
+        high = [m["importance_ratio_max"] for m in metrics]
         ratios.fill_between(steps, low, high, color=colour, alpha=0.4, label=name)
     clipping.set_yscale("symlog", linthresh=1e-3)
     clipping.set_ylim(0, 1)
-    for axes, title, x, y in (
-        (rewards, "Reward", "rollout batch", "mean reward"),
-        (clipping, "Clipped tokens", "minibatch", "share of tokens (log scale above 0.001)"),
-        (ratios, "Spread of the importance ratios", "rollout batch", "smallest to largest ratio"),
-    ):
-        axes.set(title=title, xlabel=x, ylabel=y)
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if axes.has_data():
-            axes.legend()
+    _finish(rewards, "Reward", "rollout batch", "mean reward")
+    _finish(clipping, "Clipped tokens", "minibatch", "share of tokens (log scale above 0.001)")
+    _finish(ratios, "Spread of the importance ratios", "rollout batch", "smallest to largest ratio")
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+
+
+def _finish(axes: Any, title: str, x: str, y: str) -> None:
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if axes.has_data():
+        axes.legend()

@@ -1,7 +1,7 @@
-"""Validation, parts 2 to 4: a small model trained for real, by the real trainer, and what must be seen then.
+"""Validation, parts 2 to 4: what the metrics of real training runs of a small model must look like.
 
-Runs go to worker processes, one for each core: a tiny model leaves a second thread idle. What they bring back
-is judged by generators of checks over plain figures, so that a bad run can be made up in a test.
+The runs are made in worker processes, one for each core, because a tiny model leaves a second thread idle.
+The checks are generators over plain figures, so that a test can make up a bad run.
 """
 
 import contextlib
@@ -10,11 +10,11 @@ import math
 import multiprocessing
 import os
 import random
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -22,8 +22,15 @@ from tqdm import tqdm
 from data_loader import compute_rewards, load_problems
 from gspo import PROGRESS_DELAY_S
 from gspo.checks.losses import PAPER_CLIP_RANGES
-from gspo.checks.model import DTYPES, MAX_TIED_GROUPS, TIED, checksum_reward
-from gspo.checks.report import Check, at_most, between, exactly
+from gspo.checks.model import (
+    DTYPES,
+    MAX_TIED_GROUPS,
+    TIED,
+    checksum_reward,
+    largest_null_clip_fraction,
+)
+from gspo.checks.report import Check, Checks, at_most, between, each_at_most, exactly
+from gspo.checks.worker import start_worker
 from gspo.policy.log_probs import token_log_probs
 from gspo.policy.model_loader import load_model
 from gspo.policy.rollout import Sampling, TransformersEngine, encode_prompt
@@ -32,24 +39,26 @@ from gspo.training.intervals import paired_interval
 from gspo_implementation import GSPOConfig, GSPOTrainer
 
 PAPER_CLIP_FRACTIONS = {"gspo": 0.15, "grpo": 0.0013}  # of tokens, figure 2
-# Multiples of the paper's range: too narrow, around it, too wide.
+# The ranges that part 4 compares, narrowest first, are these multiples of the paper's.
 RANGE_FACTORS = {"too narrow": 0.01, "a third": 1 / 3, "paper": 1.0, "triple": 3.0, "too wide": 500.0}
+PAPER_LEFT, PAPER_RIGHT = PAPER_CLIP_RANGES["gspo"]
+CLIP_RANGES = {name: (factor * PAPER_LEFT, factor * PAPER_RIGHT) for name, factor in RANGE_FACTORS.items()}
 LEAST_GAIN = 0.01  # of held-out pass@1, at the lower end of its 95 % interval
-# Of a run without a signal: one run in a hundred drifts up a little, which the interval over problems does
-# not know of (ten seeds of tiny: mean -.023, standard deviation .022).
+# A run without a signal may drift up by as much. One in a hundred does, a little, which the interval over
+# problems does not know of (ten seeds of tiny: mean -.023, standard deviation .022).
 MOST_CHANCE = 0.03
 NOISE_RESPONSES = 64
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on, and how much: queries a batch and an update, responses a query."""
+    """What a run is trained on, and how much."""
 
     dataset: str
     num_batches: int
-    batch_size: int
-    mini_batch_size: int
-    group_size: int
+    batch_size: int  # queries per rollout batch
+    mini_batch_size: int  # queries per optimizer update
+    group_size: int  # responses per query
     max_new_tokens: int
     num_eval: int  # held-out problems; 0: no evaluation
     learning_rate: float | None = None  # None: the trainer's default
@@ -57,7 +66,7 @@ class Task:
     device: str | None = None  # None: a GPU where there is one
 
 
-# The tiny models have about a third of their task, sorting digits, right at the start, sampled.
+# At the start, about a third of the tiny models' sampled responses to this task, sorting digits, are right.
 SORTING = Task("sort", 16, 32, 8, 8, 26, 256, 5e-5, "float32", "cpu")
 # Three rollout batches on another model show how its ratios move, not what it learns.
 SHORT = Task("math", 3, 4, 1, 4, 32, 0)
@@ -65,7 +74,11 @@ SHORT = Task("math", 3, 4, 1, 4, 32, 0)
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. rewards: the task's own, "shuffled" among responses, or "checksum" of their text."""
+    """One training run.
+
+    rewards: "task" for the task's own, "shuffled" for those shuffled among the responses, or "checksum" for a
+    checksum of the text.
+    """
 
     model_name: str
     task: Task
@@ -76,8 +89,11 @@ class Run:
     num_batches: int | None = None  # None: the task's
 
 
-def carry_out(run: Run) -> dict:
-    """{"metrics": of each rollout batch, "evaluation": after the last, or None}."""
+def train_once(run: Run) -> dict:
+    """Train, then evaluate on held-out problems.
+
+    Returns {"metrics": a dict for each rollout batch, "evaluation": a dict, or None if the task has none}.
+    """
     task = run.task
     num_batches = task.num_batches if run.num_batches is None else run.num_batches
     # The bars of several processes would write over each other.
@@ -100,17 +116,21 @@ def carry_out(run: Run) -> dict:
         )
         trainer = GSPOTrainer(model, tokenizer, config, reward_function(run))
         problems = load_problems(task.dataset, "train", task.batch_size * task.num_batches, run.seed)
-        starts = range(0, task.batch_size * num_batches, task.batch_size)
-        metrics = [trainer.train_step(problems[start : start + task.batch_size]) for start in starts]
-        trainer.reward_fn = compute_rewards
-        held_out = load_problems(task.dataset, "eval", task.num_eval, run.seed) if task.num_eval else []
-        return {"metrics": metrics, "evaluation": trainer.evaluate(held_out) if held_out else None}
+        metrics = []
+        for start in range(0, task.batch_size * num_batches, task.batch_size):
+            metrics.append(trainer.train_step(problems[start : start + task.batch_size]))
+        evaluation = None
+        if task.num_eval:
+            trainer.reward_fn = compute_rewards
+            held_out = load_problems(task.dataset, "eval", task.num_eval, run.seed)
+            evaluation = trainer.evaluate(held_out)
+        return {"metrics": metrics, "evaluation": evaluation}
 
 
-def reward_function(run: Run):
+def reward_function(run: Run) -> Callable:
     rng = random.Random(run.seed)
 
-    def shuffled(problems, responses) -> list[float]:
+    def shuffled(problems: list, responses: list[str]) -> list[float | None]:
         rewards = compute_rewards(problems, responses)
         rng.shuffle(rewards)
         return rewards
@@ -118,29 +138,19 @@ def reward_function(run: Run):
     return {"task": compute_rewards, "shuffled": shuffled, "checksum": checksum_reward}[run.rewards]
 
 
-def start_worker(threads: int) -> None:
-    """In a worker process: it ends with its parent, even if that is killed."""
-
-    def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    torch.set_num_threads(threads)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
 class Runs:
-    """Runs under way, by name. runs[name] waits for one, and raises what it raised."""
+    """Training runs in worker processes, by name. runs[name] waits for a result, or raises its error."""
 
-    def __init__(self, runs: dict[str, Run], num_workers: int):
+    def __init__(self, runs: dict[str, Run], num_workers: int) -> None:
         spawn = multiprocessing.get_context("spawn")  # a fork of a process with OpenMP's threads may hang
-        threads = max(1, os.cpu_count() // num_workers)
+        threads = max(1, (os.cpu_count() or 1) // num_workers)
         self.pool = ProcessPoolExecutor(num_workers, spawn, start_worker, (threads,))
         self.futures: dict[str, Future] = {
-            name: self.pool.submit(carry_out, run) for name, run in runs.items()
+            name: self.pool.submit(train_once, run) for name, run in runs.items()
         }
 
     def wait(self, names: Iterable[str]) -> None:
+        """Wait for the runs of these names, with a progress bar."""
         futures = [self.futures[name] for name in names]
         progress = tqdm(
             total=len(futures), desc="  training", unit="run", delay=PROGRESS_DELAY_S, leave=False
@@ -156,7 +166,7 @@ class Runs:
         return name in self.futures
 
     def metrics(self) -> Iterator[tuple[str, list[dict]]]:
-        """Of the runs that came to their end and took steps: name and metrics."""
+        """Name and metrics of each run that ended without an error and took steps."""
         for name, future in self.futures.items():
             if not future.exception() and future.result()["metrics"]:
                 yield name, future.result()["metrics"]
@@ -164,7 +174,7 @@ class Runs:
     def __enter__(self) -> "Runs":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.pool.shutdown(cancel_futures=True)
 
 
@@ -172,34 +182,37 @@ class Runs:
 
 
 def mean_by_minibatch(metrics: Sequence[dict]) -> list[float]:
-    return [
-        fmean(fractions)
-        for fractions in zip(*(m["clip_fraction_by_minibatch"] for m in metrics), strict=True)
-    ]
+    """The clip fraction of each minibatch of a rollout batch, averaged over the rollout batches."""
+    by_minibatch = zip(*(m["clip_fraction_by_minibatch"] for m in metrics), strict=True)
+    return [fmean(fractions) for fractions in by_minibatch]
 
 
-def movement_checks(gspo: Sequence[dict], grpo: Sequence[dict]):
-    """Of the metrics of two runs from the same start, a dict a rollout batch: how the ratios move."""
+def movement_checks(gspo: Sequence[dict], grpo: Sequence[dict]) -> Checks:
+    """Check how the ratios move in two runs from the same start, given one dict per rollout batch."""
     both = [*gspo, *grpo]
     first = max(m["clip_fraction_by_minibatch"][0] for m in both)
     yield exactly(
         "the first minibatch never clips, in either algorithm", first, 0.0, "largest clip fraction",
-        "pi_old: it must be the policy before the first update, scored as the update scores it",
+        "pi_old: the policy before the first update, by the forward passes that the update makes",
     )  # fmt: skip
+    name = "the updates after it see a policy that has moved"
     spreads = [m["importance_ratio_std"] for m in both if m["zero_variance_groups"] <= MAX_TIED_GROUPS]
-    yield Check(
-        "the updates after it see a policy that has moved", min(spreads) > 0 if spreads else None,
-        f"smallest spread of ratios {min(spreads):.2g}" if spreads else TIED, "more than 0",
-        "pi_old is refreshed between the minibatches, or weights do not move",
-    )  # fmt: skip
+    if spreads:
+        yield Check(
+            name, min(spreads) > 0, f"smallest spread of ratios {min(spreads):.2g}", "more than 0",
+            "pi_old is refreshed between the minibatches, or weights do not move",
+        )  # fmt: skip
+    else:
+        yield Check(name, None, TIED, "")
     for name, metrics, allowed in (("gspo", gspo, 0.02), ("grpo", grpo, 0.1)):
         farthest = max((m["importance_ratio_mean"] for m in metrics), key=_distance_from_1)
         yield between(
             f"{name}: ratios stay near 1", farthest, 1 - allowed, 1 + allowed, "farthest mean",
             "the length normalisation of the ratio, learning rate",
         )  # fmt: skip
-    yield at_most(
-        "scored twice without an update, nothing clips", max(m["null_clip_fraction"] for m in both), 1e-3,
+    yield each_at_most(
+        "log-probs taken twice without an update, nothing clips",
+        {"gspo": largest_null_clip_fraction(gspo), "grpo": largest_null_clip_fraction(grpo)}, 1e-3,
         "null clip fraction", "the compute type: --dtype float32",
     )  # fmt: skip
     infinite = sorted({name for m in both for name, value in m.items() if not _finite(value)})
@@ -209,8 +222,8 @@ def movement_checks(gspo: Sequence[dict], grpo: Sequence[dict]):
     )  # fmt: skip
 
 
-def clipping_checks(gspo: Sequence[dict], grpo: Sequence[dict]):
-    """Of the same two runs: how much is clipped, which is where the two algorithms differ most."""
+def clipping_checks(gspo: Sequence[dict], grpo: Sequence[dict]) -> Checks:
+    """Check how much the same two runs clip, which is where the two algorithms differ most."""
     yield between(
         "gspo: every minibatch after the first clips", min(mean_by_minibatch(gspo)[1:]), 0.01, 0.95,
         "smallest clip fraction", "clipping, the clip ranges",
@@ -233,11 +246,13 @@ def _distance_from_1(ratio: float) -> float:
     return abs(ratio - 1) if math.isfinite(ratio) else math.inf
 
 
-def _finite(value) -> bool:
-    return all(map(math.isfinite, value if isinstance(value, list) else [value]))
+def _finite(value: float | list[float]) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return all(map(math.isfinite, values))
 
 
-def _alarms(metrics: Sequence[dict]) -> Iterable[str]:
+def _alarms(metrics: Sequence[dict]) -> Iterator[str]:
+    """Every warning and every reason to stop that the run would have had, batch by batch."""
     for end in range(1, len(metrics) + 1):
         yield from warnings_of(metrics[:end]).values()
         if reason := stop_reason(metrics[end - 1]):
@@ -265,37 +280,50 @@ def dynamics_table(runs: dict[str, Sequence[dict]]) -> list[dict]:
 
 def gain(before: Sequence[dict], after: Sequence[dict]) -> tuple[float, float, float]:
     """Mean change of held-out pass@1 and its 95 % interval, paired by problem over all seeds' evaluations."""
-    rates = [[rate for e in evaluations for rate in e["pass_by_problem"]] for evaluations in (before, after)]
-    return paired_interval(*rates)
+    return paired_interval(_pass_rates(before), _pass_rates(after))
 
 
-def performance_checks(before: Sequence[dict], after: Sequence[dict], control: Sequence[dict]):
-    """Evaluations of each seed: before training, after it, and after training on shuffled rewards."""
-    for name, figures, bound, wanted, fault in (
-        ("gspo raises held-out pass@1", gain(before, after), LEAST_GAIN, True,
-         "the sign of the loss, advantages, or weights that do not move"),
-        ("with rewards shuffled among the responses it does not", gain(before, control), MOST_CHANCE, False,
-         "the evaluation: what improves without a signal is not learning"),
-        ("gspo is ahead of that control", gain(control, after), LEAST_GAIN, True,
-         "rewards that do not reach the loss"),
-    ):  # fmt: skip
-        mean, low, high = figures
-        measured = f"{mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
-        expected = f"lower end {'above' if wanted else 'not above'} {bound:+g}"
-        yield Check(name, (low > bound) == wanted, measured, expected, fault)
+def _pass_rates(evaluations: Sequence[dict]) -> list[float]:
+    return [rate for evaluation in evaluations for rate in evaluation["pass_by_problem"]]
+
+
+def performance_checks(before: Sequence[dict], after: Sequence[dict], control: Sequence[dict]) -> Checks:
+    """Check what training gained, given one evaluation per seed.
+
+    They are from before training, from after it, and from after training on shuffled rewards.
+    """
+    yield _lower_end(
+        "gspo raises held-out pass@1", gain(before, after), LEAST_GAIN, True,
+        "the sign of the loss, advantages, or weights that do not move",
+    )  # fmt: skip
+    yield _lower_end(
+        "with rewards shuffled among the responses it does not", gain(before, control), MOST_CHANCE, False,
+        "the evaluation: an improvement without a signal is not learning",
+    )  # fmt: skip
+    yield _lower_end(
+        "gspo is ahead of that control", gain(control, after), LEAST_GAIN, True,
+        "rewards that do not reach the loss",
+    )  # fmt: skip
+
+
+def _lower_end(
+    name: str, interval: tuple[float, float, float], bound: float, above: bool, fault: str
+) -> Check:
+    """A check that the lower end of a gain's interval is above the bound, or that it is not."""
+    mean, low, high = interval
+    measured = f"{mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
+    where = "above" if above else "not above"
+    return Check(name, (low > bound) == above, measured, f"lower end {where} {bound:+g}", fault)
 
 
 def performance_table(evaluations: dict[str, Sequence[dict]]) -> list[dict]:
-    """Of runs by name, each one's evaluations over the seeds; gains are over the first."""
+    """One row per run, from its evaluations over the seeds. Gains are over the first run."""
     before = next(iter(evaluations.values()))
-    return [
-        {"run": name, "pass@1": pass_at_1(after)} | gain_columns(before, after)
-        for name, after in evaluations.items()
-    ]
-
-
-def pass_at_1(evaluations: Sequence[dict]) -> float:
-    return fmean(e["pass_at_1"] for e in evaluations)
+    rows = []
+    for name, after in evaluations.items():
+        pass_at_1 = fmean(e["pass_at_1"] for e in after)
+        rows.append({"run": name, "pass@1": pass_at_1, **gain_columns(before, after)})
+    return rows
 
 
 def gain_columns(before: Sequence[dict], after: Sequence[dict]) -> dict:
@@ -306,13 +334,8 @@ def gain_columns(before: Sequence[dict], after: Sequence[dict]) -> dict:
 # ---------------------------------------------------------------------------------------- part 4: clip ranges
 
 
-def clip_ranges() -> dict[str, tuple[float, float]]:
-    left, right = PAPER_CLIP_RANGES["gspo"]
-    return {name: (factor * left, factor * right) for name, factor in RANGE_FACTORS.items()}
-
-
-def clip_range_checks(metrics: dict[str, Sequence[dict]]):
-    """Of the metrics of a run with each range, narrowest first."""
+def clip_range_checks(metrics: dict[str, Sequence[dict]]) -> Checks:
+    """Check how much is clipped, given the metrics of a run with each range, narrowest first."""
     fractions = [fmean(m["clip_fraction"] for m in run) for run in metrics.values()]
     falling = all(a >= b for a, b in zip(fractions, fractions[1:], strict=False))
     yield Check(
@@ -330,22 +353,35 @@ def clip_range_checks(metrics: dict[str, Sequence[dict]]):
 
 
 def clip_range_table(before: dict, results: dict[str, dict]) -> list[dict]:
-    return [
-        {"clip range": f"{name}: {left:.3g}, {right:.3g}"}
-        | gain_columns([before], [results[name]["evaluation"]])
-        | {
-            "clipped tokens": fmean(m["clip_fraction"] for m in results[name]["metrics"]),
-            "ratio's standard deviation": fmean(m["importance_ratio_std"] for m in results[name]["metrics"]),
-        }
-        for name, (left, right) in clip_ranges().items()
-    ]
+    """One row per range, from the evaluation before training and the result of the run with that range."""
+    rows = []
+    for name in CLIP_RANGES:
+        metrics, evaluation = results[name]["metrics"], results[name]["evaluation"]
+        rows.append(
+            {
+                "clip range": _range_label(name),
+                **gain_columns([before], [evaluation]),
+                "clipped tokens": fmean(m["clip_fraction"] for m in metrics),
+                "ratio's standard deviation": fmean(m["importance_ratio_std"] for m in metrics),
+            }
+        )
+    return rows
 
 
-def precision_noise(model, tokenizer, problems, max_new_tokens: int, device: str) -> dict[str, list]:
-    """How far a ratio is from 1 with no update at all: source of noise to (ratio, tokens) of each response.
+def _range_label(name: str) -> str:
+    left, right = CLIP_RANGES[name]
+    return f"{name}: {left:.3g}, {right:.3g}"
 
-    Two sources for each compute type: scoring the same responses again, and taking the sampler's own
-    log-probabilities for pi_old.
+
+def precision_noise(
+    model: torch.nn.Module, tokenizer: Any, problems: Sequence, max_new_tokens: int, device: str
+) -> dict[str, list[tuple[float, int]]]:
+    """How far the ratio of each response is from 1 with no update at all.
+
+    There are two sources of noise for each compute type: computing the log-probabilities of the same
+    responses again, and taking the sampler's own log-probabilities for pi_old.
+
+    Returns a dict from the source of noise to (ratio, number of tokens) of each response.
     """
     group_size = max(2, NOISE_RESPONSES // len(problems))
     prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
@@ -353,39 +389,46 @@ def precision_noise(model, tokenizer, problems, max_new_tokens: int, device: str
     for dtype in DTYPES:
         autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == "bfloat16")
         with torch.no_grad(), autocast:
-            rollouts = TransformersEngine(model, tokenizer).generate(
-                prompts, group_size, Sampling(max_new_tokens)
-            )
-            asked = [r.prompt_ids for r in rollouts]
-            answers = [r.response_ids for r in rollouts]
-            scored, again = (token_log_probs(model, asked, answers) for _ in range(2))
+            engine = TransformersEngine(model, tokenizer)
+            rollouts = engine.generate(prompts, group_size, Sampling(max_new_tokens))
+            prompt_ids = [r.prompt_ids for r in rollouts]
+            response_ids = [r.response_ids for r in rollouts]
+            first = token_log_probs(model, prompt_ids, response_ids)
+            again = token_log_probs(model, prompt_ids, response_ids)
         sampled = [torch.tensor(r.log_probs) for r in rollouts]
-        for source, old in (("scored again", again), ("sampler's own", sampled)):
-            ratios = [(a.cpu() - b.cpu()).mean().exp().item() for a, b in zip(scored, old, strict=True)]
-            noise[f"{dtype}, {source}"] = list(zip(ratios, map(len, answers), strict=True))
+        noise[f"{dtype}, computed again"] = _ratios(first, again)
+        noise[f"{dtype}, sampler's own"] = _ratios(first, sampled)
     return noise
 
 
-def share_outside(ratios: Iterable[tuple[float, int]], left: float, right: float) -> float:
-    """Null clip fraction: tokens of the responses whose ratio is outside the range, without an update."""
-    ratios = list(ratios)
+def _ratios(
+    log_probs: Sequence[torch.Tensor], old_log_probs: Sequence[torch.Tensor]
+) -> list[tuple[float, int]]:
+    """(importance ratio, number of tokens) of each response."""
+    ratios = []
+    for new, old in zip(log_probs, old_log_probs, strict=True):
+        ratios.append(((new.cpu() - old.cpu()).mean().exp().item(), len(new)))
+    return ratios
+
+
+def share_outside(ratios: Sequence[tuple[float, int]], left: float, right: float) -> float:
+    """Null clip fraction: the share of tokens in responses whose ratio is outside without any update."""
     outside = sum(tokens for ratio, tokens in ratios if not 1 - left <= ratio <= 1 + right)
     return outside / sum(tokens for _, tokens in ratios)
 
 
-def precision_table(noise: dict[str, list]) -> list[dict]:
-    return [
-        {"clip range": f"{name}: {left:.3g}, {right:.3g}"}
-        | {source: share_outside(ratios, left, right) for source, ratios in noise.items()}
-        for name, (left, right) in clip_ranges().items()
-    ]
+def precision_table(noise: dict[str, list[tuple[float, int]]]) -> list[dict]:
+    rows = []
+    for name, clip_range in CLIP_RANGES.items():
+        shares = {source: share_outside(ratios, *clip_range) for source, ratios in noise.items()}
+        rows.append({"clip range": _range_label(name), **shares})
+    return rows
 
 
-def precision_checks(noise: dict[str, list]):
-    left, right = PAPER_CLIP_RANGES["gspo"]
+def precision_checks(noise: dict[str, list[tuple[float, int]]]) -> Checks:
     for source, ratios in noise.items():
-        share = share_outside(ratios, left, right)
         if "again" in source:
+            share = share_outside(ratios, *CLIP_RANGES["paper"])
             yield at_most(
                 f"the paper's range holds the noise of {source}", share, 0.01, "null clip fraction",
                 "the model's arithmetic, which is not the same twice",

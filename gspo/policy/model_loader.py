@@ -148,6 +148,10 @@ def count_parameters(name: str, trust_remote_code: bool = False) -> int:
     return model.num_parameters()
 
 
+# Bytes of training per parameter: float32 weights, gradients and AdamW's two moments, before activations.
+TRAINING_BYTES_PER_PARAMETER = 16
+
+
 def check_memory(name: str, needed: float, gpu_bytes: float | None = None) -> None:
     """Refuse a model whose training needs more memory than the GPU has.
 

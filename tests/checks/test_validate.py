@@ -1,21 +1,28 @@
-"""Validation: it must be able to fail, at the fault, and must not fail otherwise."""
+"""Validation must be able to fail, at the fault, and must not fail otherwise."""
 
 import importlib
 import json
 import math
 import os
-import shutil
+import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
+import validate_gspo
 from data_loader import load_problems
 from gspo.checks import losses as loss_checks
 from gspo.checks import model as model_checks
-from gspo.checks.report import Part, at_most, each_at_most, exactly
+from gspo.checks.report import Checks, Part, at_most, each_at_most, exactly
 from gspo.checks.training import (
     SORTING,
     Run,
@@ -29,7 +36,7 @@ from gspo.checks.training import (
 )
 from gspo.policy.model_loader import load_model
 from support import ROOT
-from support.faults import FAULTS, Fault
+from support.faults import FAULTS, import_with, plant
 
 CLOSING_LINES = [
     "✅ All technical tests PASSED!",
@@ -39,54 +46,117 @@ CLOSING_LINES = [
 ]
 
 
-def technical_part(losses, checks, model_name="tiny", until="never") -> Part:
-    """losses, checks: loss_checks and model_checks, with or without a fault in what they import.
-
-    until: a part of the name of a check; when that has failed, the others need not run.
-    """
-    model, tokenizer = load_model(model_name, device="cpu")
-    part = Part("Technical correctness", "")
-    subject = checks.ModelChecks(model, tokenizer, load_problems("sort", "eval", 8), "cpu")
-    for check in [*losses.CHECKS, *subject.all()]:
-        part.run(check())
-        if any(until in failure.name for failure in part.failed):
-            break
-    return part
+@pytest.fixture(scope="module")
+def tiny():
+    """The model and tokenizer of every test here; copy the model before changing it."""
+    return load_model("tiny", device="cpu")
 
 
-def tree_with(fault: Fault, folder: Path) -> Path:
-    """A copy of what the checks import, with the fault in it."""
-    shutil.copy(ROOT / "gspo_implementation.py", folder)
-    shutil.copytree(ROOT / "gspo", folder / "gspo", ignore=shutil.ignore_patterns("__pycache__"))
-    path = folder / f"{fault.module.replace('.', '/')}.py"
-    source = path.read_text()
-    assert source.count(fault.line) == 1, "the line has changed"
-    path.write_text(source.replace(fault.line, fault.instead))
-    return folder
+@pytest.fixture
+def anew():
+    """In the test, our modules are imported anew. After it, they are what they were before."""
+
+    def ours() -> list[str]:
+        return [name for name in sys.modules if name.partition(".")[0] in ("gspo", "gspo_implementation")]
+
+    before = {name: sys.modules.pop(name) for name in ours()}
+    yield
+    for name in ours():
+        del sys.modules[name]
+    sys.modules.update(before)
 
 
-def forget_the_package(monkeypatch) -> None:
-    """The next imports are made anew, until the test ends."""
-    for module in list(sys.modules):
-        if module.partition(".")[0] in ("gspo", "gspo_implementation"):
-            monkeypatch.delitem(sys.modules, module)
+def all_checks(losses: ModuleType, model: ModuleType, loaded) -> list[Callable[[], Checks]]:
+    """Part 1's generators of checks. losses, model: the modules, with or without a fault in their imports."""
+    policy, tokenizer = loaded
+    problems = load_problems("sort", "eval", 8)
+    return [*losses.CHECKS, *model.ModelChecks(deepcopy(policy), tokenizer, problems, "cpu").all()]
+
+
+def name_of(checks: Callable) -> str:
+    return checks.func.__name__ if isinstance(checks, partial) else checks.__name__
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_seen_where_it_is(name, tmp_path, monkeypatch, capsys):
+def test_a_fault_is_seen_where_it_is(name, tiny, anew, capsys):
     fault = FAULTS[name]
-    monkeypatch.setattr(sys, "path", [str(tree_with(fault, tmp_path)), *sys.path])
-    forget_the_package(monkeypatch)
+    import_with(name)
     modules = map(importlib.import_module, ("gspo.checks.losses", "gspo.checks.model"))
-    part = technical_part(*modules, until=fault.seen_by)
-    assert Path(sys.modules[fault.module].__file__).is_relative_to(tmp_path)
-    assert any(fault.seen_by in check.name for check in part.failed), part.failed
+    chosen = [checks for checks in all_checks(*modules, tiny) if name_of(checks) == fault.checks]
+    assert chosen, f"no generator of checks is named {fault.checks}"
+    part = Part("Technical correctness", "")
+    seen = False
+    for checks in chosen:
+        part.run(checks())
+        seen = any(fault.seen_by in check.name for check in part.failed)
+        if seen:
+            break
+    assert seen, part.failed
     assert "look at: " in capsys.readouterr().out
 
 
+def test_a_fault_that_does_not_fit_the_code_is_named(monkeypatch):
+    fault = FAULTS["top-k"]
+    for changes, message in (
+        ({"place": "_sampel"}, "'top-k': gspo.policy.rollout has no _sampel"),
+        ({"text": "no such line"}, "'top-k': _sample in gspo.policy.rollout must have this text once"),
+        ({"text": "logits"}, "and has it [0-9]* times"),
+    ):
+        monkeypatch.setitem(FAULTS, "top-k", fault._replace(**changes))
+        with pytest.raises(LookupError, match=message):
+            plant("top-k")
+
+
+def test_no_check_of_losses_fails_without_a_fault():
+    assert [failed(checks()) for checks in loss_checks.CHECKS] == [[]] * len(loss_checks.CHECKS)
+
+
 @pytest.mark.parametrize("model_name", ["tiny", "tiny-moe"])
-def test_nothing_fails_without_a_fault(model_name):
-    assert technical_part(loss_checks, model_checks, model_name).failed == []
+def test_no_check_of_a_model_fails_without_a_fault(model_name):
+    model, tokenizer = load_model(model_name, device="cpu")
+    subject = model_checks.ModelChecks(model, tokenizer, load_problems("sort", "eval", 8), "cpu")
+    for checks in subject.all():
+        assert failed(checks()) == [], name_of(checks)
+
+
+# A loss that is added to the table
+
+
+def added(monkeypatch, loss: Callable, reference: str | None) -> list[str]:
+    """Names of the checks of losses that fail when ALGORITHMS has this loss, too, with GRPO's settings."""
+    grpo = loss_checks.ALGORITHMS["grpo"]
+    settings = {name: getattr(grpo, name) for name in ("clip_unit", "left_clip_range", "right_clip_range")}
+    entry = SimpleNamespace(**settings, loss=loss, reference=reference)
+    monkeypatch.setitem(loss_checks.ALGORITHMS, "new", entry)
+    part = Part("Losses", "")
+    for checks in loss_checks.CHECKS:
+        part.run(checks())
+    return [check.name for check in part.failed]
+
+
+def test_an_added_loss_is_checked_like_the_others(monkeypatch):
+    grpo = loss_checks.loss_of("grpo")
+
+    def wrong_sign(*arguments):
+        loss, metrics = grpo(*arguments)
+        return -loss, metrics
+
+    def no_denominator(*arguments):
+        return grpo(*arguments[:6])
+
+    assert added(monkeypatch, grpo, "grpo") == []
+    assert added(monkeypatch, wrong_sign, "grpo") == [
+        "the loss equals a float64 loop over the paper's formula", "so does its gradient",
+    ]  # fmt: skip
+    assert added(monkeypatch, no_denominator, "grpo") == ["micro-batches of 1, 2 or 5 add up to the whole"]
+
+
+@pytest.mark.parametrize("reference", [None, "no_such_function"])
+def test_an_added_loss_without_a_reference_fails(monkeypatch, tiny, reference):
+    failure = "new: there is a float64 reference to compare it with"
+    assert added(monkeypatch, loss_checks.loss_of("grpo"), reference) == [failure]
+    subject = model_checks.ModelChecks(*tiny, load_problems("sort", "eval", 8), "cpu")
+    assert failed(subject.trainer_updates("new")) == [failure]
 
 
 # Verdicts on training, from figures that are made up
@@ -122,7 +192,7 @@ def test_healthy_dynamics_pass():
     ({"importance_ratio_std": 0.0}, "a policy that has moved"),
     ({"importance_ratio_mean": 1.5}, "ratios stay near 1"),
     ({"importance_ratio_mean": math.nan}, "ratios stay near 1"),
-    ({"null_clip_fraction": 0.02}, "scored twice"),
+    ({"null_clip_fraction": 0.02}, "log-probs taken twice"),
     ({"grad_norm": math.inf}, "finite"),
     ({"clip_fraction": 0.9}, "no alarm"),
     ({"importance_ratio_max": 200.0}, "no alarm"),
@@ -175,8 +245,8 @@ def test_null_clip_fraction_counts_tokens_outside():
     ratios = [(1.0, 10), (1.00035, 5), (0.9996, 5)]
     assert share_outside(ratios, 3e-4, 4e-4) == 0.25
     assert share_outside(ratios, 1e-6, 1e-6) == 0.5
-    assert failed(precision_checks({"float32, scored again": ratios[:1], "sampler's own": ratios})) == []
-    assert len(failed(precision_checks({"float32, scored again": ratios}))) == 1
+    assert failed(precision_checks({"float32, computed again": ratios[:1], "sampler's own": ratios})) == []
+    assert len(failed(precision_checks({"float32, computed again": ratios}))) == 1
 
 
 def test_shuffled_rewards_are_the_same_rewards():
@@ -208,33 +278,61 @@ def test_a_check_that_raises_has_failed_and_nan_is_no_small_error(capsys):
 # The command
 
 
-def validate(*arguments, cwd=ROOT, timeout=500) -> subprocess.CompletedProcess:
+def validate(*arguments, cwd=ROOT, **variables) -> subprocess.CompletedProcess:
     command = [sys.executable, "validate_gspo.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--model_name", "tinny"], "did you mean tiny"),
-    (["--seeds", "0"], "at least 1"),
+@pytest.mark.parametrize("arguments, code, message", [
+    (["--help"], 0, "--model_name"),
+    (["--sedes", "2"], 2, "unrecognized arguments: --sedes"),
+    (["--seeds", "0"], 2, "at least 1"),
 ])  # fmt: skip
-def test_bad_input_is_one_line(arguments, message, tmp_path):
-    done = validate(*arguments, "--output_dir", tmp_path / "results")
-    assert done.returncode == 2 and message in done.stderr and not (tmp_path / "results").exists()
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_flags_are_read_before_torch_is_imported(arguments, code, message, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    done = validate(*arguments, "--output_dir", tmp_path / "results", PYTHONPATH=str(tmp_path))
+    assert done.returncode == code and message in done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == (code != 0)
+    assert not (tmp_path / "results").exists()
 
 
-def test_a_model_of_ones_own(tmp_path):
-    """The checks that make sense on it, with its tokenizer and template; no claim about its training."""
-    model, tokenizer = load_model("tiny", device="cpu")
-    tokenizer.chat_template = "{% for m in messages %}User: {{ m['content'] }}\n{% endfor %}Assistant: "
+def test_an_unknown_model_is_one_line(tmp_path, capsys):
+    assert validate_gspo.main(["--model_name", "tinny", "--output_dir", str(tmp_path / "results")]) == 2
+    said = capsys.readouterr().err
+    assert "did you mean tiny" in said and len(said.strip().splitlines()) == 1
+    assert not (tmp_path / "results").exists()
+
+
+class InThisProcess:
+    """Stands in for the pool of worker processes, which take longer to start than the rest of the test."""
+
+    def __init__(self, *_) -> None:
+        pass
+
+    def submit(self, function, *arguments) -> Future:
+        function, arguments = pickle.loads(pickle.dumps((function, arguments)))
+        future = Future()
+        future.set_result(pickle.loads(pickle.dumps(function(*arguments))))
+        return future
+
+    def shutdown(self, **_) -> None:
+        pass
+
+
+def test_a_model_of_ones_own(tiny, tmp_path, monkeypatch, capsys):
+    """The checks make sense on it, with its tokenizer and template; nothing is said of its training."""
+    monkeypatch.setattr("gspo.checks.training.ProcessPoolExecutor", InThisProcess)
+    model, tokenizer = tiny
     model.save_pretrained(tmp_path / "own")
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}User: {{ m['content'] }}\n{% endfor %}Assistant: "
     tokenizer.save_pretrained(tmp_path / "own")
-    done = validate("--model_name", tmp_path / "own", "--output_dir", tmp_path / "results")
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = [line for line in CLOSING_LINES if line in done.stdout]
-    assert (
-        said == [CLOSING_LINES[i] for i in (0, 1, 3)] and "Performance test: not measured here" in done.stdout
-    )
+    arguments = ["--model_name", tmp_path / "own", "--output_dir", tmp_path / "results"]
+    code, said = validate_gspo.main(list(map(str, arguments))), capsys.readouterr().out
+    assert code == 0, said
+    expected = [*CLOSING_LINES[:2], "Performance test: not measured here", CLOSING_LINES[3]]
+    assert [line for line in said.splitlines() if line in expected] == expected
     results = json.loads((tmp_path / "results" / "results.json").read_text())
     assert results["passed"] and results["model_name"] == str(tmp_path / "own")
 
@@ -250,19 +348,22 @@ def test_the_whole_validation(model_name, tmp_path):
 
 
 @pytest.mark.slow
-def test_weights_that_do_not_move_turn_every_part_red(tmp_path):
-    tree = tree_with(FAULTS["weights frozen"], tmp_path)
-    for name in ("validate_gspo.py", "data_loader.py"):
-        shutil.copy(ROOT / name, tree)
-    done = validate(cwd=tree)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert not any(line in done.stdout for line in CLOSING_LINES) and done.stdout.count("❌") == 4
+def test_weights_that_do_not_move_turn_every_part_red(anew, tiny, tmp_path, monkeypatch, capsys):
+    """Two rollout batches are enough to see it."""
+    import_with("weights frozen")
+    validation = importlib.import_module("gspo.checks.validation")
+    monkeypatch.setattr("gspo.checks.training.ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(validation, "SORTING", replace(validation.SORTING, num_batches=2, num_eval=16))
+    passed = validation.validate("tiny", *deepcopy(tiny), range(1), tmp_path)
+    said = capsys.readouterr().out
+    assert not passed and said.count("❌") == 4, said
+    assert not any(line in said for line in CLOSING_LINES)
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     code = (
         "import os, time\nfrom concurrent.futures import ProcessPoolExecutor\nimport multiprocessing\n"
-        "from gspo.checks.training import start_worker\n"
+        "from gspo.checks.worker import start_worker\n"
         "if __name__ == '__main__':\n"
         "    pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), start_worker, (1,))\n"
         "    print(pool.submit(os.getpid).result(), flush=True)\n"

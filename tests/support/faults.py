@@ -1,282 +1,446 @@
-"""Faults put into the implementation, one line at a time, and the check of validation that must see each."""
+"""Faults to plant in the implementation, one at a time, and the check of validation that must see each.
 
+After a change of the code, a fault may have to be written anew: plant() says which one, and where.
+"""
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
+
+from support import ROOT
 
 
 class Fault(NamedTuple):
     module: str  # dotted
-    line: str  # of its source, found once
+    place: str  # in the module: a function, a class.method, or a constant
+    text: str  # in the source of that place, once
     instead: str
-    seen_by: str  # a part of the check's name
+    checks: str  # the generator of checks that sees the fault
+    seen_by: str  # a part of the name of the check that must fail
+
+
+def path_of(module: str) -> Path:
+    return ROOT / f"{module.replace('.', '/')}.py"
+
+
+def plant(name: str) -> str:
+    """The source of the fault's module with the fault in it; LookupError if it does not fit the code."""
+    fault = FAULTS[name]
+    source = path_of(fault.module).read_text()
+    node = _find(ast.parse(source), fault.place)
+    if node is None:
+        raise LookupError(f"fault {name!r}: {fault.module} has no {fault.place}")
+    lines = source.splitlines(keepends=True)
+    before, own = lines[: node.lineno - 1], lines[node.lineno - 1 : node.end_lineno]
+    after = lines[node.end_lineno :]
+    count = "".join(own).count(fault.text)
+    if count != 1:
+        raise LookupError(
+            f"fault {name!r}: {fault.place} in {fault.module} must have this text once, and has it {count} "
+            f"times:\n{fault.text}"
+        )
+    return "".join([*before, "".join(own).replace(fault.text, fault.instead), *after])
+
+
+def _find(tree: ast.Module | ast.ClassDef, place: str) -> ast.stmt | None:
+    """The statement that defines a dotted name."""
+    first, _, rest = place.partition(".")
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.AnnAssign):
+            names = [node.target.id] if isinstance(node.target, ast.Name) else []
+        else:
+            names = [getattr(node, "name", None)]
+        if first in names:
+            return _find(node, rest) if rest else node
+    return None
+
+
+def import_with(name: str) -> ModuleType:
+    """Import the fault's module with the fault in it. Modules that are imported later get to see this one."""
+    module_name = FAULTS[name].module
+    spec = importlib.util.find_spec(module_name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    exec(compile(plant(name), spec.origin, "exec"), module.__dict__)
+    return module
 
 
 FAULTS = {
     "wrong sign": Fault(
         "gspo_implementation",
+        "_clipped_loss",
         "loss = -_mean",
         "loss = _mean",
+        "closed_form",
         "raises what was rewarded",
     ),
     "no clipping": Fault(
         "gspo_implementation",
+        "_clipped_loss",
         "torch.minimum(ratio * advantages, ratio.clamp(1 - left, 1 + right) * advantages)",
         "ratio * advantages",
+        "clipping_side",
         "clipping stops the gradient",
     ),
     "clipping on the wrong side": Fault(
         "gspo_implementation",
+        "_clipped_loss",
         "torch.minimum(",
         "torch.maximum(",
+        "clipping_side",
         "clipping stops the gradient",
     ),
     "clip range of GRPO in the preset": Fault(
         "gspo.training.config",
+        "PRESETS",
         '"response", 3e-4, 4e-4),\n    "gspo_token"',
         '"response", 0.2, 0.27),\n    "gspo_token"',
+        "clip_ranges",
         "gspo: the clip ranges",
     ),
     "clip range of GRPO in the loss": Fault(
         "gspo_implementation",
+        "gspo_loss",
         "return _clipped_loss(\n        ratio, ratio, advantages[:, None], mask, left_clip_range,",
         "return _clipped_loss(\n        ratio, ratio, advantages[:, None], mask, 0.2 + left_clip_range,",
+        "clip_ranges",
         "gspo: the clip ranges",
     ),
     "token mean": Fault(
         "gspo_implementation",
+        "_clipped_loss",
         "loss = -_mean_over_tokens(objective, mask).sum() / (denominator or len(mask))",
         "loss = -(objective * mask).sum() / mask.sum()",
+        "sequence_mean",
         "weigh the same",
     ),
     "sum over tokens": Fault(
         "gspo_implementation",
+        "_clipped_loss",
         "loss = -_mean_over_tokens(objective, mask).sum() / (denominator or len(mask))",
         "loss = -(objective * mask).sum() / (denominator or len(mask))",
+        "value_and_gradient_match",
         "float64 loop",
     ),
     "no length normalisation": Fault(
         "gspo_implementation",
+        "gspo_loss",
         "ratio = _bounded_exp(_mean_over_tokens(log_ratio, mask))",
         "ratio = _bounded_exp(log_ratio.sum(1))",
+        "closed_form",
         "closed form",
     ),
     "sum of logs in the ratio": Fault(
         "gspo_implementation",
+        "sequence_importance_ratio",
         "_mean_over_tokens(_token_log_ratio(log_probs, old_log_probs, mask), mask))",
         "_token_log_ratio(log_probs, old_log_probs, mask).sum(1))",
+        "importance_ratio",
         "geometric mean",
     ),
     "padding counted": Fault(
         "gspo_implementation",
+        "_mean_over_tokens",
         "/ mask.sum(1).clamp(min=1)",
         "/ mask.shape[1]",
+        "padding",
         "padding never matters",
     ),
     "padding not masked": Fault(
         "gspo_implementation",
+        "_token_log_ratio",
         "return torch.where(mask, log_probs - old_log_probs, 0.0)",
         "return log_probs - old_log_probs",
+        "padding",
         "padding never matters",
     ),
     "advantages not centred": Fault(
         "gspo_implementation",
+        "group_advantages",
         "groups - groups.nanmean(1, keepdim=True), 0.0",
         "groups, 0.0",
+        "advantages",
         "centred in each group",
     ),
     "advantages not scaled": Fault(
         "gspo_implementation",
+        "group_advantages",
         "centred / (std + 1e-6)",
         "centred",
+        "advantages",
         "advantages are (r - mean) / std",
     ),
     "ties by the standard deviation": Fault(
         "gspo_implementation",
+        "group_advantages",
         "judged & (highest > lowest)",
         "judged & (std > 0)",
+        "advantages",
         "equal rewards",
     ),
     "advantages of other groups": Fault(
         "gspo_implementation",
+        "group_advantages",
         "    groups = (rewards if rewards.is_floating_point() else rewards.float()).view(-1, group_size)",
         "    groups = (rewards if rewards.is_floating_point() else rewards.float()).view(group_size, -1).T",
+        "advantages",
         "advantages",
     ),
     "old log-probs from the new policy": Fault(
         "gspo_implementation",
+        "GSPOTrainer.update",
         "            self._update_minibatch(batch, rows)",
         "            batch.old_log_probs |= self._score(self.model, batch, [rows])\n"
         "            self._update_minibatch(batch, rows)",
+        "trainer_updates",
         "four updates",
     ),
     "gradient to the old policy": Fault(
         "gspo_implementation",
+        "gspo_loss",
         "log_ratio = _token_log_ratio(log_probs, old_log_probs.detach(), mask)  # (B, T)",
         "log_ratio = _token_log_ratio(log_probs, old_log_probs, mask)",
+        "old_policy_is_constant",
         "no gradient flows",
     ),
-    "temperature missing in scoring": Fault(
+    "temperature missing in the trainer's log-probs": Fault(
         "gspo_implementation",
+        "GSPOTrainer._log_probs",
         "responses, self.config.temperature)",
         "responses)",
+        "trainer_updates",
         "four updates",
     ),
     "temperature missing in drawing": Fault(
         "gspo.policy.rollout",
+        "_sample",
         "torch.softmax(logits / temperature, -1)",
         "torch.softmax(logits, -1)",
+        "sampling",
         "tokens are drawn",
     ),
-    "temperature ignored by the scorer": Fault(
+    "temperature missing in log-probs": Fault(
         "gspo.policy.log_probs",
-        "logits = logits / temperature",
-        "logits = logits * 1",
-        "scoring equals",
+        "_log_probs",
+        "else logits.float() / temperature",
+        "else logits.float()",
+        "log_probs",
+        "log-probs equal a naive",
     ),
     "weights frozen": Fault(
         "gspo_implementation",
+        "GSPOTrainer._update_minibatch",
         "        self.optimizer.step()\n",
         "",
+        "compute_type",
         "weights move",
     ),
     "gradients left behind": Fault(
         "gspo_implementation",
+        "GSPOTrainer._backward",
         "        self.optimizer.zero_grad()  # here",
         "        # here",
+        "trainer_updates",
         "four updates",
     ),
     "micro-batch as denominator": Fault(
         "gspo_implementation",
+        "GSPOTrainer._backward",
         "micro_batch, log_probs, denominator=len(rows))",
         "micro_batch, log_probs, denominator=len(micro_batch))",
+        "micro_batches",
         "micro-batches never",
     ),
     "sampler log-probs shifted by one": Fault(
         "gspo.policy.rollout",
+        "TransformersEngine._generate_chunk",
         "log_probs=log_probs[row, :length].tolist()",
         "log_probs=log_probs[row, :length].roll(1).tolist()",
+        "sampling",
         "sampler's log-probs",
     ),
-    "scoring shifted by one": Fault(
+    "log-probs shifted by one": Fault(
         "gspo.policy.log_probs",
-        "torch.tensor(predictors, device=device)",
-        "torch.tensor(predictors, device=device).sub(1).clamp(min=0)",
-        "scoring equals",
+        "_score_rows",
+        "torch.tensor(places, device=device)",
+        "torch.tensor(places, device=device).sub(1).clamp(min=0)",
+        "log_probs",
+        "log-probs equal a naive",
     ),
     "shared prompts mixed up": Fault(
         "gspo.policy.group_attention",
-        "responses.by_group(padded[0]), prompt_key, prompt_value, groups",
-        "responses.by_group(padded[0]), prompt_key.flip(0), prompt_value.flip(0), groups",
-        "scoring equals",
+        "_PackedAttention.forward",
+        "responses.by_group(of_responses[0]), *map(prompts.by_row, of_prompts[1:]), groups",
+        "responses.by_group(of_responses[0]), *(prompts.by_row(x).flip(0) for x in of_prompts[1:]), groups",
+        "log_probs",
+        "log-probs equal a naive",
     ),
     "positions after a shared prompt": Fault(
         "gspo.policy.group_attention",
-        "positions += range(len(prompt), len(prompt) + len(response))",
-        "positions += range(len(prompt) + 1, len(prompt) + 1 + len(response))",
-        "scoring equals",
+        "PackedGroups.__init__",
+        "positions += range(len(prompt), len(prompt) + len(row))",
+        "positions += range(len(prompt) + 1, len(prompt) + 1 + len(row))",
+        "log_probs",
+        "log-probs equal a naive",
     ),
     "shared prompts without a gradient": Fault(
         "gspo.policy.group_attention",
+        "_PackedAttention.backward",
         "            for grad, shared in zip(grad_prompts[1:], grad_shared, strict=True):\n",
         "            for grad, shared in ():\n",
-        "so do its gradients",
+        "log_probs",
+        "so do their gradients",
     ),
     "prompt and response each with a softmax": Fault(
         "gspo.policy.group_attention",
-        "log_sums = torch.logaddexp(own_log_sums, shared_log_sums)",
-        "log_sums = own_log_sums",
-        "scoring equals",
+        "_PackedAttention.forward",
+        "log_sums = torch.logaddexp(own_sums, shared_sums)",
+        "log_sums = own_sums",
+        "log_probs",
+        "log-probs equal a naive",
     ),
     "unbounded exponential": Fault(
         "gspo_implementation",
+        "_bounded_exp",
         "log_ratio.clamp(max=MAX_LOG_RATIO).exp()",
         "log_ratio.exp()",
+        "overflow",
         "stay finite",
     ),
     "clip fraction by distance": Fault(
         "gspo_implementation",
+        "_clipped_loss",
         "clipped = ((advantages > 0) & (ratio > 1 + right)) | ((advantages < 0) & (ratio < 1 - left))",
         "clipped = (ratio > 1 + right) | (ratio < 1 - left)",
+        "value_and_gradient_match",
         "clip_fraction counts",
     ),
     "trainer samples at another temperature": Fault(
         "gspo_implementation",
+        "GSPOTrainer._generate",
         "Sampling(config.max_new_tokens, config.temperature, config.max_length, seed)",
         "Sampling(config.max_new_tokens, 1.0, config.max_length, seed)",
+        "trainer_updates",
         "four updates",
     ),
     "top-k": Fault(
         "gspo.policy.rollout",
+        "_sample",
         "    logits = logits.float()  # (B, V)\n",
         "    logits = logits.float()\n"
         "    full = torch.log_softmax(logits / (temperature or 1), -1)\n"
         "    logits = logits.masked_fill(logits < logits.topk(20).values[:, -1:], -1e9)\n",
+        "sampling",
         "tokens are drawn",
     ),
     "one random stream for all prompts": Fault(
         "gspo.policy.rollout",
+        "_uniforms",
         "np.random.SeedSequence(seed + i,",
         "np.random.SeedSequence(seed + 0 * i,",
+        "random_streams",
         "random streams",
     ),
     "one random stream for a group": Fault(
-        "gspo.policy.rollout", "spawn_key=(g,))", "spawn_key=(0 * g,))", "random streams"
+        "gspo.policy.rollout",
+        "_uniforms",
+        "spawn_key=(g,))",
+        "spawn_key=(0 * g,))",
+        "random_streams",
+        "random streams",
     ),
     "end tokens of the generation config ignored": Fault(
         "gspo.policy.rollout",
+        "_end_token_ids",
         "(tokenizer.eos_token_id, *configured)",
         "(tokenizer.eos_token_id,)",
+        "endings",
         "responses end",
     ),
     "budget off by one": Fault(
         "gspo.policy.rollout",
-        "budget = min(budget, sampling.max_length - len(prompt))",
-        "budget = min(budget, sampling.max_length - len(prompt) + 1)",
+        "_response_budget",
+        "return min(room, sampling.max_new_tokens)",
+        "return min(room + 1, sampling.max_new_tokens)",
+        "endings",
         "responses end",
     ),
     "always finished": Fault(
-        "gspo.policy.rollout", "finished=response_ids[-1] in self.end_ids", "finished=True", "responses end"
+        "gspo.policy.rollout",
+        "TransformersEngine._generate_chunk",
+        "finished=response_ids[-1] in self.end_ids",
+        "finished=True",
+        "endings",
+        "responses end",
     ),
-    "unjudged responses scored as 0": Fault(
+    "ungraded responses rewarded with 0": Fault(
         "gspo_implementation",
+        "GSPOTrainer.collect",
         "[math.nan if r is None else float(r) for r in judged]",
         "[0.0 if r is None else float(r) for r in judged]",
+        "trainer_updates",
         "four updates",
     ),
     "one update instead of four": Fault(
         "gspo_implementation",
+        "GSPOTrainer._minibatches",
         "size = self.config.mini_batch_size * self.config.group_size",
         "size = self.config.batch_size * self.config.group_size",
+        "trainer_updates",
         "makes four updates",
     ),
     "dual clip": Fault(
         "gspo_implementation",
+        "_clipped_loss",
         "    loss = -_mean_over_tokens(objective, mask)",
         "    objective = torch.where(advantages < 0, objective.maximum(3 * advantages), objective)\n"
         "    loss = -_mean_over_tokens(objective, mask)",
+        "clipping_side",
         "clipping stops",
     ),
     "advantages bounded": Fault(
         "gspo_implementation",
+        "group_advantages",
         "centred / (std + 1e-6), 0.0)",
         "(centred / (std + 1e-6)).clamp(-1.6, 1.6), 0.0)",
+        "advantages",
         "advantages are (r - mean) / std",
     ),
     "softmax in bfloat16": Fault(
         "gspo.policy.log_probs",
+        "_log_probs",
         '-F.cross_entropy(logits, targets, reduction="none")',
         "logits.log_softmax(-1, torch.bfloat16).gather(1, targets[:, None])[:, 0].float()",
+        "log_probs",
         "softmax is float32",
     ),
     "weights in bfloat16": Fault(
-        "gspo_implementation", "self.model = model.float().to(", "self.model = model.to(", "weights move"
+        "gspo_implementation",
+        "GSPOTrainer.__init__",
+        "self.model = model.float().to(",
+        "self.model = model.to(",
+        "compute_type",
+        "weights move",
     ),
     "weight decay": Fault(
-        "gspo_implementation", "weight_decay=config.weight_decay", "weight_decay=0.1", "four updates"
+        "gspo_implementation",
+        "GSPOTrainer.__init__",
+        "weight_decay=config.weight_decay",
+        "weight_decay=0.1",
+        "trainer_updates",
+        "four updates",
     ),
     "a pass at half the reward": Fault(
         "gspo_implementation",
+        "GSPOTrainer.evaluate",
         "[reward == 1.0 for reward in rewards]",
         "[(reward or 0) > 0 for reward in rewards]",
+        "evaluation",
         "an evaluation counts",
     ),
 }
