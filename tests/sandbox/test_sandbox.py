@@ -127,12 +127,39 @@ def runs(python: str, user: int) -> bool:
     ("{'b': 1, 'a': 2}", {"a": 2, "b": 1}, True), ("{1: 'a'}", {True: "a"}, False),
     ("-0.0", 0.0, True), ("float('nan')", float("nan"), True), ("0.1 + 0.2", 0.3, False),
     ("10 ** 40", 10**40, True), ("b'x'", b"x", True), ("'\\ud800'", "\ud800", True), ("None", None, True),
-    ("__import__('collections').Counter('a')", {"a": 1}, False), ("[[1, 2], [3]]", [[1, 2], [3]], True),
+    ("[[1, 2], [3]]", [[1, 2], [3]], True),
     ("range(2)", [0, 1], False), ("'a'", b"a", False), ("1j", 1j, True),
 ])  # fmt: skip
 def test_results_are_compared_strictly(result, expected, equal):
     verdict = run_tests(f"def f(x): return {result}", calls((0, expected)))
     assert (verdict.status == "pass") == equal, verdict
+
+
+SUBCLASSES = """
+from collections import Counter, OrderedDict, defaultdict, namedtuple
+from enum import Enum, IntEnum
+class Size(IntEnum): SMALL = 1
+class Colour(str, Enum): RED = "red"
+class Plain(Enum): ONE = 1
+class Lying(int): __eq__ = __ne__ = lambda self, other: True; __hash__ = __int__ = __index__ = lambda self: 42
+class Claims: __class__ = int; __index__ = __int__ = lambda self: 1
+class Pretends(dict): items = keys = lambda self: iter([("a", 1)]); __getitem__ = lambda self, key: 1
+Point = namedtuple("Point", "x y")
+"""
+
+
+@pytest.mark.parametrize("result, expected, equal", [
+    ("Counter('a')", {"a": 1}, True), ("Counter('ab')", {"a": 1}, False), ("Size.SMALL", 1, True),
+    ("Size.SMALL", True, False), ("Size.SMALL", 1.0, False), ("Colour.RED", "red", True), ("Plain.ONE", 1, False),
+    ("OrderedDict(b=1, a=[Size.SMALL])", {"a": [1], "b": 1}, True), ("Point(1, 2)", (1, 2), True),
+    ("defaultdict(list, a=[])", {"a": []}, True), ("Point(1, 2)", [1, 2], False), ("Lying(7)", 7, True),
+    ("Lying(7)", 42, False), ("Lying(7)", 8, False), ("Claims()", 1, False), ("Pretends()", {"a": 1}, False),
+    ("Pretends()", {}, True), ("{Lying(2), Lying(1)}", {1}, False), ("{Lying(1): 0, 1.0: 0}", {1: 0}, False),
+])  # fmt: skip
+def test_a_result_of_a_subclass_counts_as_its_plain_part(result, expected, equal):
+    code = f"{SUBCLASSES}\ndef f(x): return {result}"
+    given = run_tests(code, calls((0, expected)))
+    assert (given.status == "pass") == equal, given
 
 
 @pytest.mark.parametrize("code, form, passed, status", [

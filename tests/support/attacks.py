@@ -69,6 +69,20 @@ def same(kind): return type(kind.__name__, (kind,), {"__eq__": lambda *_: True, 
 kinds = [same(kind) for kind in (float, str, list, dict, tuple)]
 def f(x): return kinds[x % 5]()
 """,
+    "subclasses that lie when they are read": """
+import itertools
+class Liar:
+    __eq__ = __contains__ = lambda *_: True
+    __hash__ = __len__ = lambda self: 0
+    __index__ = __int__ = __pos__ = __add__ = __radd__ = lambda *_: 0
+    __str__ = __repr__ = __format__ = lambda *_: "0"
+    __iter__ = lambda self: itertools.repeat(0)
+    __getitem__ = lambda self, key: 0
+    keys = items = values = copy = __iter__
+    __class__ = int
+kinds = [type(kind.__name__, (Liar, kind), {}) for kind in (int, str, list, dict, tuple)]
+def f(x): return kinds[x % 5](1 if x % 5 == 0 else ())
+""",
     "metaclass": """
 class Meta(type):
     __eq__ = lambda self, other: True
