@@ -3,13 +3,14 @@
 Plain data is None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset and dict, nested at
 will. Decoding builds nothing else: no pickle, no eval, no names.
 
-An instance of a subclass (Counter, defaultdict, IntEnum, a named tuple) is written as its plain part: what the
-built-in type that it extends holds. That part is read with the built-in type's own methods, so nothing that the
-subclass overrides is called. A class that only claims to be a subclass, by its `__class__`, is not plain data.
+An instance of a subclass (Counter, defaultdict, IntEnum, a named tuple) is written as its plain part: what
+the built-in type that it extends holds. That part is read with the built-in type's own methods, so nothing
+that the subclass overrides is called. A class that only claims to be a subclass, by its `__class__`, is not
+plain data.
 
 Two values have the same `comparable` text if their plain parts are equal and of the same types throughout:
-False is not 0, 1 is not 1.0, [1] is not (1,). Floats are compared to the last bit, but -0.0 is 0.0, and nan is
-nan. The order of a dictionary's keys does not count.
+False is not 0, 1 is not 1.0, [1] is not (1,). Floats are compared to the last bit, but -0.0 is 0.0, and nan
+is nan. The order of a dictionary's keys does not count.
 """
 
 import json
@@ -24,7 +25,8 @@ SMALL_INT = 10**15  # larger ones are written in hex: decimal is slow, and limit
 
 # Built-in type -> the method that reads the plain part: a plain number, text or bytes, or the items.
 PLAIN_PART: dict[type, Callable[[Any], Any]] = {
-    int: int.__pos__, float: float.__pos__, complex: complex.__pos__, str: str.__str__, bytes: bytes.__bytes__,
+    int: int.__pos__, float: float.__pos__, complex: complex.__pos__,
+    str: str.__str__, bytes: bytes.__bytes__,
     list: list.__iter__, tuple: tuple.__iter__, set: set.__iter__, frozenset: frozenset.__iter__,
     # It keeps an order of its own, which dict.items does not see. It must precede dict.
     OrderedDict: OrderedDict.items,

@@ -1,5 +1,6 @@
 """Plain data: what is decoded is what was encoded; comparable texts are equal where values and types are."""
 
+# ruff: noqa: E731  classes that lie in a word
 import collections
 import enum
 import itertools
@@ -119,8 +120,9 @@ def test_a_subclass_that_lies_counts_as_its_plain_part():
         liar = type(kind.__name__, (Liar, kind), {})(value)
         assert comparable(liar) == comparable(value) and comparable(liar) != comparable(kind())
         assert encode([liar]) == encode([value])
-    keys = [type("int", (Liar, int), {})(n) for n in (1, 2)]
-    assert comparable({key: 0 for key in keys}) != comparable({1: 0})
+    unequal = type("int", (int,), {"__eq__": lambda self, other: False, "__hash__": lambda self: 0})
+    assert comparable({unequal(1), unequal(1)}) != comparable({1})
+    assert comparable({unequal(1): 0, unequal(1): 0}) != comparable({1: 0})
 
 
 def test_what_only_claims_to_be_of_a_type_is_no_plain_data():

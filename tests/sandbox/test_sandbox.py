@@ -150,8 +150,9 @@ Point = namedtuple("Point", "x y")
 
 @pytest.mark.parametrize("result, expected, equal", [
     ("Counter('a')", {"a": 1}, True), ("Counter('ab')", {"a": 1}, False), ("Size.SMALL", 1, True),
-    ("Size.SMALL", True, False), ("Size.SMALL", 1.0, False), ("Colour.RED", "red", True), ("Plain.ONE", 1, False),
-    ("OrderedDict(b=1, a=[Size.SMALL])", {"a": [1], "b": 1}, True), ("Point(1, 2)", (1, 2), True),
+    ("Size.SMALL", True, False), ("Size.SMALL", 1.0, False), ("Colour.RED", "red", True),
+    ("Plain.ONE", 1, False), ("OrderedDict(b=1, a=[Size.SMALL])", {"a": [1], "b": 1}, True),
+    ("Point(1, 2)", (1, 2), True),
     ("defaultdict(list, a=[])", {"a": []}, True), ("Point(1, 2)", [1, 2], False), ("Lying(7)", 7, True),
     ("Lying(7)", 42, False), ("Lying(7)", 8, False), ("Claims()", 1, False), ("Pretends()", {"a": 1}, False),
     ("Pretends()", {}, True), ("{Lying(2), Lying(1)}", {1}, False), ("{Lying(1): 0, 1.0: 0}", {1: 0}, False),
