@@ -394,7 +394,7 @@ def with_sandbox(job: Callable[[Sandbox], Result]) -> Result:
 
 
 @atexit.register
-def _closeidle_sandboxes() -> None:
+def _close_idle_sandboxes() -> None:
     for sandbox in idle_sandboxes(os.getpid()):
         sandbox.close()
 

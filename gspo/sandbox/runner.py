@@ -25,7 +25,7 @@ The machine. Each process is forked from a warm interpreter (zygote.py) that has
 
 Seccomp and one of namespaces and landlock are required; without them, and on other systems than Linux,
 SandboxError says what is missing. There is no weaker mode. After a failure of the sandbox itself the job is
-run once more, then it is a SandboxError; it is never a result.
+tried once more; then it is a SandboxError, and never a result.
 
 Not covered: faults of the kernel; side channels such as timing; the processor time of 32 threads until the
 deadline; memory that the kernel holds for a process, page tables above all, up to about as much again as
@@ -151,6 +151,7 @@ def _job_of(tests: dict) -> Job:
 
 
 def _calls_job(name: str, calls: list[dict]) -> Job:
+    """One process executes the code. The results of the calls are compared here."""
     try:
         requests = [plain_data.encode(_arguments(call)) for call in calls]
         expected = [plain_data.comparable(call["expected"]) for call in calls]
@@ -176,16 +177,14 @@ def _calls_job(name: str, calls: list[dict]) -> Job:
 
 def _arguments(call: dict) -> tuple[list, dict]:
     args, kwargs = call["args"], call.get("kwargs", {})
-    if (
-        not isinstance(args, list | tuple)
-        or not isinstance(kwargs, dict)
-        or not all(map(str.isidentifier, kwargs))
-    ):
+    are_kinds = isinstance(args, list | tuple) and isinstance(kwargs, dict)
+    if not are_kinds or not all(map(str.isidentifier, kwargs)):
         raise TypeError("args must be a list, and kwargs a dictionary of names")
     return list(args), kwargs
 
 
 def _asserts_job(name: str, asserts: str) -> Job:
+    """One process executes the code, another the asserts. Their words go through here (zygote.serve_tests)."""
     if not isinstance(asserts, str):
         raise ValueError("asserts must be a string of Python statements")
 
@@ -222,6 +221,7 @@ def _asserts_job(name: str, asserts: str) -> Job:
 
 
 def _stdio_job(_: str, tests: list[dict]) -> Job:
+    """A new process executes the code for each test. What it prints is compared here."""
     try:
         pairs = [(test["stdin"].encode(), test["stdout"].encode()) for test in tests]
     except (KeyError, TypeError, AttributeError) as error:
@@ -252,6 +252,7 @@ def _stdio_job(_: str, tests: list[dict]) -> Job:
 
 
 def _load_solution(solution: Process, what: list[str], deadline: float) -> None:
+    """Have the code executed. ProcessEnded: it raises an exception or does not define the function."""
     reply = solution.ask(json.dumps(["solution", *what]), deadline)
     if reply != "R":
         raise ProcessEnded(*_raised(reply))
