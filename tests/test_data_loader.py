@@ -1,28 +1,47 @@
 """Problems: disjoint, repeatable, and broken input named. Rewards: through the workers."""
 
+import functools
+import hashlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 
 import pytest
 
+import data_loader
 from data_loader import (
     DATASETS,
-    FAMILIES,
-    SOURCES,
     Problem,
     compute_rewards,
     default_max_new_tokens,
     load_problems,
     math_reward,
-)  # fmt: skip
+)
+from gspo.sandbox import run_tests
+from gspo.tasks import generated, rewards
 from support import ROOT
 from support.sandbox import needs_sandbox
 
-WITHOUT_CODE = [*SOURCES, ("sort", "easy")]
-WITH_CODE = [*(("code", level) for level in FAMILIES), ("mixed", "easy")]
+WITHOUT_CODE = [*generated.SOURCES, ("sort", "easy")]
+WITH_CODE = [*(("code", level) for level in generated.FAMILIES), ("mixed", "easy")]
 GENERATED = [*WITHOUT_CODE, *(pytest.param(*case, marks=needs_sandbox) for case in WITH_CODE)]
+# (train, eval) problems. A zebra puzzle takes half a second, so its seven generators give two problems each.
+COUNTS = {("reasoning", "hard"): (14, 14)}
+USUAL_COUNTS = (60, 40)
+EVAL_SEED = 2  # another than that of the training problems
+
+
+@functools.cache
+def problems_of(name: str, difficulty: str, split: str) -> list[Problem]:
+    """Problems that several tests look at: they are generated once."""
+    count = COUNTS.get((name, difficulty), USUAL_COUNTS)[split == "eval"]
+    return load_problems(name, split, count, seed=EVAL_SEED if split == "eval" else 0, difficulty=difficulty)
+
+
+def digest_of(problems: list[Problem]) -> str:
+    return hashlib.sha256(repr(problems).encode()).hexdigest()
 
 
 def write_jsonl(path, rows) -> str:
@@ -39,10 +58,10 @@ def apples(count: int) -> list[dict]:
 
 @pytest.mark.parametrize("name, difficulty", GENERATED)
 def test_train_and_eval_share_no_prompt_and_repeat_none(name, difficulty):
-    train = [p.prompt for p in load_problems(name, "train", 60, seed=0, difficulty=difficulty)]
-    held_out = [p.prompt for p in load_problems(name, "eval", 40, seed=1, difficulty=difficulty)]
-    assert len(set(train)) == 60 and len(set(held_out)) == 40
-    assert not set(train) & set(held_out)
+    train = {problem.prompt for problem in problems_of(name, difficulty, "train")}
+    held_out = {problem.prompt for problem in problems_of(name, difficulty, "eval")}
+    assert (len(train), len(held_out)) == COUNTS.get((name, difficulty), USUAL_COUNTS)
+    assert not train & held_out
 
 
 def test_mirrored_sums_are_on_the_same_side():
@@ -55,29 +74,30 @@ def test_mirrored_sums_are_on_the_same_side():
 
 @needs_sandbox
 def test_the_same_seed_gives_the_same_problems_in_another_process():
-    everything = [*WITHOUT_CODE, *WITH_CODE]
+    """The order of a set of strings depends on the hash seed, so the other process has another one."""
+    everything = [(*case, COUNTS.get(case, USUAL_COUNTS)[0]) for case in [*WITHOUT_CODE, *WITH_CODE]]
     code = (
-        "import hashlib, data_loader as d;"
-        f"problems = [d.load_problems(name, 'train', 60, 7, level) for name, level in {everything}];"
-        "print(hashlib.sha256(repr(problems).encode()).hexdigest())"
+        "import hashlib, data_loader as d\n"
+        f"for name, level, count in {everything}:\n"
+        "    problems = d.load_problems(name, 'train', count, 0, level)\n"
+        "    print(name, level, hashlib.sha256(repr(problems).encode()).hexdigest())"
     )
-    digests = set()
-    for hash_seed in ("1", "2", "3", "4"):  # the order of a set of strings depends on it
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": hash_seed},
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        digests.add(done.stdout)
-    assert len(digests) == 1
+    hash_seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": hash_seed},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    ours = [f"{name} {level} {digest_of(problems_of(name, level, 'train'))}" for name, level, _ in everything]
+    assert done.stdout.splitlines() == ours
     assert load_problems("math", "train", 40, 8) != load_problems("math", "train", 40, 7)
 
 
 @pytest.mark.parametrize("name, difficulty", GENERATED)
 def test_every_reference_earns_its_reward_and_another_answer_does_not(name, difficulty):
-    problems = load_problems(name, "train", 40, difficulty=difficulty)
+    problems = problems_of(name, difficulty, "train")[:40]
     marks = {"math": "#### ", "reasoning": "#### ", "code": "", "exact": ""}
-    assert compute_rewards(problems, [marks[p.kind] + p.answer for p in problems]) == [1.0] * 40
-    assert max(compute_rewards(problems, ["I do not know."] * 40)) == 0.0
+    assert compute_rewards(problems, [marks[p.kind] + p.answer for p in problems]) == [1.0] * len(problems)
+    assert max(compute_rewards(problems, ["I do not know."] * len(problems))) == 0.0
 
 
 @needs_sandbox
@@ -156,11 +176,76 @@ def test_files_that_are_no_jsonl(tmp_path):
     (("math", "train", 0), "at least 1"),
     (("file", "train", 1), "--dataset_path"),
     (("sort", "train", 1, 0, "easy", "x.jsonl"), "not sort"),
-    (("math", "train", 5000), "has 3.. different problems"),
 ])  # fmt: skip
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         load_problems(*arguments)
+
+
+def test_more_problems_than_exist(monkeypatch):
+    """Of a generator that has a hundred, and of another with some of the same problems."""
+    sources = [generated.Source("products", dict(max_digits=1), question) for question in ("{question}",) * 2]
+    monkeypatch.setitem(generated.SOURCES, ("math", "easy"), sources)
+    with pytest.raises(
+        ValueError, match="math has [67]. different problems for train at difficulty easy, and 200"
+    ):
+        load_problems("math", "train", 200)
+
+
+def test_every_kind_of_reward_that_a_data_set_names_exists():
+    for name, dataset in DATASETS.items():
+        assert dataset.help and dataset.rewards and set(dataset.rewards) <= set(rewards.REWARDS), name
+        assert dataset.load or dataset.load_file, name
+    with pytest.raises(ValueError, match="problem p: unknown kind 'essay'"):
+        compute_rewards([Problem("p", "essay", "", "")], ["x"])
+    for name, difficulty in WITHOUT_CODE:
+        assert {p.kind for p in problems_of(name, difficulty, "train")} == set(DATASETS[name].rewards)
+
+
+@needs_sandbox
+def test_kinds_are_rewarded_together_in_the_order_of_the_problems():
+    problems = [problems_of(name, "easy", "train")[0] for name in ("sort", "code", "math", "reasoning")]
+    problems = [*problems, *reversed(problems)]
+    for wrong in range(len(problems)):
+        responses = [p.answer if p.kind in ("exact", "code") else f"#### {p.answer}" for p in problems]
+        responses[wrong] = "I do not know."
+        assert compute_rewards(problems, responses) == [float(i != wrong) for i in range(len(problems))]
+
+
+def test_the_example_in_the_docs(monkeypatch):
+    """docs/extending.md: its lines in data_loader.py, and nothing else, make a data set."""
+    section = (
+        (ROOT / "docs" / "extending.md").read_text().partition("## A data set\n")[2].partition("\n## ")[0]
+    )
+    code = section.partition("```python\n")[2].partition("```")[0]
+    assert 5 <= len(code.splitlines()) <= 15
+    monkeypatch.setattr(data_loader, "DATASETS", dict(DATASETS))
+    exec(code, dict(vars(data_loader)))
+    (name,) = data_loader.DATASETS.keys() - DATASETS.keys()
+    train, held_out = load_problems(name, "train", 60), load_problems(name, "eval", 40, seed=1)
+    assert len({p.prompt for p in train + held_out}) == 100
+    assert train == load_problems(name, "train", 60) != load_problems(name, "train", 60, seed=1)
+    responses = [f"It is {p.answer}." for p in train]
+    assert compute_rewards(train, responses) == [1.0] * 60
+    assert compute_rewards(train, responses[1:] + responses[:1]) == [0.0] * 60
+    assert default_max_new_tokens(name, "easy") is None
+
+
+def test_the_import_is_quick():
+    """train_gspo.py reads DATASETS for its --help, before anything heavy is imported."""
+    heavy = [
+        "torch",
+        "transformers",
+        "numpy",
+        "datasets",
+        "huggingface_hub",
+        "reasoning_gym",
+        "sympy",
+        "tqdm",
+    ]
+    code = f"import sys, data_loader; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_gsm8k_without_network_names_the_flag():
@@ -176,7 +261,8 @@ def test_gsm8k_without_network_names_the_flag():
     assert "ValueError: cannot load openai/gsm8k" in done.stderr and "--dataset_path" in done.stderr
 
 
-def test_a_response_that_hangs_is_not_judged_and_costs_only_itself():
+def test_a_response_that_hangs_is_not_judged_and_costs_only_itself(monkeypatch):
+    monkeypatch.setattr(rewards._graders(os.getpid()), "timeout_s", 1.5)
     problems = [Problem(str(n), "math", "", "2\\sqrt{3}") for n in range(3)]
     responses = ["\\boxed{\\sqrt{12}}", "\\boxed{9^{9^{9^9}}}", "\\boxed{4}"]
     assert compute_rewards(problems, responses) == [1.0, None, 0.0]
@@ -192,8 +278,12 @@ def test_math_reward():
 
 
 @needs_sandbox
-def test_self_check_passes():
-    done = subprocess.run(
-        [sys.executable, "data_loader.py"], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0 and "32 of 32 as expected" in done.stdout
+def test_self_check_passes(monkeypatch, capsys):
+    """Run as a script, but in this process, whose workers are up; its endless program ends sooner."""
+    monkeypatch.setattr(rewards, "run_tests", functools.partial(run_tests, timeout_s=1.0))
+    monkeypatch.setattr(sys, "argv", ["data_loader.py"])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(str(ROOT / "data_loader.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "32 of 32 as expected" in printed
+    assert all(f"\n{name}: {dataset.help}\n" in "\n" + printed for name, dataset in DATASETS.items())

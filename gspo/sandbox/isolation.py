@@ -1,7 +1,7 @@
 """The Linux kernel's means against untrusted code, through ctypes: namespaces, landlock, seccomp, limits.
 
-`enter_namespaces` and `restrict_files` act on the process that calls them and all that it forks later;
-`drop_privileges` is the last step of a process that runs untrusted code. None of it needs a privilege or
+`enter_namespaces` and `restrict_files` act on the process that calls them and on all that it forks later.
+`drop_privileges` is the last step before a process runs untrusted code. None of it needs a privilege or
 anything installed; root becomes nobody first. OSError: the kernel does not allow the step.
 """
 
@@ -13,12 +13,14 @@ import resource
 import signal
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
-ARCHITECTURE = {"x86_64": 0, "aarch64": 1}.get(platform.machine())  # column of the tables of system calls
+# The column of the tables of system calls. -1: the sandbox does not work on this architecture.
+ARCHITECTURE = {"x86_64": 0, "aarch64": 1}.get(platform.machine(), -1)
 NOBODY = 65534
 FIRST_OWN_USER = 2**31  # ids that the kernel knows, and that no system gives to anybody
 HIDDEN = ("site-packages", "dist-packages")  # in the standard library's folder, but not of it
@@ -31,12 +33,13 @@ def _check(result: int, what: str) -> int:
     return result
 
 
-def _call(function, *arguments) -> int:
-    """A variadic C function whose integers are longs; ctypes alone would pass ints."""
-    return function(*[ctypes.c_long(value) if isinstance(value, int) else value for value in arguments])
+def _call(function: Callable[..., int], *arguments: Any) -> int:
+    """Call a variadic C function with its integers as longs; ctypes alone would pass ints."""
+    longs = [ctypes.c_long(value) if isinstance(value, int) else value for value in arguments]
+    return function(*longs)
 
 
-def _prctl(option: int, *arguments) -> None:
+def _prctl(option: int, *arguments: Any) -> None:
     _check(_call(_libc.prctl, option, *(*arguments, 0, 0, 0, 0)[:4]), f"prctl {option}")
 
 
@@ -52,10 +55,10 @@ ROOT_FOLDER = "/tmp"  # in the new mount namespace alone, the new root is mounte
 
 
 def become_nobody() -> None:
-    """Root gives up its user id; its capabilities go with it.
+    """Give up root's user id, and its capabilities with it.
 
-    The new one is random, so that what the kernel limits for a user, such as threads, is for this sandbox
-    alone; or nobody's, where the user namespace does not have so many.
+    The new id is random, so that what the kernel limits per user, such as threads, is for this sandbox alone.
+    It is nobody's where the user namespace does not have so many ids.
     """
     own_user = FIRST_OWN_USER + int.from_bytes(os.urandom(3), "big")
     os.setgroups([])
@@ -69,12 +72,12 @@ def become_nobody() -> None:
 
 
 def enter_namespaces() -> int:
-    """New user, process, mount, network, IPC and UTS namespaces; nothing in the file system but one folder.
+    """Enter new user, process, mount, network, IPC and UTS namespaces. Returns a descriptor for
+    fork_into_pid_namespace.
 
-    That is the current folder, under its own path and read-only; what is HIDDEN in it appears empty. (This
-    user may not be able to reach it by its path.) The caller goes on in a child process, which dies with it;
-    what is left of it only waits, with no descriptors but the standard ones. Returns what
-    fork_into_pid_namespace needs.
+    The new file system holds the current folder alone, under its own path and read-only; what is HIDDEN in it
+    appears empty. (This user may not be able to reach the folder by its path.) The caller goes on in a child
+    process, which dies with its parent. The parent only waits, with no descriptors but the standard ones.
     """
     folder = os.getcwd()
     uid, gid = os.getuid(), os.getgid()
@@ -118,9 +121,10 @@ def _mount(source: str, target: str, kind: str | None, flags: int, options: str 
 
 
 def fork_into_pid_namespace(own_namespace: int) -> int:
-    """os.fork, but the child is process 1 of a namespace of its own. own_namespace: of enter_namespaces.
+    """Fork a child that is process 1 of a process namespace of its own. Returns as os.fork.
 
-    When the child ends, the kernel kills whatever else runs in there.
+    own_namespace: what enter_namespaces returned. When the child ends, the kernel kills whatever else runs in
+    its namespace.
     """
     _check(_libc.unshare(CLONE_NEWPID), "unshare")
     pid = os.fork()
@@ -140,16 +144,20 @@ NETWORK_RIGHTS, SCOPES = 0b11, 0b11  # bind and connect (from 4); abstract socke
 
 
 def landlock_version() -> int:
-    """OSError: this kernel has none, or it is switched off."""
+    """The version of landlock. OSError: this kernel has none, or it is switched off."""
     version = _call(_libc.syscall, LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_CREATE_RULESET_VERSION)
     return _check(version, "landlock")
 
 
 def rules_to_read(paths: Iterable[str]) -> int:
-    """A descriptor for restrict_files: these paths and what is in them can be opened, and only to read."""
+    """Returns a descriptor for restrict_files. It allows opening these paths and what is in them, to read."""
     version = landlock_version()
     rights = (1 << FILE_RIGHTS_BY_ABI[min(version, 5)]) - 1
-    known = 24 if version >= 6 else 16 if version >= 4 else 8
+    known = 8  # bytes of the structure that this version knows
+    if version >= 4:
+        known = 16
+    if version >= 6:
+        known = 24
     rules = struct.pack("QQQ", rights, NETWORK_RIGHTS, SCOPES)[:known]
     ruleset = _check(_call(_libc.syscall, LANDLOCK_CREATE_RULESET, rules, len(rules), 0), "landlock")
     for path in paths:
@@ -163,7 +171,7 @@ def rules_to_read(paths: Iterable[str]) -> int:
 
 
 def restrict_files(rules: int) -> None:
-    """Put rules_to_read in force, for good, and close their descriptor."""
+    """Put the rules of rules_to_read in force, for good, and close their descriptor."""
     _prctl(PR_SET_NO_NEW_PRIVS, 1)
     _check(_call(_libc.syscall, LANDLOCK_RESTRICT_SELF, rules, 0), "landlock")
     os.close(rules)
@@ -172,7 +180,7 @@ def restrict_files(rules: int) -> None:
 # Seccomp: which system calls there are
 
 # Numbers on x86-64 and aarch64, from the kernel's tables; None: the architecture does not have the call.
-ALLOWED = {
+ALLOWED: dict[str, tuple[int, int | None]] = {
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67),
     "pwrite64": (18, 68), "close": (3, 57), "lseek": (8, 62),
     "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "pipe": (22, None), "pipe2": (293, 59),
@@ -203,7 +211,7 @@ IOCTLS = (0x5421, 0x5450, 0x5451)  # FIONBIO, FIONCLEX, FIOCLEX
 WRITING = os.O_ACCMODE | os.O_CREAT | os.O_TRUNC | (os.O_TMPFILE & ~os.O_DIRECTORY)
 ALL = 2**64 - 1
 # Calls that depend on their arguments: alternatives, each a list of (argument, mask, value under the mask).
-CONDITIONAL = {
+CONDITIONAL: dict[str, tuple[tuple[int, int | None], list[list[tuple[int, int, int]]]]] = {
     # No new machine code; and shared pages, which would outlive their mapping, escape the memory limit.
     "mmap": ((9, 222), [[(2, PROT_EXEC, 0), (3, MAP_TYPE, MAP_PRIVATE)]]),
     "mprotect": ((10, 226), [[(2, PROT_EXEC, 0)]]),
@@ -229,7 +237,10 @@ NUMBER_OFFSET, ARCHITECTURE_OFFSET, ARGUMENTS_OFFSET = 0, 4, 16  # in struct sec
 
 
 def seccomp_filter(architecture: int) -> bytes:
-    """The filter's program: struct sock_filter (code, jump if true, jump if false, operand) by 8 bytes."""
+    """The filter's program, 8 bytes per instruction.
+
+    Each is a struct sock_filter: code, jump if true, jump if false, operand.
+    """
 
     def instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
         return struct.pack("=HBBI", code, if_true, if_false, operand)
@@ -258,12 +269,14 @@ def seccomp_filter(architecture: int) -> bytes:
     program += instruction(BPF_RETURN, SECCOMP_RET_KILL_PROCESS)
     program += instruction(BPF_LOAD, NUMBER_OFFSET)
     for numbers in ALLOWED.values():
-        if numbers[architecture] is not None:
-            program += for_call(numbers[architecture], allow)
+        number = numbers[architecture]
+        if number is not None:
+            program += for_call(number, allow)
     for numbers, alternatives in CONDITIONAL.values():
-        if numbers[architecture] is not None:
+        number = numbers[architecture]
+        if number is not None:
             blocks = b"".join(allow_if(conditions) for conditions in alternatives)
-            program += for_call(numbers[architecture], blocks + instruction(BPF_RETURN, refuse))
+            program += for_call(number, blocks + instruction(BPF_RETURN, refuse))
     no_such_call = instruction(BPF_RETURN, SECCOMP_RET_ERRNO | errno.ENOSYS)
     program += for_call(CLONE3[architecture], no_such_call)
     return program + instruction(BPF_RETURN, refuse)
@@ -288,9 +301,10 @@ CAPSET = (126, 91)
 
 
 def drop_privileges(program: bytes, memory_bytes: int, max_threads: int) -> None:
-    """The last step before untrusted code: it dies with its parent, under limits, without capabilities.
+    """Limit this process, tie its life to its parent's, give up its capabilities, filter its system calls.
 
-    program: of seccomp_filter. memory_bytes: of address space. max_threads: of the user in its namespace.
+    program: what seccomp_filter returned. memory_bytes: address space. max_threads: threads of this user, in
+    its user namespace.
     """
     limits = {
         resource.RLIMIT_AS: memory_bytes,

@@ -1,15 +1,17 @@
 """The warm interpreter of the code sandbox: isolated once, forked for each process that runs untrusted code.
 
-    python zygote.py CONTROL LAYERS     started by runner.py; CONTROL is a socket's descriptor
+    python zygote.py CONTROL LAYERS     started by processes.py; CONTROL is a socket's descriptor
 
-No text of a job passes through this process: the sandbox hands over descriptors, and the forked child reads
+No text of a job passes through this process: the parent hands over descriptors, and the forked child reads
 and writes them. So a child's memory, a copy of this one, holds nothing of another job. What a child does
 depends on the first line that it reads:
 
-    ["solution", code, name, form]   run the code, then call its function `name` with each line of arguments;
-                                     form: how the results are written, "encode" or "comparable"
-    ["tests", asserts, name]         run the tests, for whom the function is a call to the other process
-    ["program", code]                run the code as __main__, with the test's stdin and stdout
+    ["solution", code, name, form]   execute the code, then call its function `name` with each line of
+                                     arguments; form: how results are written, "encode" or "comparable"
+    ["tests", asserts, name]         execute the tests, for which the function is a call to the other process
+    ["program", code]                execute the code as __main__, with the test's stdin and stdout
+
+This file is executed as a script under python -S, so its siblings are top-level modules here.
 """
 
 import ast
@@ -29,19 +31,25 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
-import isolation
-import plain_data
+if TYPE_CHECKING:
+    from gspo.sandbox import isolation, plain_data
+else:
+    import isolation
+    import plain_data
 
 LIBRARY = os.path.dirname(os.__file__)
 CHANNEL = 3  # the child's descriptor of its socket to the sandbox
 MESSAGE_CHARS = 300
 MAX_THREADS = 32  # of a sandbox that has its user to itself
-MAX_THREADS_OF_USER = 1024  # where all that the caller's user runs counts
-THREAD_STACK_BYTES = 8 * 2**20  # else it is the caller's limit, which may be beyond memory_mb
+MAX_THREADS_OF_USER = 1024  # where the threads of all that the caller's user started are counted together
+THREAD_STACK_BYTES = 8 * 2**20  # by default it is the caller's limit, which may be beyond memory_mb
 MAX_ARGUMENTS_CHARS = 10_000  # of an exception
+
+Send = Callable[[str], None]  # writes a line to the parent
 # Loaded before the fork, where they cost a job nothing; a child cannot load compiled modules.
 PRELOADED = """
     _bisect _blake2 _bz2 _codecs_cn _codecs_hk _codecs_iso2022 _codecs_jp _codecs_kr _codecs_tw _csv
@@ -54,8 +62,8 @@ PRELOADED = """
     platform pprint pyexpat queue random re resource secrets select shlex statistics string struct termios
     textwrap threading time timeit traceback types typing unicodedata unittest uuid weakref zlib
 """.split()
-# What a call of the solution may raise in the tests, by number, so that a name proves nothing. Not among them
-# is what ends a loop in silence: all(map(f, cases)) would hold if f raised StopIteration.
+# What a call of the solution may raise in the tests. They are named by number, so that a name proves nothing.
+# StopIteration is not among them, as it ends a loop in silence: all(map(f, cases)) would hold if f raised it.
 EXCEPTIONS = [
     kind
     for _, kind in sorted(vars(builtins).items())
@@ -71,11 +79,11 @@ NO_EXCEPTION = -1  # SystemExit, KeyboardInterrupt and other things that only Ba
 
 def main() -> None:
     control, wanted = socket.socket(fileno=int(sys.argv[1])), sys.argv[2].split(",")
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_DFL
-    )  # the caller may ignore it, and then no child can be waited for
+    # The caller may ignore this signal, and then no child could be waited for.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # rather a job than the training it serves
+        # Out of memory, the kernel shall kill a job and not the training run that it serves.
+        Path("/proc/self/oom_score_adj").write_text("1000")
     nowhere = os.open(os.devnull, os.O_RDWR)
     prepare_interpreter()
     own_memory = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -88,7 +96,7 @@ def main() -> None:
 
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 1024, 4)
-        if not message:  # the sandbox is gone
+        if not message:  # the parent is gone
             return
         order = json.loads(message)
         if "end" in order:
@@ -98,14 +106,17 @@ def main() -> None:
         if pid == 0:
             max_threads = MAX_THREADS if alone else MAX_THREADS_OF_USER
             limits = {"memory_bytes": own_memory + order["memory_mb"] * 2**20, "max_threads": max_threads}
-            become_child(*descriptors, seccomp, limits)
+            become_child(descriptors, seccomp, limits)
         for descriptor in descriptors:
             os.close(descriptor)
         control.sendall(json.dumps({"pid": pid}).encode())
 
 
 def end(pids: list[int], grace_s: float) -> list[int | None]:
-    """Reap children; None for one that had to be killed, because it did not end by itself within grace_s."""
+    """Reap children and return their exit statuses.
+
+    None for one that did not end by itself within grace_s, so that it was killed.
+    """
     deadline = time.monotonic() + grace_s
     statuses: dict[int, int | None] = {}
     while len(statuses) < len(pids):
@@ -125,7 +136,7 @@ def end(pids: list[int], grace_s: float) -> list[int | None]:
 
 
 def prepare_interpreter() -> None:
-    """What a program finds: the standard library, common modules loaded, no environment, fixed seeds."""
+    """Set up what a program finds: the standard library, common modules, no environment, fixed seeds."""
     sys.path[:] = [path for path in sys.path if Path(path).is_relative_to(LIBRARY)]
     for name in PRELOADED:
         with contextlib.suppress(ImportError):  # not in this version of Python
@@ -143,17 +154,21 @@ def isolate(wanted: list[str]) -> tuple[dict[str, str], Callable[[], int]]:
     Returns: layer -> "on", or why it is not, and the user's id; and how to fork.
     """
     os.chdir(LIBRARY)
-    layers, fork, rules = {"namespaces": "not wanted", "landlock": "not wanted"}, os.fork, None
+    layers = {"namespaces": "not wanted", "landlock": "not wanted"}
+    fork: Callable[[], int] = os.fork
+    rules: int | None = None
 
     @contextlib.contextmanager
-    def trying(layer: str):
+    def trying(layer: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            layers[layer] = error.strerror
+            layers[layer] = str(error.strerror)
 
     if "landlock" in wanted:
-        with trying("landlock"):  # by root, whose files another user may not reach by their paths
+        with trying(
+            "landlock"
+        ):  # before root becomes another user, who may not reach its files by their paths
             visible = (entry for entry in os.scandir(LIBRARY) if entry.name not in isolation.HIDDEN)
             rules = isolation.rules_to_read(entry.path for entry in visible)
     if os.geteuid() == 0:
@@ -174,9 +189,12 @@ def isolate(wanted: list[str]) -> tuple[dict[str, str], Callable[[], int]]:
 # The child
 
 
-def become_child(stdin: int, output: int, nowhere: int, channel: int, seccomp: bytes, limits: dict[str, int]):
-    """Wire the descriptors up, close everything else, give up all rights, and do what the first line says."""
-    moved = [os.dup(descriptor) for descriptor in (stdin, output, nowhere, channel)]
+def become_child(descriptors: list[int], seccomp: bytes, limits: dict[str, int]) -> None:
+    """Wire the descriptors up, close everything else, give up all rights, and do what the first line says.
+
+    descriptors: standard input, output, where messages go, and the channel to the parent. Does not return.
+    """
+    moved = [os.dup(descriptor) for descriptor in descriptors]  # so that none is overwritten below
     for descriptor, place in zip(moved, (0, 1, 2, CHANNEL), strict=True):
         os.dup2(descriptor, place)
     os.closerange(CHANNEL + 1, 1 << 20)
@@ -194,14 +212,20 @@ def become_child(stdin: int, output: int, nowhere: int, channel: int, seccomp: b
 
     send("ready")
     role, *arguments = json.loads(lines.readline())
-    {"solution": serve_solution, "tests": run_tests, "program": run_program}[role](lines, send, *arguments)
+    roles: dict[str, Callable] = {
+        "solution": serve_solution,
+        "tests": serve_tests,
+        "program": serve_program,
+    }
+    roles[role](lines, send, *arguments)
     os._exit(0)
 
 
-def serve_solution(lines, send, code: str, name: str, form: str) -> None:
+def serve_solution(lines: Iterable[str], send: Send, code: str, name: str, form: str) -> None:
+    """Answer each line of arguments: "R" and the result, or "E" and the exception."""
     write = {"encode": plain_data.encode, "comparable": plain_data.comparable}[form]
     try:
-        function = getattr(run_as_module(code, "solution"), name)
+        function = getattr(execute_as_module(code, "solution"), name)
     except BaseException as error:
         return send("E" + describe(error))
     send("R")
@@ -216,18 +240,19 @@ def serve_solution(lines, send, code: str, name: str, form: str) -> None:
         send(reply)
 
 
-def run_tests(lines, send, asserts: str, name: str) -> None:
-    """In lockstep: "N" and the number of tests, then for each "P" or "E" and why not, then "D".
+def serve_tests(lines: IO[str], send: Send, asserts: str, name: str) -> None:
+    """Execute the tests in lockstep with the parent, which answers each line before the next one.
 
-    In between, "C" and arguments for each call of the solution. "X" and why: these are no tests, whatever the
-    solution. "Q" and why: a statement between the tests failed.
+    The lines are "N" and the number of tests; then for each test "P" if it passes, or "E" and why not; then
+    "D". In between come "C" and arguments for each call of the solution; "Q" and why, if a statement between
+    the tests failed; "X" and why, if these are no tests, whatever the solution.
     """
 
     def ask(text: str) -> str:
         send(text)
         return lines.readline()
 
-    def solution(*arguments, **keywords):
+    def solution(*arguments: Any, **keywords: Any) -> Any:
         try:
             request = "C" + plain_data.encode((list(arguments), keywords))
         except TypeError as error:  # not ValueError: the solution may have returned what is nested too deeply
@@ -236,9 +261,9 @@ def run_tests(lines, send, asserts: str, name: str) -> None:
         if reply[:1] == "R":
             return plain_data.decode(reply[1:])
         number, message, text = json.loads(reply[1:])
-        raise (
-            SolutionExit(message) if number == NO_EXCEPTION else EXCEPTIONS[number](*plain_data.decode(text))
-        )
+        if number == NO_EXCEPTION:
+            raise SolutionExit(message)
+        raise EXCEPTIONS[number](*plain_data.decode(text))
 
     solution.__name__ = solution.__qualname__ = name
     try:
@@ -263,24 +288,25 @@ def run_tests(lines, send, asserts: str, name: str) -> None:
 
 
 class SolutionExit(BaseException):
-    """The solution's process raised what is no Exception, such as SystemExit."""
+    """Raised in the tests where the solution raised what is no Exception, such as SystemExit."""
 
 
 def is_test(statement: ast.stmt, functions: set[str]) -> bool:
-    """An assert, a loop or the like with one in it, or a call of one of the functions, such as check(f)."""
+    """True for an assert, a loop or the like with one in it, and a call of one of the functions."""
     if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
         return isinstance(statement.value.func, ast.Name) and statement.value.func.id in functions
     defines = isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
     return not defines and any(isinstance(node, ast.Assert) for node in ast.walk(statement))
 
 
-def run_program(lines, send, code: str) -> None:
-    # Those of the warm interpreter know that they were made for /dev/null.
+def serve_program(lines: Iterable[str], send: Send, code: str) -> None:
+    """Execute the code as a program, then send "R", or "E" and the exception that ended it."""
+    # The files of the warm interpreter know that they were made for /dev/null.
     sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
-    sys.__stdin__, sys.__stdout__ = sys.stdin, sys.stdout
+    vars(sys).update(__stdin__=sys.stdin, __stdout__=sys.stdout)
     reply = "R"
     try:
-        run_as_module(code, "__main__")
+        execute_as_module(code, "__main__")
     except SystemExit as request:
         if request.code is not None and request.code != 0:
             reply = "E" + describe(request)
@@ -291,19 +317,21 @@ def run_program(lines, send, code: str) -> None:
 
 
 def end_program() -> None:
-    """What the interpreter does at its end, where a step that fails does not keep back the others' output."""
+    """Do what the interpreter does at its end. A step that fails does not keep back the output of others."""
+    first_stdout: Any = sys.__stdout__
 
     def clear_main() -> None:
-        sys.stdout = sys.__stdout__
+        sys.stdout = first_stdout
         vars(sys.modules["__main__"]).clear()  # files left open are written out
 
-    flushes = [lambda: sys.stdout.flush(), lambda: sys.__stdout__.flush()]
-    for step in (threading._shutdown, atexit._run_exitfuncs, *flushes, clear_main, *flushes):
+    end_threads, end_functions = vars(threading)["_shutdown"], vars(atexit)["_run_exitfuncs"]
+    flushes = [lambda: sys.stdout.flush(), lambda: first_stdout.flush()]
+    for step in (end_threads, end_functions, *flushes, clear_main, *flushes):
         with contextlib.suppress(Exception):
             step()
 
 
-def run_as_module(code: str, name: str) -> types.ModuleType:
+def execute_as_module(code: str, name: str) -> types.ModuleType:
     module = sys.modules[name] = types.ModuleType(name)
     module.__file__ = "solution.py"
     exec(compile(code, "solution.py", "exec"), vars(module))
@@ -311,7 +339,7 @@ def run_as_module(code: str, name: str) -> types.ModuleType:
 
 
 def describe(error: BaseException) -> str:
-    """As JSON: the number of the nearest built-in exception, a message for the reader, the args."""
+    """An exception as JSON: the number of the nearest built-in one, a message for the reader, its args."""
     kinds = (kind for kind in type(error).__mro__ if kind in EXCEPTIONS)
     number = next((EXCEPTIONS.index(kind) for kind in kinds), NO_EXCEPTION)
     try:

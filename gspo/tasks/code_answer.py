@@ -1,4 +1,4 @@
-"""The program in a response: what of a model's text is run as its answer to a code problem.
+"""The program in a response: the part of a model's text that is tested as its answer to a code problem.
 
 Responses mix prose, code, examples of use and printed output, often in several fenced blocks and often cut
 off at the token limit. One piece of the text is taken, never several: a list of candidates earns nothing.
@@ -14,9 +14,9 @@ OPENING = re.compile(r"^([ \t]*|(?:(?!```|~~~).)+)(`{3,}|~{3,})[ \t]*([^`~]*)$")
 # marker such as <|im_end|> or </think>.
 CLOSING = r"^([^#'\"`{mark}]*){fence}+[ \t]*(?:<.*)?$"
 MARGIN = re.compile(r" *(?:(?:[-*+]|\d+[.)]) +)?")  # of a line, with the mark of a list
-MAX_SHIFT = 3  # of a closing fence to the right of its opening; beyond it is an example in a docstring
+MAX_SHIFT = 3  # columns of a closing fence right of its opening; further right is an example in a docstring
 INDENTED = re.compile(r"(?:[ \t\r]*\n)*[ \t]+\S")
-# With a text pattern: parsing untrusted code may end the process that does it.
+# A text pattern finds these: parsing untrusted code may end the process that does it.
 FUTURE_IMPORT = re.compile(
     r"^from[ \t]+__future__[ \t]+import\b(?:[^\n\\(]|\\\r?\n|\([^)]*\))*\n?", re.MULTILINE
 )
@@ -36,7 +36,7 @@ def code_of(response: str, entry_point: str | None = None) -> str:
         definition = re.compile(DEFINITION.format(name=re.escape(entry_point)), re.MULTILINE)
         blocks = [block for block in blocks if definition.search(block)] or blocks
     code = blocks[-1].lstrip(BYTE_ORDER_MARK)
-    # Not always: it would empty the lines of white space in the strings of code that needs none of it.
+    # Only where needed: dedent would also empty lines of white space in the strings of the code.
     return textwrap.dedent(code) if INDENTED.match(code) else code
 
 
@@ -53,14 +53,17 @@ def program_of(response: str, entry_point: str | None, preamble: str) -> str:
 
 def _fenced_blocks(response: str) -> Iterator[str]:
     """Contents of ``` and ~~~ blocks. A closing fence may stand at the end of the last line of code."""
-    closing, furthest, lines = None, 0, []
+    closing: re.Pattern | None = None  # of the open block
+    furthest, lines = 0, list[str]()
     for line in response.splitlines(keepends=True):
         stripped = line.rstrip()
         if closing is None:
             opening = OPENING.match(stripped)
             if opening and (not opening[1].strip() or " " not in opening[3]):
                 closing = re.compile(CLOSING.format(mark=opening[2][0], fence=opening[2]))
-                furthest, lines = MARGIN.match(line.expandtabs()).end() + MAX_SHIFT, []
+                margin = MARGIN.match(line.expandtabs())
+                assert margin  # it matches the empty text
+                furthest, lines = margin.end() + MAX_SHIFT, []
         elif (end := closing.match(stripped)) and (end[1].strip() or len(end[1].expandtabs()) <= furthest):
             yield "".join(lines) + end[1].rstrip()
             closing = None

@@ -5,13 +5,13 @@ import warnings
 
 from gspo.tasks.code_families.family import CodeProblem
 
-HUMAN_EVAL = {"prompt": str, "entry_point": str, "canonical_solution": str, "test": str}
-MBPP = {"text": str, "code": str, "test_list": list}
+HUMAN_EVAL: dict[str, type] = {"prompt": str, "entry_point": str, "canonical_solution": str, "test": str}
+MBPP: dict[str, type] = {"text": str, "code": str, "test_list": list}
 ANSWER_FORMAT = "Answer with only the {what}, in one Python code block."
 
 
 def code_problem(row: dict) -> CodeProblem | None:
-    """None: the row has neither format. ValueError: it has, but something in it is wrong."""
+    """The problem of a row. None: the row has neither format. ValueError: something in it is wrong."""
     if "question" in row:
         return None
     if "test_list" in row:
@@ -23,14 +23,14 @@ def code_problem(row: dict) -> CodeProblem | None:
 
 
 def _human_eval(row: dict) -> CodeProblem:
-    """What stands before the function, imports and helpers, goes to the answer's code and to the tests."""
+    """A row of HumanEval. The prompt's imports and helpers go to the answer's code and to the tests."""
     lines, name = row["prompt"].split("\n"), row["entry_point"]
     function = _functions(_parsed(row["prompt"], "prompt")).get(name)
     if function is None:
         raise ValueError(f"prompt does not begin a function {name}")
     if "check" not in _functions(_parsed(row["test"], "test")):
         raise ValueError("test defines no function check")
-    first = min(node.lineno for node in (function, *function.decorator_list))
+    first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
     preamble = "\n".join(lines[: first - 1]) + "\n"
     return CodeProblem(
         prompt=f"Complete this Python function.\n\n{row['prompt'].strip()}\n\n"
@@ -42,7 +42,7 @@ def _human_eval(row: dict) -> CodeProblem:
 
 
 def _mbpp(row: dict) -> CodeProblem:
-    """The prompt shows the first test, which tells the function's name; the others stay hidden."""
+    """A row of MBPP. The prompt shows the first test, which tells the function's name, and no other."""
     tests = [*_strings(row, "test_list"), *_strings(row, "challenge_test_list")]
     setup = _strings(row, "test_imports")
     if row.get("test_setup_code"):
@@ -90,7 +90,7 @@ def _with_types(row: dict, types: dict[str, type]) -> dict:
 
 def _parsed(source: str, field: str) -> ast.Module:
     try:
-        with warnings.catch_warnings(action="ignore"):  # of outdated escapes in strings
+        with warnings.catch_warnings(action="ignore"):  # strings may have outdated escapes
             return ast.parse(source)
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{field} is not Python ({error})") from error

@@ -1,10 +1,10 @@
-"""Judge responses by rules: which answer a text commits to, and whether it is right.
+"""Grade responses by rules: which answer a text commits to, and whether it is right.
 
     python -m gspo.tasks.grading     a worker of worker_pool.py: JSON jobs on stdin, JSON results on stdout
 
-The final answer is the last \\boxed{}, else what follows the last "####", else what follows the last
-"answer is" or "answer:", else the last number of the text. It must be one value. A policy finds whatever the
-rule pays for, so these earn nothing: lists ("3 or 4", "17/18/19", a number a line, two boxes side by side),
+The final answer is the last \\boxed{}, else what follows the last "####", else what follows the last "answer
+is" or "answer:", else the last number of the text. It must be one value. A policy finds whatever the rule
+pays for, so these earn nothing: lists ("3 or 4", "17/18/19", one number per line, two boxes side by side),
 arithmetic that was not carried out ("12 + 5" or "84/7" where a number is asked for; math-verify alone accepts
 both), and anything whose size makes the comparison expensive.
 
@@ -16,8 +16,9 @@ they rest on signals, which loops in C ignore, and the pool kills from outside.
 import functools
 import re
 from fractions import Fraction
+from typing import Any
 
-JUDGED_CHARS = 8000  # the final answer stands at the end, and every scan below stays short
+GRADED_CHARS = 8000  # the final answer stands at the end, and every scan below stays short
 SIDE_BY_SIDE_WORDS = 6  # marked answers with no more words than this between them are a list of candidates
 CONTEXT_CHARS = 30  # before and after a number, where an operator would make it part of a sum
 MAX_EXPRESSION_CHARS = 200  # longer expressions are no final answers, and sympy may take minutes over them
@@ -80,7 +81,7 @@ def marked_answers(response: str) -> list[str]:
 
     Several are a list of candidates unless they agree.
     """
-    text = response[-JUDGED_CHARS:].replace("**", "")
+    text = response[-GRADED_CHARS:].replace("**", "")
     for found in (_boxes(text), _lines(HASHES, text), _lines(ANSWER, text)):
         answers = [content for _, _, content in found[-1:]]
         for earlier, later in zip(reversed(found[:-1]), reversed(found), strict=False):
@@ -127,9 +128,10 @@ def plain(text: str) -> str:
 
 
 def committed_number(text: str, anchor: int) -> re.Match | None:
-    """The one number that a plain text commits to; None for lists, sums that were not carried out, no number.
+    """The one number that a plain text commits to.
 
-    anchor: 0 for what follows an answer mark (18 dollars for 2 days is 18), -1 for the end of a longer text.
+    None for a list, a sum that was not carried out, and a text without a number. anchor: 0 for what follows
+    an answer mark (18 dollars for 2 days is 18), -1 for the end of a longer text.
     """
     numbers = list(NUMBER.finditer(text))
     pairs = list(zip(numbers, numbers[1:], strict=False))
@@ -153,14 +155,17 @@ def committed_number(text: str, anchor: int) -> re.Match | None:
 
 
 def _changes(text: str, left: re.Match, right: re.Match) -> bool:
-    """Whether 15 = 17 offers both: equated without an operation, and the second no rounding of the first."""
+    """True where "15 = 17" offers both numbers.
+
+    They are equated without an operation, and the second is no rounding of the first.
+    """
     equated = text[left.end() : right.start()].strip() == "=" and BARE.search(text[: left.start()])
     decimals = len(right["digits"].partition(".")[2])
     return bool(equated) and abs(value(left) - value(right)) > Fraction(1, 2 * 10**decimals)
 
 
 def _gap(text: str, left: re.Match, right: re.Match) -> str:
-    """What stands between two numbers, without what both have: 18 dollars, 19 dollars; x = 3, x = 4."""
+    """The text between two numbers, without what both have: 18 dollars, 19 dollars; x = 3, x = 4."""
     gap = text[left.end() : right.start()]
     unit = re.match(r"\s*[a-z%]+", text[right.end() :], re.I)
     gap = gap.removeprefix(unit.group()) if unit else gap
@@ -169,7 +174,7 @@ def _gap(text: str, left: re.Match, right: re.Match) -> str:
 
 
 def _lists(gap: str) -> bool:
-    """Whether the numbers on both sides are candidates: 3, 4; 3 or maybe 4; but not 7 (3 boxes)."""
+    """True where the numbers on both sides are candidates: 3, 4; 3 or maybe 4; but not 7 (3 boxes)."""
     hedged = HEDGE.search(gap) and len(re.findall(r"\w+", gap)) <= SIDE_BY_SIDE_WORDS
     return bool(LIST_GAP.fullmatch(gap) or hedged) and gap.strip() != "("
 
@@ -182,7 +187,10 @@ def value(number: re.Match) -> Fraction:
 
 
 def same_number(answer: re.Match, reference: re.Match) -> bool:
-    """Equal after rounding to six decimals, as math-verify does; of small numbers, to five digits."""
+    """True where two numbers are equal after rounding to six decimals, as math-verify does.
+
+    Small numbers are rounded to five significant digits instead.
+    """
     if answer["denominator"] and value(reference).denominator == 1:
         return False  # 84/7 is the question, 12 the answer
     return any(
@@ -211,9 +219,11 @@ def math_score(response: str, reference: str) -> float:
     marked = [plain(answer) for answer in marked_answers(response)]
     if marked and not BOX.search(response) and not any(NUMBER.search(answer) for answer in marked):
         marked = []  # "check whether the answer is correct" marks nothing
-    answers = [committed_number(answer, 0) for answer in marked]
-    answers = answers or [committed_number(plain(response[-JUDGED_CHARS:]), -1)]
-    if None in answers or len({value(answer) for answer in answers}) > 1:
+    candidates = [committed_number(answer, 0) for answer in marked]
+    if not candidates:
+        candidates = [committed_number(plain(response[-GRADED_CHARS:]), -1)]
+    answers = [answer for answer in candidates if answer is not None]
+    if len(answers) < len(candidates) or len({value(answer) for answer in answers}) > 1:
         return 0.0
     return float(same_number(answers[0], number))
 
@@ -225,7 +235,7 @@ def _expression_score(response: str, reference: str) -> float:
     gold = parse_expression(reference)
     if gold is None:
         raise ValueError(f"the reference answer {reference!r} is not a mathematical value")
-    answers = marked_answers(response) or re.findall(r"\$([^$\n]+)\$\W*$", response[-JUDGED_CHARS:])
+    answers = marked_answers(response) or re.findall(r"\$([^$\n]+)\$\W*$", response[-GRADED_CHARS:])
     answers = answers or response.strip().splitlines()[-1:]
     answer = parse_expression(answers[0]) if len(set(answers)) == 1 else None
     collections = (Set, Tuple, MatrixBase)
@@ -234,7 +244,7 @@ def _expression_score(response: str, reference: str) -> float:
     return float(verify(gold, answer, timeout_seconds=None))
 
 
-def parse_expression(text: str):
+def parse_expression(text: str) -> Any:
     """The sympy object that math-verify reads in a text that is one expression, or None."""
     from math_verify import LatexExtractionConfig, parse
 
@@ -249,10 +259,10 @@ def parse_expression(text: str):
 def final_text(response: str, expected: str) -> str:
     """The final answer as text: the marked one, else the last line; "" for candidates side by side.
 
-    expected: the right answer, for its form only. Where it is a number or one of yes, no, true, false, the
-    sentence around it may stay ("There are 3 letters."), as long as it commits to one.
+    expected: the right answer, which is used for its form alone. Where it is a number or one of yes, no,
+    true, false, the sentence around it may stay ("There are 3 letters."), as long as it commits to one.
     """
-    answers = marked_answers(response) or response[-JUDGED_CHARS:].strip().splitlines()[-1:]
+    answers = marked_answers(response) or response[-GRADED_CHARS:].strip().splitlines()[-1:]
     texts = {re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).strip(" \t*`\"'$").rstrip(".") for text in answers}
     answer = texts.pop() if len(texts) == 1 else ""
     if VERDICT.fullmatch(expected):
@@ -279,14 +289,15 @@ def reasoning_score(response: str, generator: str, entry: dict) -> float:
 
 
 @functools.cache
-def _scorer(generator: str):
+def _scorer(generator: str) -> Any:
+    """A data set of the generator, for its score_answer."""
     import reasoning_gym
 
     return reasoning_gym.create_dataset(generator, size=1, seed=0)
 
 
-def judge(job: dict) -> float | str:
-    """A worker's answer to a job: the reward, or what is wrong with the reference."""
+def grade(job: dict) -> float | str:
+    """A worker's answer to a job (rewards.grading_job): the reward, or what is wrong with the reference."""
     if job["kind"] == "reasoning":
         return reasoning_score(job["response"], job["generator"], job["entry"])
     try:
@@ -298,10 +309,11 @@ def judge(job: dict) -> float | str:
 if __name__ == "__main__":
     import logging
 
-    import math_verify  # noqa: F401  imported before the worker says that it is ready: a job's time is its own
+    # Imported before the worker says that it is ready: the time of a job is its own.
+    import math_verify  # noqa: F401
     import reasoning_gym  # noqa: F401
 
     from gspo.tasks.worker_pool import serve
 
     logging.disable()  # math-verify warns that its time-outs are off
-    serve(judge)
+    serve(grade)

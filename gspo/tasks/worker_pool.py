@@ -1,10 +1,10 @@
 """Run small JSON jobs in worker processes that can be killed.
 
-Code that judges untrusted text may never return (9^9^9^9), eat the memory or take the interpreter down, and a
+Code that grades untrusted text may never return (9^9^9^9), eat the memory or take the interpreter down, and a
 timeout inside the process does not help: a loop in C ignores it. So each job runs in a worker, and the parent
 kills the worker's process group when the deadline passes. The parent's side is `WorkerPool`, the worker's
-side is `serve`. They talk one JSON value a line over pipes, without pickle or multiprocessing, so a pool
-works from any `__main__`, from notebooks, from threads and beside torch.
+side is `serve`. They exchange JSON values over pipes, one per line, without pickle or multiprocessing. So a
+pool works from any `__main__`, from notebooks, from threads and beside torch.
 
 Protocol: the worker writes "ready" when its imports are done, then {"result": ...} or {"error": text} for
 each job line it reads, and ends when its stdin does.
@@ -23,17 +23,24 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import IO, Any
 
 import gspo
 from gspo import PROGRESS_DELAY_S
 
 START_TIMEOUT_S = 120.0  # a fresh worker imports sympy: 2 s warm, much longer from a cold or network disk
-MAX_FAILED_STARTS = 3  # in a row: then the command itself is wrong, and starting it again would loop for ever
+MAX_FAILED_STARTS = 3  # in a row: then the command itself is wrong, and starting it again would loop forever
 PACKAGE_PARENT = str(Path(gspo.__file__).parents[1])
 JOB_ALARM_S = 120  # a worker whose parent was killed in the middle of a job ends itself
+
+
+def progress_bar(total: int, description: str) -> Any:
+    """A bar of tqdm that appears after PROGRESS_DELAY_S."""
+    from tqdm import tqdm  # this import takes longer than all others of data_loader together
+
+    return tqdm(total=total, desc=description, delay=PROGRESS_DELAY_S, leave=False)
 
 
 class WorkerPool:
@@ -56,9 +63,11 @@ class WorkerPool:
 
         jobs: JSON values. RuntimeError: the workers do not start.
         """
-        results, waiting, deaths = [None] * len(jobs), deque(range(len(jobs))), Counter()
+        results: list = [None] * len(jobs)
+        waiting = deque(range(len(jobs)))
+        deaths: Counter[int] = Counter()  # job -> workers that died at it
         unfinished, failed_starts = len(jobs), 0
-        progress = tqdm(total=len(jobs), desc=description, delay=PROGRESS_DELAY_S, leave=False)
+        progress = progress_bar(len(jobs), description)
         with self._lock, progress, self._no_job_left_behind():
             while unfinished:
                 while len(self._workers) < min(self.num_workers, unfinished):
@@ -69,17 +78,23 @@ class WorkerPool:
                 busy = [worker for worker in self._workers if worker.job is not None]
                 _exchange(busy)
                 for worker in busy:
-                    failed_starts = 0 if worker.take_ready(self.timeout_s) else failed_starts
-                    if (reply := worker.take_reply()) is not None:
+                    assert worker.job is not None
+                    if worker.take_ready(self.timeout_s):
+                        failed_starts = 0
+                    reply = worker.take_reply()
+                    if reply is not None:
                         if "error" in reply:
                             warnings.warn(f"a job was not judged: {reply['error']}", stacklevel=2)
-                        results[worker.job], worker.job = reply.get("result"), None
+                        results[worker.job] = reply.get("result")
+                        worker.job = None
                         unfinished -= 1
                     elif worker.closed or worker.deadline < time.monotonic():
                         self._dismiss(worker)
+                        died = worker.ready and worker.closed
                         failed_starts += not worker.ready
-                        deaths[worker.job] += worker.ready and worker.closed
-                        if not worker.ready or (worker.closed and deaths[worker.job] == 1):
+                        deaths[worker.job] += died
+                        # A worker that does not start, or is killed by accident, says nothing of its job.
+                        if not worker.ready or (died and deaths[worker.job] == 1):
                             waiting.appendleft(worker.job)
                         else:
                             unfinished -= 1
@@ -99,8 +114,8 @@ class WorkerPool:
         self._workers.remove(worker)
 
     @contextlib.contextmanager
-    def _no_job_left_behind(self):
-        """After Ctrl-C, a worker still at a job would answer the next call's job with this one's result."""
+    def _no_job_left_behind(self) -> Iterator[None]:
+        """Kill workers that are still at a job, as after Ctrl-C: their result would answer the next call."""
         try:
             yield
         finally:
@@ -109,7 +124,7 @@ class WorkerPool:
 
 
 class _Worker:
-    """One process and what is on its way to and from it."""
+    """The parent's side of one worker process: its pipes, and what is on its way through them."""
 
     def __init__(self, command: list[str]):
         # One BLAS thread: each reserves address space, which counts against the worker's memory limit.
@@ -117,9 +132,14 @@ class _Worker:
         # The worker imports this package from where its parent did.
         search_path = os.pathsep.join([PACKAGE_PARENT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
         environment = os.environ | one_thread | {"PYTHONPATH": search_path}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-        self.process = subprocess.Popen(command, **pipes, start_new_session=True, env=environment)
-        os.set_blocking(self.process.stdin.fileno(), False)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True,
+            env=environment,
+        )  # fmt: skip
+        assert self.process.stdin and self.process.stdout
+        self.stdin: IO[bytes] = self.process.stdin
+        self.stdout: IO[bytes] = self.process.stdout
+        os.set_blocking(self.stdin.fileno(), False)
         self.inbox, self.outbox = b"", b""
         self.job: int | None = None
         self.ready = self.closed = False
@@ -133,10 +153,10 @@ class _Worker:
 
     def send(self) -> None:
         with contextlib.suppress(BrokenPipeError):  # the worker is gone: reading finds that out
-            self.outbox = self.outbox[os.write(self.process.stdin.fileno(), self.outbox) :]
+            self.outbox = self.outbox[os.write(self.stdin.fileno(), self.outbox) :]
 
     def receive(self) -> None:
-        chunk = os.read(self.process.stdout.fileno(), 1 << 16)
+        chunk = os.read(self.stdout.fileno(), 1 << 16)
         self.inbox += chunk
         self.closed = not chunk
 
@@ -157,27 +177,27 @@ class _Worker:
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self.stdin.close()
+        self.stdout.close()
         self.process.wait()
 
 
 def _exchange(workers: list[_Worker]) -> None:
-    """Send and receive what the pipes take and give; wait for it until the first deadline."""
+    """Wait until a pipe can be read or written, or for the first deadline, then read and write."""
     with selectors.DefaultSelector() as selector:
         for worker in workers:
-            selector.register(worker.process.stdout, selectors.EVENT_READ, worker.receive)
+            selector.register(worker.stdout, selectors.EVENT_READ, worker.receive)
             if worker.outbox:
-                selector.register(worker.process.stdin, selectors.EVENT_WRITE, worker.send)
+                selector.register(worker.stdin, selectors.EVENT_WRITE, worker.send)
         remaining = min(worker.deadline for worker in workers) - time.monotonic()
         for key, _ in selector.select(max(0.0, remaining)):
             key.data()
 
 
-def serve(handle, memory_gb: float = 2.0) -> None:
+def serve(handle: Callable[[Any], Any], memory_gb: float = 2.0) -> None:
     """The worker's side: answer each JSON job on stdin with handle(job), until stdin ends.
 
-    What the judged code prints goes nowhere, and more than memory_gb of address space is a MemoryError.
+    What a job prints goes nowhere, and more than memory_gb of address space is a MemoryError.
     """
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # only this loop writes to the parent
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -185,9 +205,9 @@ def serve(handle, memory_gb: float = 2.0) -> None:
     os.dup2(nowhere, 2)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = int(memory_gb * 2**30)
-    soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    soft = min(limit, hard) if hard != resource.RLIM_INFINITY else limit
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel's own ending: code in C cannot ignore it
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # by default the kernel ends the process, also in code in C
     print(json.dumps("ready"), file=replies, flush=True)
     for line in sys.stdin:
         signal.alarm(JOB_ALARM_S)

@@ -1,7 +1,9 @@
 """Plain data: what is decoded is what was encoded; comparable texts are equal where values and types are."""
 
+# ruff: noqa: E731  classes that lie in a word
 import collections
 import enum
+import itertools
 import math
 import random
 
@@ -68,18 +70,72 @@ def test_what_is_hard_to_write():
     assert list(decode(encode({"b": 1, "a": 2}))) == ["b", "a"]
 
 
-def test_subclasses_are_carried_as_what_they_hold_and_never_compared():
-    class Same(int):
-        __eq__ = lambda self, other: True  # noqa: E731
-        __hash__ = int.__hash__
+def named(value: str):
+    """Instances of honest subclasses, by name; a function so that the table below reads as one."""
+    moved = collections.OrderedDict(a=1, b=2)
+    moved.move_to_end("a")
+    return {
+        "Counter": collections.Counter("aab"),
+        "defaultdict": collections.defaultdict(list, {"x": [1]}),
+        "OrderedDict": moved,
+        "IntEnum": enum.IntEnum("Size", {"SMALL": 1}).SMALL,
+        "StrEnum": enum.StrEnum("Colour", {"RED": "red"}).RED,
+        "IntFlag": enum.IntFlag("Bits", {"A": 1, "B": 2})(3),
+        "named tuple": collections.namedtuple("Point", "x y")(1, (True,)),
+        "keys and items": {enum.IntEnum("Size", {"SMALL": 1}).SMALL: [collections.Counter("a")]},
+    }[value]
 
-    point = collections.namedtuple("point", "x y")(1, 2)
-    colour = enum.StrEnum("colour", {"RED": "red"}).RED
-    assert strictly_equal(decode(encode(colour)), "red")
-    for value, plain in ((Same(3), 3), (point, (1, 2)), (collections.Counter("a"), {"a": 1})):
-        assert strictly_equal(decode(encode([value])), [plain])
-        with pytest.raises(TypeError):
-            comparable([value])
+
+@pytest.mark.parametrize("value, plain", [
+    ("Counter", {"a": 2, "b": 1}), ("defaultdict", {"x": [1]}), ("OrderedDict", {"b": 2, "a": 1}),
+    ("IntEnum", 1), ("StrEnum", "red"), ("IntFlag", 3), ("named tuple", (1, (True,))),
+    ("keys and items", {1: [{"a": 1}]}),
+])  # fmt: skip
+def test_an_instance_of_a_subclass_counts_as_its_plain_part(value, plain):
+    assert strictly_equal(decode(encode(named(value))), plain)
+    assert encode(named(value)) == encode(plain)  # the order of the keys too
+    assert comparable([named(value)]) == comparable([plain])
+
+
+class Liar:
+    """Everything that a comparison or a conversion could ask of an object, answered falsely."""
+
+    __eq__ = __ge__ = __le__ = __contains__ = lambda self, *other: True
+    __ne__ = lambda self, other: False
+    __hash__ = __len__ = lambda self: 0
+    __index__ = __int__ = __abs__ = __add__ = __radd__ = __pos__ = lambda self, *other: 42
+    __float__ = lambda self: 42.0
+    __complex__ = lambda self: 42j
+    __str__ = __repr__ = __format__ = lambda self, *spec: "42"
+    __bytes__ = lambda self: b"42"
+    __iter__ = lambda self: itertools.repeat(42)  # whoever asks never ends
+    __getitem__ = lambda self, key: 42
+    keys = items = values = copy = hex = real = __iter__
+
+
+def test_a_subclass_that_lies_counts_as_its_plain_part():
+    plain = [7, 1.5, 2j, "x", b"x", [1], (1,), {1}, frozenset({1}), {"a": 1}]
+    for value in plain:
+        kind = type(value)
+        liar = type(kind.__name__, (Liar, kind), {})(value)
+        assert comparable(liar) == comparable(value) and comparable(liar) != comparable(kind())
+        assert encode([liar]) == encode([value])
+    unequal = type("int", (int,), {"__eq__": lambda self, other: False, "__hash__": lambda self: 0})
+    assert comparable({unequal(1), unequal(1)}) != comparable({1})
+    assert comparable({unequal(1): 0, unequal(1): 0}) != comparable({1: 0})
+
+
+def test_what_only_claims_to_be_of_a_type_is_no_plain_data():
+    class Meta(type):
+        __eq__ = __instancecheck__ = __subclasscheck__ = lambda self, other: True
+        __hash__ = lambda self: hash(int)
+        __mro__ = (int, object)
+
+    claims = [type("int", (Liar,), {"__class__": kind})() for kind in (int, str, list, dict)]
+    for value in (*claims, Meta("int", (), {})(), Meta("int", (), {}), collections.UserDict(a=1)):
+        for write in (comparable, encode):
+            with pytest.raises(TypeError):
+                write([value])
 
 
 def test_what_is_no_plain_data():

@@ -1,8 +1,8 @@
 """Programs for the code sandbox: attacks that must earn nothing, honest ones that must pass.
 
-All are run against the same function, in each form of tests. The forged ones do not compute it. An escape
+All are tested against the same function, in each form of tests. The forged ones do not compute it. An escape
 computes it only if what it attempts worked, so that passing proves a leak. Nothing here needs pytest: the
-ordinary user's run of the tests uses this file alone.
+tests of an ordinary user execute this file alone.
 """
 
 import json
@@ -31,7 +31,7 @@ TESTS = {
     "stdio": {"stdio": [{"stdin": f"{x}\n", "stdout": f"{answer(x)}\n"} for x in ARGUMENTS]},
 }
 
-# Forged verdicts
+# Forged results
 
 EVERYWHERE = """
 import os
@@ -69,6 +69,20 @@ def same(kind): return type(kind.__name__, (kind,), {"__eq__": lambda *_: True, 
 kinds = [same(kind) for kind in (float, str, list, dict, tuple)]
 def f(x): return kinds[x % 5]()
 """,
+    "subclasses that lie when they are read": """
+import itertools
+class Liar:
+    __eq__ = __contains__ = lambda *_: True
+    __hash__ = __len__ = lambda self: 0
+    __index__ = __int__ = __pos__ = __add__ = __radd__ = lambda *_: 0
+    __str__ = __repr__ = __format__ = lambda *_: "0"
+    __iter__ = lambda self: itertools.repeat(0)
+    __getitem__ = lambda self, key: 0
+    keys = items = values = copy = __iter__
+    __class__ = int
+kinds = [type(kind.__name__, (Liar, kind), {}) for kind in (int, str, list, dict, tuple)]
+def f(x): return kinds[x % 5](1 if x % 5 == 0 else ())
+""",
     "metaclass": """
 class Meta(type):
     __eq__ = lambda self, other: True
@@ -101,7 +115,7 @@ def patch(module):
             except Exception:
                 pass
 def f(x):
-    for name in ("plain_data", "sandbox_zygote", "json", "json.encoder", "unittest", "operator"):
+    for name in ("plain_data", "isolation", "__main__", "json", "json.encoder", "unittest", "operator"):
         if name in sys.modules: patch(sys.modules[name])
     return 1
 """,
@@ -643,22 +657,23 @@ def f(x):
 PROGRAMS = {"forged": FORGED, "escapes": ESCAPES, "exhausting": EXHAUSTING, "honest": HONEST}
 
 
-def faults(kind: str, name: str, run_tests) -> list[str]:
-    """What is wrong with the verdicts on one program, in each form of tests."""
+def faults(kind: str, name: str, run_tests, forms=tuple(TESTS)) -> list[str]:
+    """What is wrong with the results of one program, in these forms of tests."""
     passes, timeout_s = kind == "honest", 0.5 if kind == "exhausting" else 20.0
-    with ThreadPoolExecutor(len(TESTS)) as threads:
-        results = threads.map(lambda tests: run_tests(PROGRAMS[kind][name], tests, timeout_s), TESTS.values())
-    wrong = [(form, r) for form, r in zip(TESTS, results, strict=True) if (r.status == "pass") != passes]
+    with ThreadPoolExecutor(len(forms)) as threads:
+        results = threads.map(lambda form: run_tests(PROGRAMS[kind][name], TESTS[form], timeout_s), forms)
+    wrong = [(form, r) for form, r in zip(forms, results, strict=True) if (r.status == "pass") != passes]
     return [f"{name}, {form}: {result}" for form, result in wrong]
 
 
 def main(layers: str, *kinds: str) -> None:
     """Run these kinds of programs with these layers alone, on this interpreter, as this user."""
-    from gspo.sandbox import runner
+    from gspo.sandbox import check_machine, processes, run_tests
 
-    runner.LAYERS = tuple(layers.split(","))
-    found = [faults(kind, name, runner.run_tests) for kind in kinds for name in PROGRAMS[kind]]
-    states = runner.check_machine()
+    processes.LAYERS = tuple(layers.split(","))
+    forms = {kind: tuple(TESTS) for kind in kinds} | {"escapes": ("calls",)}  # they act before any test
+    found = [faults(kind, name, run_tests, forms[kind]) for kind in kinds for name in PROGRAMS[kind]]
+    states = check_machine()
     print(json.dumps({"programs": len(found), "faults": sum(found, [])} | states))
 
 

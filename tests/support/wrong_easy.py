@@ -1,4 +1,4 @@
-"""Three plausible wrong solutions of each family in code_easy.py: entry point -> Template sources."""
+"""Three plausible wrong solutions of each family of code_families/easy.py: name -> Template sources."""
 
 WRONG_EASY = {
     "add_constant": [

@@ -1,4 +1,4 @@
-"""Three plausible wrong solutions of each family in code_hard.py: entry point -> Template sources.
+"""Three plausible wrong solutions of each family of code_families/hard.py: name -> Template sources.
 
 Each is the reference solution with one mistake, given as (what it replaces, the mistake).
 """

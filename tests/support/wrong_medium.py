@@ -1,4 +1,4 @@
-"""Three plausible wrong solutions of each family in code_medium.py: entry point -> Template sources."""
+"""Three plausible wrong solutions of each family of code_families/medium.py: name -> Template sources."""
 
 WRONG_MEDIUM = {
     "mask_long_runs": [

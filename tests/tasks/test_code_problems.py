@@ -7,12 +7,13 @@ from string import Template
 
 import pytest
 
-from data_loader import FAMILIES, RewardFunction, code_reward, compute_rewards, load_problems
+from data_loader import RewardFunction, code_reward, compute_rewards, load_problems
 from gspo.sandbox import SandboxError, run_tests
 from gspo.tasks.code_answer import code_of, program_of
 from gspo.tasks.code_benchmarks import code_problem
 from gspo.tasks.code_families.family import NUM_CALLS, TOPICS, instantiate
-from gspo.tasks.rewards import run_code
+from gspo.tasks.generated import FAMILIES
+from gspo.tasks.rewards import run_all_tests
 from support.sandbox import needs_sandbox
 from support.wrong_easy import WRONG_EASY
 from support.wrong_hard import WRONG_HARD
@@ -43,7 +44,7 @@ def test_reference_passes_and_stub_and_three_wrong_solutions_fail(family):
         assert len(set(wrong)) == 3
         stub = f"def {family.signature}:\n    pass\n"
         programs = [problem.solution, stub, *wrong]
-        results = run_code([(program, problem.tests) for program in programs])
+        results = run_all_tests([(program, problem.tests) for program in programs])
         statuses = [result.status for result in results]
         assert statuses[0] == "pass" and statuses[1] == "fail", (index, statuses)
         assert {"pass", "timeout", "crash"}.isdisjoint(statuses[2:]), (index, results)
@@ -168,7 +169,7 @@ def test_without_a_sandbox_code_problems_are_bad_input(monkeypatch):
     def fails():
         raise SandboxError("no seccomp")
 
-    monkeypatch.setattr("data_loader.check_machine", fails)
+    monkeypatch.setattr("gspo.tasks.rewards.check_machine", fails)
     for name in ("code", "mixed"):
         with pytest.raises(ValueError, match="cannot be judged here: no seccomp"):
             load_problems(name, "train", 5)

@@ -74,7 +74,7 @@ def test_a_job_past_its_deadline_is_killed_and_the_others_are_done(make_pool, jo
 
 
 def test_start_up_does_not_count_against_the_job(make_pool):
-    assert make_pool(timeout_s=0.5, start_s=1.5).map([1]) == [[1, 1]]
+    assert make_pool(timeout_s=0.5, start_s=1.0).map([1]) == [[1, 1]]
 
 
 def test_the_first_job_of_a_worker_has_the_same_deadline(make_pool):

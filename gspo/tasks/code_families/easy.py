@@ -1,4 +1,6 @@
-"""Families of easy function-writing problems: one line does it. What a field means: code_family.Family."""
+"""Families of easy function-writing problems: one line does it. Fields: see family.Family."""
+
+import random
 
 from gspo.tasks.code_families.family import Family, integers, word, words
 
@@ -551,7 +553,7 @@ def pieces_from_stock_code(code):
 )
 
 
-def _nested(rng, low: int, high: int, depth: int) -> list:
+def _nested(rng: random.Random, low: int, high: int, depth: int) -> list:
     """A list of up to four integers and lists, at most `depth` deep."""
     return [
         _nested(rng, low, high, depth - 1) if depth > 1 and rng.random() < 0.4 else rng.randint(low, high)

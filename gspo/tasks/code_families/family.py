@@ -1,9 +1,9 @@
 """Families of function-writing problems: a task with parameters, a reference solution, random tests.
 
-The families themselves stand in code_easy.py, code_medium.py and code_hard.py. A family's texts are
-string.Template sources: $name is replaced by a parameter's value, so every combination of values is
-another problem. `instantiate` makes one; its tests are drawn from a seed that its own text gives, so they
-are the same on every machine, and no two problems share them.
+The families themselves stand in easy.py, medium.py and hard.py. A family's texts are string.Template sources:
+$name is replaced by a parameter's value, so every combination of values is another problem. `instantiate`
+makes one. Its tests are drawn from a seed that depends on its own text, so they are the same on every
+machine, and no two problems share them.
 """
 
 import ast
@@ -16,6 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from string import Template
 from types import SimpleNamespace
+from typing import Any
+
+from gspo.tasks.problem import Problem
 
 NUM_CALLS = 12  # calls per problem, the edge cases among them
 NUM_EXAMPLES = 2  # calls shown in the prompt, none of which is a test
@@ -72,6 +75,10 @@ class CodeProblem:
     tests: dict
     preamble: str = ""
 
+    def as_problem(self, problem_id: str) -> Problem:
+        metadata = {"tests": self.tests, "preamble": self.preamble}
+        return Problem(problem_id, "code", self.prompt, self.solution, metadata)
+
 
 def instantiate(family: Family, index: int) -> CodeProblem:
     """The family's problem with its combination of parameters number `index`."""
@@ -110,8 +117,9 @@ def compiled(source: str, entry_point: str) -> Callable:
 
 
 def shape_of(source: str) -> str:
-    """The source's syntax without its names: equal for solutions that differ in nothing else."""
-    tree, names = ast.parse(source), {}
+    """The source's syntax without its names: equal for solutions that differ in their names alone."""
+    tree = ast.parse(source)
+    names: dict[str, str] = {}
     for node in ast.walk(tree):
         for attribute in ("id", "arg", "name"):
             if isinstance(getattr(node, attribute, None), str):
@@ -135,5 +143,5 @@ def word(rng: random.Random, max_length: int = 8, min_length: int = 1, letters: 
     return "".join(rng.choices(letters, k=rng.randint(min_length, max_length)))
 
 
-def words(rng: random.Random, max_count: int = 6, min_count: int = 0, **kwargs) -> list[str]:
+def words(rng: random.Random, max_count: int = 6, min_count: int = 0, **kwargs: Any) -> list[str]:
     return [word(rng, **kwargs) for _ in range(rng.randint(min_count, max_count))]

@@ -1,16 +1,20 @@
-"""Families of hard function-writing problems: several rules that act together. Fields: code_family.Family."""
+"""Families of hard function-writing problems: several rules that act together. Fields: see family.Family."""
+
+import random
+from collections.abc import Sequence
 
 from gspo.tasks.code_families.family import Family, integers, word, words
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
-# What the draws below are made from
+# Parts of the draws below
 
 
-def bracketed(rng, kinds):
+def bracketed(rng: random.Random, kinds: str) -> str:
     """A text with brackets of the two kinds, mostly with a fault somewhere."""
-    text, expected = "", []
+    text = ""
+    expected: list[str] = []  # closing brackets of those that are open
     for _ in range(rng.randint(2, 6)):
         opening = rng.choice([0, 0, 2])
         text += rng.choice(["", "x"]) + kinds[opening]
@@ -22,35 +26,35 @@ def bracketed(rng, kinds):
     return rng.choice([text, text[:cut] + text[cut + 1 :], text[:cut] + rng.choice(kinds) + text[cut:]])
 
 
-def lake_map(rng, water):
+def lake_map(rng: random.Random, water: str) -> list[str]:
     """Rows of characters with water mostly inland."""
     height, width = rng.randint(5, 6), rng.randint(5, 7)
 
-    def cell(y, x):
+    def cell(y: int, x: int) -> str:
         wet = 0.02 if y in (0, height - 1) or x in (0, width - 1) else 0.68
         return water if rng.random() < wet else "."
 
     return ["".join(cell(y, x) for x in range(width)) for y in range(height)]
 
 
-def strips(sizes, water):
+def strips(sizes: Sequence[int], water: str) -> list[str]:
     """A map with one straight inland lake of each size."""
     width = max(sizes) + 2
     land = "." * width
     return [land] + [row for size in sizes for row in (("." + water * size).ljust(width, "."), land)]
 
 
-def stranded(size, water):
+def stranded(size: int, water: str) -> list[list[str]]:
     """Maps with a straight lake at the first or last row, or at the first or last column."""
     rows = strips([size], water)
     return [rows[1:], rows[:-1], [row[1:] for row in rows], [row[:-1] for row in rows]]
 
 
-def nested(rng, depth):
+def nested(rng: random.Random, depth: int) -> int | list | dict:
     """An integer in `depth` lists and dictionaries, some of which hold one more thing."""
     if depth == 0:
         return rng.randint(0, 9)
-    children = [nested(rng, depth - 1)]
+    children: list = [nested(rng, depth - 1)]
     if depth < 3:
         children += rng.choice([[], [], [rng.randint(0, 9)], [[]], [{}]])
     rng.shuffle(children)
@@ -59,7 +63,8 @@ def nested(rng, depth):
     return dict(zip(rng.sample("abcdef", len(children)), children, strict=True))
 
 
-def folder(rng, depth, largest):
+def folder(rng: random.Random, depth: int, largest: int) -> dict:
+    """A tree of folders as dictionaries: name -> size of a file, or a folder."""
     names = rng.sample("abcdef", rng.choice([1, 2, 2]))
     return {
         name: folder(rng, depth - 1, largest) if depth and rng.random() < 0.6 else rng.randint(1, largest)
@@ -67,7 +72,8 @@ def folder(rng, depth, largest):
     }
 
 
-def expression(rng, operator, depth=2):
+def expression(rng: random.Random, operator: str, depth: int = 2) -> str:
+    """A sum with an extra operator and parentheses, `depth` deep."""
     if depth == 0 or rng.random() < 0.15:
         return str(rng.choice([rng.randint(0, 9), rng.randint(10, 30)]))
     parts = [expression(rng, operator, depth - 1) for _ in range(rng.choice([2, 2, 3]))]
@@ -77,7 +83,7 @@ def expression(rng, operator, depth=2):
     return f"({text})" if rng.random() < 0.5 else text
 
 
-def counted(rng, group, escape, depth=2):
+def counted(rng: random.Random, group: str, escape: str, depth: int = 2) -> str:
     """A run-length code with groups, `depth` deep."""
     units = [rng.choice("abc"), escape + rng.choice(group + "5" + escape)]
     units = rng.sample(units, rng.randint(0 if depth == 1 else 1, 1 + depth // 2))
@@ -89,7 +95,8 @@ def counted(rng, group, escape, depth=2):
     return "".join(units)
 
 
-def settings(rng, separator, comment):
+def settings(rng: random.Random, separator: str, comment: str) -> str:
+    """Lines of settings, with sections and comments between them."""
     lines = []
     for _ in range(rng.randint(2, 3)):
         key, value = rng.choice("abc"), rng.choice([str(rng.randint(0, 40)), word(rng, 2), f"x{separator}1"])
@@ -100,19 +107,20 @@ def settings(rng, separator, comment):
     return "\n".join(lines)
 
 
-def quoted_field(rng, separator, quote):
+def quoted_field(rng: random.Random, separator: str, quote: str) -> str:
+    """A field of a record, mostly with something that the separator or the quotes make difficult."""
     plain = word(rng, 3)
     inside = rng.choice([f"{plain}{separator}x", f" {plain}", f"{plain}{quote * 2}", "", plain])
     return rng.choice([plain, f" {plain} ", "", f"{quote}{inside}{quote}", f" {quote}{inside}{quote}"])
 
 
-def cached_keys(rng, capacity, life):
+def cached_keys(rng: random.Random, capacity: int, life: int) -> list[int]:
     """Requests, enough for the first keys to expire."""
     weights = [(capacity + 1 - key) ** 2 for key in range(capacity + 1)]
     return rng.choices(range(capacity + 1), weights, k=life + rng.randint(2, 4))
 
 
-def spread_jobs(rng, cooldown, batch):
+def spread_jobs(rng: random.Random, cooldown: int, batch: int) -> str:
     """Jobs of which more than `batch` in a row need no cooldown, with any others around them."""
     jobs = word(rng, 3, 0, ALPHABET[:cooldown])
     for _ in range(batch + 1):

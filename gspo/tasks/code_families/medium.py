@@ -1,9 +1,11 @@
-"""Families of medium function-writing problems: a short loop with state. Fields: code_family.Family."""
+"""Families of medium function-writing problems: a short loop with state. Fields: see family.Family."""
+
+import random
 
 from gspo.tasks.code_families.family import Family, integers, word, words
 
 
-def nested(rng, low, high, depth):
+def nested(rng: random.Random, low: int, high: int, depth: int) -> list:
     """A list of integers and of lists, at most `depth` lists deep."""
     return [
         nested(rng, low, high, depth - 1) if depth > 1 and rng.random() < 0.6 else rng.randint(low, high)
@@ -11,14 +13,14 @@ def nested(rng, low, high, depth):
     ]
 
 
-def tree(rng, max_size, depth):
-    """[name, size, children]"""
+def tree(rng: random.Random, max_size: int, depth: int) -> list:
+    """A node [name, size, children], at most `depth` levels."""
     count = rng.choice([1, 2, 2]) if depth > 1 else 0
     children = [tree(rng, max_size, rng.randint(1, depth - 1)) for _ in range(count)]
     return [word(rng, 2, letters="abcdefghijkmnop"), rng.randint(0, max_size), children]
 
 
-def shift(start, minutes):
+def shift(start: int, minutes: int) -> str:
     """A shift from `start`, in minutes after midnight, as '23:30-0:15'."""
     return "-".join(f"{time // 60 % 24}:{time % 60:02}" for time in (start, start + minutes))
 
