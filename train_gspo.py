@@ -121,11 +121,14 @@ def parse(arguments: list[str] | None) -> GSPOConfig:
 def algorithm_names() -> tuple[str, ...]:
     """The keys of gspo_implementation.ALGORITHMS, read from its source, since importing it takes seconds."""
     source = Path(__file__).with_name("gspo_implementation.py").read_text(encoding="utf-8")
+    names = []
     for statement in ast.parse(source).body:
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "ALGORITHMS":
-            assert isinstance(statement.value, ast.Dict)
-            return tuple(ast.literal_eval(key) for key in statement.value.keys if key)
-    raise AssertionError("gspo_implementation.py has no table ALGORITHMS")
+        target = ast.unparse(statement.targets[0]) if isinstance(statement, ast.Assign) else ""
+        if target == "ALGORITHMS":
+            names += [ast.literal_eval(key) for key in statement.value.keys]
+        elif target.startswith("ALGORITHMS["):  # an entry below the table
+            names.append(ast.literal_eval(statement.targets[0].slice))
+    return tuple(names)
 
 
 def with_settings_of_resumed_run(given: dict) -> dict:
