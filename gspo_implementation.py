@@ -34,16 +34,17 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from gspo.policy.gradient_checkpointing import enable_gradient_checkpointing
-from gspo.policy.log_probs import micro_batches, token_log_probs
-from gspo.policy.rollout import Sampling, TransformersEngine, encode_prompt
+from gspo.policy.rollout import Rollout, Sampling, TransformersEngine, encode_prompt
 from gspo.training.alarms import EmergencyStop, non_finite_weights, stop_if, stop_reason
 from gspo.training.config import GSPOConfig
+from gspo.training.forward_passes import ForwardPasses
 from gspo.training.hardware import choose_device, choose_dtype, peak_memory_gb
 from gspo.training.intervals import wilson_interval
-from gspo.training.memory import MicroBatchSize
+from gspo.training.loss_metrics import METRIC_SUMS, loss_metrics, pool_metrics
 from gspo.training.processes import Processes
 from gspo.training.progress import progress_bar
 from gspo.training.rollout_batch import RolloutBatch, Sample
+from gspo.training.sampling import sample_and_reward
 from gspo.training.stopping import StopRequest
 from gspo.training.training_run import TrainingRun, is_due
 
@@ -115,8 +116,8 @@ def gspo_loss(
         log_probs: (B, T) under the policy, differentiable.
         old_log_probs: (B, T) under the policy that sampled; no gradient flows to it.
         advantages: (B,).
-        mask: (B, T) bool, True at response tokens. Other positions never matter, NaN included. A row without tokens
-            contributes 0.
+        mask: (B, T) bool, True at response tokens. Other positions never matter, NaN included. A row
+            without tokens contributes 0.
         denominator: sequences of the whole optimizer update if these B are one micro-batch of it; B by
             default. The losses of the micro-batches then add up to the loss of the update, however it is cut.
 
@@ -192,26 +193,6 @@ def kl_penalty(
     return _mean_over_tokens(_bounded_exp(log_ratio) - 1 - log_ratio, mask).sum() / denominator
 
 
-def pool_metrics(
-    parts: Iterable[dict[str, float]], num_sequences: int | None = None, num_tokens: int | None = None
-) -> dict[str, float]:
-    """The metrics of a whole from those that a loss returned for its parts: micro-batches, updates, processes.
-
-    Args:
-        parts: metrics of the losses above.
-        num_sequences, num_tokens: those of the whole, for the clip fractions. By default they are counted in
-            the parts; give them if sequences without a signal, which cannot clip, were left out of the parts.
-    """
-    parts = [part for part in parts if part["ratios"]]
-    sums: dict[str, float] = {name: 0.0 for name in METRIC_SUMS}
-    for part in parts:
-        for name in METRIC_SUMS:
-            sums[name] += part.get(name, 0.0)
-    lowest = min((part["importance_ratio_min"] for part in parts), default=1.0)
-    highest = max((part["importance_ratio_max"] for part in parts), default=1.0)
-    return _with_averages(sums, lowest, highest, num_sequences, num_tokens)
-
-
 def _per_token(advantages: torch.Tensor) -> torch.Tensor:
     """(B,) or (B, T) to a shape that broadcasts over (B, T)."""
     return advantages if advantages.dim() == 2 else advantages[:, None]
@@ -256,66 +237,7 @@ def _clipped_loss(
     # A token is clipped if the clipped branch is in force, so that no gradient flows. A ratio outside the
     # range is not enough: on the other side min() takes the unclipped branch.
     clipped = ((advantages > 0) & (ratio > 1 + right)) | ((advantages < 0) & (ratio < 1 - left))
-    return loss, _loss_metrics(objective.detach(), reported_ratio.detach(), clipped & mask, mask)
-
-
-# The sums over sequences and tokens that a loss counts, or the trainer beside it. They add up over micro-batches,
-# updates and processes.
-METRIC_SUMS = (
-    "objective", "sequences", "clipped_sequences", "tokens", "clipped_tokens",
-    "ratios", "ratio_deviations", "ratio_deviations_squared", "kl_sum", "sampler_gap_sum",
-)  # fmt: skip
-
-
-def _loss_metrics(
-    objective: torch.Tensor, ratio: torch.Tensor, clipped: torch.Tensor, mask: torch.Tensor
-) -> dict[str, float]:
-    """Sums and averages over one call: objective (), ratio (B, 1) or (B, T), clipped and mask (B, T)."""
-    has_tokens = mask.any(1)
-    # float64, since the square of a ratio overflows float32.
-    ratios = ratio[mask if ratio.shape == mask.shape else has_tokens].double()
-    deviations = ratios - 1
-    none = ratios.new_ones(1)  # min() and max() need an element
-    # One tensor, so that a GPU is waited for once.
-    figures = torch.stack(
-        [
-            objective.double(),
-            has_tokens.sum().double(),
-            clipped.any(1).sum().double(),
-            mask.sum().double(),
-            clipped.sum().double(),
-            deviations.sum(),
-            deviations.square().sum(),
-            (ratios if len(ratios) else none).min(),
-            (ratios if len(ratios) else none).max(),
-        ]
-    ).tolist()
-    names = ("objective", "sequences", "clipped_sequences", "tokens", "clipped_tokens",
-             "ratio_deviations", "ratio_deviations_squared")  # fmt: skip
-    *counted, lowest, highest = figures
-    sums = dict(zip(names, counted, strict=True)) | {"ratios": float(len(ratios))}
-    return _with_averages(sums, lowest, highest)
-
-
-def _with_averages(
-    sums: dict[str, float],
-    lowest: float,
-    highest: float,
-    num_sequences: int | None = None,
-    num_tokens: int | None = None,
-) -> dict[str, float]:
-    """The sums, and the averages that they give over so many sequences and tokens (by default their own)."""
-    mean_deviation = sums["ratio_deviations"] / max(sums["ratios"], 1)
-    mean_square = sums["ratio_deviations_squared"] / max(sums["ratios"], 1)
-    return {
-        **sums,
-        "clip_fraction": sums["clipped_tokens"] / max(num_tokens or sums["tokens"], 1),
-        "clip_fraction_sequences": sums["clipped_sequences"] / max(num_sequences or sums["sequences"], 1),
-        "importance_ratio_mean": 1 + mean_deviation,
-        "importance_ratio_std": math.sqrt(max(mean_square - mean_deviation**2, 0.0)),
-        "importance_ratio_min": lowest,
-        "importance_ratio_max": highest,
-    }
+    return loss, loss_metrics(objective.detach(), reported_ratio.detach(), clipped & mask, mask)
 
 
 def _check_shapes(
@@ -418,13 +340,13 @@ def describe_objective(config: GSPOConfig) -> str:
     kl = f", minus {config.kl_coef} x KL to the starting model" if config.kl_coef else ", no KL term"
     if updates * frequency == 1:
         clipping = (
-            "With one optimizer update per rollout batch the ratio is 1 by construction: nothing can clip, and "
-            "every algorithm here is the same. Lower --mini_batch_size for more updates."
+            "With one optimizer update per rollout batch the ratio is 1 by construction: nothing can clip, "
+            "and every algorithm here is the same. Lower --mini_batch_size for more updates."
         )
     else:
         clipping = (
-            f"The first update sees a ratio of exactly 1 and cannot clip; the other {updates * frequency - 1} "
-            "before pi_old is refreshed can."
+            f"The first update sees a ratio of exactly 1 and cannot clip; the other "
+            f"{updates * frequency - 1} before pi_old is refreshed can."
         )
     return (
         f"{config.algorithm}: {algorithm.ratio}, clipped to [1 - {config.left_clip_range:g}, "
@@ -465,7 +387,7 @@ class GSPOTrainer:
         self.algorithm = ALGORITHMS[config.algorithm]
         self.processes = Processes(str(config.device))
         self.stop = StopRequest(self.processes)
-        self.micro_batch_size = MicroBatchSize(config.micro_batch_tokens)
+        self.forward = ForwardPasses(config, self.processes)
         self.model = model.float().to(self.processes.device).eval()
         self.tokenizer = tokenizer
         self.reward_fn = reward_fn
@@ -498,8 +420,8 @@ class GSPOTrainer:
     def collect(self, problems: Sequence, index: int) -> RolloutBatch:
         """Sample and reward rollout batch number index under the present policy, which is its pi_old.
 
-        The first minibatch of a window gets its log pi_old from the forward pass of its own update, which sees
-        the same weights; the other log-probabilities are computed here.
+        The first minibatch of a window gets its log pi_old from the forward pass of its own update, which
+        sees the same weights. The other log-probabilities are computed here.
         """
         config = self.config
         stream = (config.seed << 64) + (index << 32)
@@ -517,10 +439,10 @@ class GSPOTrainer:
         measures_noise = index == 0 or is_due(index, config.eval_frequency)
         opens_window = index % config.update_frequency == 0
         computed_here = minibatches[1:] if opens_window and not measures_noise else minibatches
-        for sample, log_probs in self._log_probs_of(self.model, computed_here):
+        for sample, log_probs in self.forward.log_probs_of(self.model, computed_here):
             sample.old_log_probs = log_probs
         if self.reference_model is not None:
-            for sample, log_probs in self._log_probs_of(self.reference_model, minibatches):
+            for sample, log_probs in self.forward.log_probs_of(self.reference_model, minibatches):
                 sample.reference_log_probs = log_probs
         if measures_noise:
             metrics["null_clip_fraction"] = self._null_clip_fraction(minibatches)
@@ -529,67 +451,23 @@ class GSPOTrainer:
         return batch
 
     def _sample_and_reward(self, problems: Sequence, stream: int) -> tuple[list[Sample], dict]:
-        """Sample and reward responses, by all processes together. Returns them and the time it took.
+        """Rewarded samples, and the time they took. stream + i seeds problem i, in whatever process."""
 
-        stream + i seeds problem i, so that the samples do not depend on how many processes share the work.
-        """
-        config = self.config
-        share = self.processes.contiguous_share(len(problems))
-        own = [problems[i] for i in share]
-        asked = [problem for problem in own for _ in range(config.group_size)]
-        rollouts, rewards = [], []
-        started = time.perf_counter()
-        if own:
+        def generate(own: Sequence, first: int) -> list[Rollout]:
+            assert config.max_new_tokens is not None  # resolve() has decided it
             prompts = [encode_prompt(self.tokenizer, problem.prompt) for problem in own]
-            seed = stream + share.start
+            seed = stream + first
             sampling = Sampling(config.max_new_tokens, config.temperature, config.max_length, seed)
-            with self._compute_type():
-                rollouts = self.engine.generate(prompts, config.group_size, sampling)
-        generated = time.perf_counter()
-        if own:
-            rewards = list(self.reward_fn(asked, [rollout.text for rollout in rollouts]))
-        metrics = {"generation_s": generated - started, "reward_s": time.perf_counter() - generated}
-        own_sums = getattr(self.reward_fn, "metrics", {}) if own else {}
-        for sums in self.processes.gather([own_sums]):
-            for name, value in sums.items():
-                metrics[name] = metrics.get(name, 0) + value
-        gathered = self.processes.gather(list(zip(rollouts, rewards, strict=True)))
-        samples = []
-        for i, (rollout, reward) in enumerate(gathered):
-            if not all(map(math.isfinite, rollout.log_probs)):
-                raise EmergencyStop(
-                    non_finite_weights(self.model) or "the policy's log-probabilities are not finite"
-                )
-            if reward is not None and not math.isfinite(reward):
-                raise EmergencyStop("the reward function returned a value that is not finite")
-            samples.append(Sample(problems[i // config.group_size], rollout, reward))
-        return samples, metrics
+            with self.forward.compute_type():
+                return self.engine.generate(prompts, config.group_size, sampling)
 
-    def _log_probs_of(
-        self, model: Any, minibatches: Sequence[Sequence[Sample]]
-    ) -> list[tuple[Sample, torch.Tensor]]:
-        """Log-probabilities of the samples with a signal, in the very forward passes that their updates run.
-
-        Equal shapes give equal bits, so that the ratio of an unchanged policy is exactly 1.
-        """
-
-        def own_share() -> list[tuple[int, int, torch.Tensor]]:
-            computed = []
-            with torch.no_grad(), self._compute_type():  # entered once, so that the weights are cast once
-                for number, samples in enumerate(minibatches):
-                    for rows in self._own_micro_batches(samples):
-                        log_probs = self._forward(model, [samples[row] for row in rows])
-                        computed += [(number, row, x.cpu()) for row, x in zip(rows, log_probs, strict=True)]
-            return computed
-
-        longest = _longest_row([sample for samples in minibatches for sample in samples])
-        gathered = self.processes.gather(self.micro_batch_size.retry(own_share, longest))
-        return [(minibatches[number][row], log_probs) for number, row, log_probs in gathered]
+        config = self.config
+        return sample_and_reward(problems, config.group_size, generate, self.reward_fn, self.processes)
 
     def _null_clip_fraction(self, minibatches: Sequence[Sequence[Sample]]) -> float:
-        """The share of a minibatch's tokens outside the clip range if computed again: noise and nothing else."""
+        """The share of a minibatch's tokens outside the clip range if computed again: pure noise."""
         with_signal = [samples for samples in minibatches if any(sample.has_signal for sample in samples)]
-        pairs = self._log_probs_of(self.model, with_signal[:1])
+        pairs = self.forward.log_probs_of(self.model, with_signal[:1])
         if not pairs:
             return 0.0
         samples, again = [sample for sample, _ in pairs], [log_probs for _, log_probs in pairs]
@@ -626,8 +504,7 @@ class GSPOTrainer:
     def _update_minibatch(self, batch: RolloutBatch, samples: Sequence[Sample]) -> None:
         """One optimizer update on these samples. The batch then has its metrics."""
         started = time.perf_counter()
-        longest = _longest_row(batch.samples)
-        parts, log_probs = self.micro_batch_size.retry(lambda: self._backward(samples), longest)
+        parts, log_probs = self.forward.retry(lambda: self._backward(samples), batch.samples)
         self.processes.sum_gradients(self.model)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
         if grad_norm > self.config.max_grad_norm:  # otherwise every gradient would be multiplied by 1
@@ -652,10 +529,11 @@ class GSPOTrainer:
         Returns: the metrics of its micro-batches, and by row in the samples the log-probabilities (|y|,).
         """
         self.optimizer.zero_grad()  # here, so that an update that was given up leaves nothing behind
-        parts, computed = [], []
-        for rows in self._own_micro_batches(samples):
+        parts: list[dict] = []
+        computed: list[tuple[int, torch.Tensor]] = []
+        for rows in self.forward.micro_batches(self.model, samples):
             chosen = [samples[row] for row in rows]
-            log_probs = self._forward(self.model, chosen)
+            log_probs = self.forward.log_probs(self.model, chosen)
             loss, metrics = self._loss(chosen, log_probs, denominator=len(samples))
             loss.backward()
             own = [values.detach().cpu() for values in log_probs]
@@ -707,35 +585,6 @@ class GSPOTrainer:
             metrics["kl"] = metrics["kl_sum"] / len(samples)
         return metrics
 
-    def _own_micro_batches(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """The rows of this process's samples with a signal, as forward passes.
-
-        A sample without an advantage has a gradient of exactly 0. On problems much too easy or too hard for
-        the model, which half of all groups often are, leaving them out halves the work.
-        """
-        with_signal = [row for row, sample in enumerate(samples) if sample.has_signal]
-        own = with_signal[self.processes.rank :: self.processes.count]
-        prompts = [samples[row].rollout.prompt_ids for row in own]
-        responses = [samples[row].rollout.response_ids for row in own]
-        split = micro_batches(self.model, prompts, responses, self.micro_batch_size.tokens)
-        return [[own[i] for i in indices] for indices in split]
-
-    def _forward(self, model: Any, samples: Sequence[Sample]) -> list[torch.Tensor]:
-        """Log-probabilities (|y|,) of each sample's response, in one forward pass."""
-        prompts = [sample.rollout.prompt_ids for sample in samples]
-        responses = [sample.rollout.response_ids for sample in samples]
-        with self._compute_type():
-            return token_log_probs(model, prompts, responses, self.config.temperature)
-
-    def _compute_type(self) -> torch.autocast:
-        """bfloat16 matrix products over the float32 weights, or float32 throughout.
-
-        This is torch.autocast rather than accelerate's, which is fixed once per process: trainers of both types
-        may be compared in one process.
-        """
-        enabled = self.config.dtype == "bfloat16"
-        return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=enabled)
-
     # ---- evaluation
 
     def evaluate(self, problems: Sequence) -> dict:
@@ -776,14 +625,14 @@ class GSPOTrainer:
         """What the future depends on besides the weights, as plain data and tensors."""
         return {
             "step": self.step,
-            "halvings": self.micro_batch_size.halvings,
+            "halvings": self.forward.halvings,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Take up the state of state_dict(); the weights are loaded by the caller."""
-        self.step, self.micro_batch_size.halvings = state["step"], state["halvings"]
+        self.step, self.forward.halvings = state["step"], state["halvings"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
 
@@ -791,11 +640,6 @@ class GSPOTrainer:
 def _pad(rows: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """Tensors (|y|,) to (B, T)."""
     return pad_sequence([row.to(device) for row in rows], batch_first=True)
-
-
-def _longest_row(samples: Sequence[Sample]) -> int:
-    """Tokens of the longest prompt and response together."""
-    return max((len(s.rollout.prompt_ids) + s.num_tokens for s in samples), default=0)
 
 
 def _sampler_gap(sample: Sample, log_probs: torch.Tensor) -> float:

@@ -3,7 +3,7 @@
     python train_gspo.py                                          the embedded model, on a CPU
     python train_gspo.py --model_name Qwen/Qwen2.5-7B-Instruct --dataset gsm8k --use_wandb
     python train_gspo.py --dataset math --algorithm grpo          the baseline, with everything else equal
-    torchrun --nproc_per_node 4 train_gspo.py ...                 several processes, each with a GPU or without
+    torchrun --nproc_per_node 4 train_gspo.py ...                 several processes
 
 Exit codes: 0 done; 1 failure; 2 bad input (one line: what, why, what to do); 3 emergency stop;
 130 interrupted. Whenever it stops, what was learnt is on disk and --resume continues.
@@ -123,12 +123,12 @@ def algorithm_names() -> tuple[str, ...]:
     source = Path(__file__).with_name("gspo_implementation.py").read_text(encoding="utf-8")
     names = []
     for statement in ast.parse(source).body:
-        target = ast.unparse(statement.targets[0]) if isinstance(statement, ast.Assign) else ""
-        if target == "ALGORITHMS":
-            names += [ast.literal_eval(key) for key in statement.value.keys]
-        elif target.startswith("ALGORITHMS["):  # an entry below the table
-            names.append(ast.literal_eval(statement.targets[0].slice))
-    return tuple(names)
+        match statement:
+            case ast.Assign(targets=[ast.Name("ALGORITHMS")], value=ast.Dict(keys=keys)):
+                names += [key.value for key in keys if isinstance(key, ast.Constant)]
+            case ast.Assign(targets=[ast.Subscript(ast.Name("ALGORITHMS"), ast.Constant(name))]):
+                names.append(name)  # an entry below the table
+    return tuple(map(str, names))
 
 
 def with_settings_of_resumed_run(given: dict) -> dict:

@@ -8,7 +8,6 @@ Shapes: B sequences, T response positions.
 
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -16,15 +15,10 @@ from torch import Tensor
 import gspo_implementation as gspo
 from gspo.checks import float64_reference as reference
 from gspo.checks.report import Check, Checks, at_most, each_at_most, exactly
-from gspo.training.config import PRESETS
 
 # Section 5.1 of the paper. The ranges stand here a second time, so that a changed default shows.
 PAPER_CLIP_RANGES = {"gspo": (3e-4, 4e-4), "gspo_token": (3e-4, 4e-4), "grpo": (0.2, 0.27)}
-# The one place from which checks and tests take the losses. It becomes `ALGORITHMS = gspo.ALGORITHMS`.
-ALGORITHMS = {
-    name: SimpleNamespace(**vars(PRESETS[name]), loss=loss, reference=name)
-    for name, loss in gspo.LOSSES.items()
-}
+ALGORITHMS = gspo.ALGORITHMS
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -212,7 +206,7 @@ def _gradient_at(algorithm: str, advantage: float, ratio: float) -> float:
 
 def clip_ranges() -> Checks:
     for algorithm, expected in PAPER_CLIP_RANGES.items():
-        config = gspo.GSPOConfig(algorithm=algorithm).resolve(10**9)
+        config = gspo.resolve(gspo.GSPOConfig(algorithm=algorithm), 10**9)
         of_loss = _edge(algorithm, -1), _edge(algorithm, 1)
         of_trainer = config.left_clip_range or math.nan, config.right_clip_range or math.nan
         pairs = zip(of_loss + of_trainer, expected + expected, strict=True)

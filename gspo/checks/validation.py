@@ -38,7 +38,7 @@ from gspo.policy.model_loader import (
     load_model,
     resolve_model_name,
 )
-from gspo.training.run_log import describe_environment
+from gspo.training.hardware import describe_environment
 
 COMPARED = ("gspo", "grpo")  # the algorithms that part 2 compares
 TINY = ("tiny", "tiny-moe")  # trained in seconds; another model shows its arithmetic and its ratios alone

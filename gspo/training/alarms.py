@@ -1,7 +1,7 @@
 """Warnings, emergency stops, and the measures of text that they read.
 
-The rules are pure functions of metrics (record.GLOSSARY), of one rollout batch or of all so far, oldest first. A
-text is compared with the run's own start, because a model may have rambled from the beginning.
+The rules are pure functions of the metrics (record.GLOSSARY) of one rollout batch, or of all, oldest first.
+A text is compared with the run's own start, because a model may have rambled from the beginning.
 """
 
 import math
@@ -19,7 +19,7 @@ REPEATED_TOKENS = 4
 
 
 def repetition(response_ids: Sequence[int]) -> float:
-    """The share of sequences of REPEATED_TOKENS tokens that occurred before in the response; 0 if it is short."""
+    """The share of sequences of REPEATED_TOKENS tokens that occurred before; 0 for a short response."""
     shifted = [response_ids[i:] for i in range(REPEATED_TOKENS)]
     sequences = list(zip(*shifted, strict=False))
     if not sequences:
@@ -68,8 +68,8 @@ def non_finite_weights(model: torch.nn.Module) -> str | None:
 def stop_reason(metrics: dict) -> str | None:
     """The reason why an update with these metrics must not reach the weights, or None.
 
-    Reasons are a figure that is not finite, a ratio above 100 (a healthy one stays within a few per cent of 1),
-    and responses that were not sampled from the policy.
+    Reasons are a figure that is not finite, a ratio above 100 (a healthy one stays within a few per cent of
+    1), and responses that were not sampled from the policy.
     """
     for name, values in metrics.items():
         for value in values if isinstance(values, list) else [values]:
@@ -88,7 +88,8 @@ def stop_reason(metrics: dict) -> str | None:
 def gibberish_reason(history: Sequence[dict]) -> str | None:
     """The reason why the policy's text is beyond repair, or None.
 
-    The text has got worse for WINDOW rollout batches, which earned less than a tenth of the reward at the start.
+    The text has got worse for WINDOW rollout batches, which earned less than a tenth of the reward at the
+    start.
     """
     if not any(batch["reward_mean"] for batch in _start(history)):
         return None  # nothing has been lost
@@ -116,14 +117,14 @@ def warnings_of(history: Sequence[dict]) -> dict[str, str]:
     noise = last.get("null_clip_fraction", 0.0)
     if noise > 0.01:
         warnings["null clip"] = (
-            f"null_clip_fraction is {noise:.3g}: the noise of the log-probabilities alone leaves the clip range; "
-            "use --dtype float32 or a wider range"
+            f"null_clip_fraction is {noise:.3g}: the noise of the log-probabilities alone leaves the clip "
+            "range; use --dtype float32 or a wider range"
         )
     first_gap = next((batch["sampler_gap"] for batch in history if batch["sampler_gap"]), 0.0)
     if last["sampler_gap"] > 3 * max(1e-3, first_gap):
         warnings["stale sampler"] = (
-            f"the log-probabilities of sampler and trainer differ by {last['sampler_gap']:.3g} nats per token, at "
-            f"the start by {first_gap:.3g}: does the sampler get the new weights?"
+            f"the log-probabilities of sampler and trainer differ by {last['sampler_gap']:.3g} nats per "
+            f"token, at the start by {first_gap:.3g}: does the sampler get the new weights?"
         )
     if len(history) >= WINDOW and all(batch["zero_variance_groups"] == 1 for batch in history[-WINDOW:]):
         warnings["no signal"] = (
@@ -138,19 +139,22 @@ def warnings_of(history: Sequence[dict]) -> dict[str, str]:
     return warnings
 
 
-# What can get worse about a text: the metric, a message about its recent mean and its mean at the start, and a
-# rule that compares a recent value with the mean at the start.
+# What can get worse about a text: the metric, a message about its recent mean and its mean at the start, and
+# a rule that compares a recent value with the mean at the start.
 Rule = Callable[[float, float], bool]
+ENTROPY = "entropy {:.3g} nats per token, {:.3g} at the start"
+LENGTH = "responses of {:.3g} tokens, {:.3g} at the start"
+REPEATED = "{:.0%} of the text is repetition, {:.0%} at the start"
+UNREADABLE = "{:.0%} of the characters are unreadable, {:.0%} at the start"
+ENDLESS = "{:.0%} of the responses do not end, {:.0%} at the start"
 TEXT_SIGNS: list[tuple[str, str, Rule]] = [
-    ("entropy", "entropy {:.3g} nats per token, {:.3g} at the start", lambda x, start: x > 3 * max(1.0, start)),
-    ("entropy", "entropy {:.3g} nats per token, {:.3g} at the start", lambda x, start: x < 0.05 * start),
-    ("response_tokens_mean", "responses of {:.3g} tokens, {:.3g} at the start", lambda x, start: x < 0.2 * start),
-    ("repetition", "{:.0%} of the text is repetition, {:.0%} at the start", lambda x, start: x > max(0.5, 2 * start)),
-    ("unreadable_characters", "{:.0%} of the characters are unreadable, {:.0%} at the start",
-     lambda x, start: x > start + 0.1),
-    ("truncated_fraction", "{:.0%} of the responses do not end, {:.0%} at the start",
-     lambda x, start: x >= 0.9 and start < 0.5),
-]  # fmt: skip
+    ("entropy", ENTROPY, lambda recent, start: recent > 3 * max(1.0, start)),
+    ("entropy", ENTROPY, lambda recent, start: recent < 0.05 * start),
+    ("response_tokens_mean", LENGTH, lambda recent, start: recent < 0.2 * start),
+    ("repetition", REPEATED, lambda recent, start: recent > max(0.5, 2 * start)),
+    ("unreadable_characters", UNREADABLE, lambda recent, start: recent > start + 0.1),
+    ("truncated_fraction", ENDLESS, lambda recent, start: recent >= 0.9 and start < 0.5),
+]
 
 
 def _text_faults(history: Sequence[dict], reward_kept: float) -> list[str]:

@@ -30,7 +30,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest_whole(candidates: list[Path]) -> Path | None:
-    """The last of these checkpoints (oldest first) that is whole. Damaged ones are named on standard error."""
+    """The last whole one of these checkpoints (oldest first). Damaged ones are named on standard error."""
     for path in reversed(candidates):
         reason = damage(path, STATE_FILE)
         if reason is None:
@@ -60,10 +60,10 @@ def read_state(checkpoint: Path, lazily: bool = False) -> dict:
 
 def random_states() -> dict:
     """The states of the global random generators of Python, numpy and torch, as plain data and tensors."""
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

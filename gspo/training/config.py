@@ -172,7 +172,7 @@ def _check_bounds(f: Field, value: Any) -> None:
         if choices and value not in choices:
             raise ValueError(f"--{name} {value}: choose one of {', '.join(choices)}")
         return
-    if isinstance(value, Integral) and abs(value) >= INTEGER_LIMIT:
+    if isinstance(value, Integral) and abs(int(value)) >= INTEGER_LIMIT:
         raise ValueError(f"--{name} must be below {INTEGER_LIMIT}, got {value}")
     if f.metadata["positive"] and not 0 < value < FLOAT_LIMIT:
         raise ValueError(f"--{name} must be positive and finite, got {value}")

@@ -1,4 +1,4 @@
-"""The machine that a run uses: its devices, its compute type, its memory, and its description in config.json."""
+"""The machine that a run uses: devices, compute type, memory, and its description for config.json."""
 
 import os
 import platform
@@ -32,7 +32,7 @@ def choose_dtype(device: str, num_parameters: int) -> tuple[str, str]:
     """The compute type that --dtype auto stands for, and the reason for it."""
     if device == "cuda":
         return "bfloat16", "the GPU multiplies it many times faster"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
     if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
         return "float32", "this CPU has no bfloat16 multiplication"
     if num_parameters < SMALL_MODEL:

@@ -1,4 +1,4 @@
-"""The processes that train together. Rank 0, the main process, has the record, the checkpoints and the last word."""
+"""The processes that train together. The main process, rank 0, has the record and the checkpoints."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

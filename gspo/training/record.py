@@ -21,7 +21,10 @@ GLOSSARY = {
     "loss": ("-", "minus the objective, mean over all responses, each as its own update computed it"),
     "clip_fraction": ("share", "response tokens whose clipped branch is in force, of all in the batch"),
     "clip_fraction_sequences": ("share", "responses with a clipped token, of all responses in the batch"),
-    "clip_fraction_by_minibatch": ("share", "clip_fraction of each update; 0 for the first after pi_old is set"),
+    "clip_fraction_by_minibatch": (
+        "share",
+        "clip_fraction of each update; 0 for the first one after sampling",
+    ),
     "null_clip_fraction": (
         "share",
         "tokens outside the clip range if log-probabilities are computed twice with the same weights; on the "
@@ -41,7 +44,10 @@ GLOSSARY = {
     "code_timeouts": ("count", "responses whose code ran out of time; logged by the toolkit's own rewards"),
     "response_tokens_mean": ("tokens", "mean response length, end token included"),
     "truncated_fraction": ("share", "responses cut before their end token"),
-    "repetition": ("share", "4-token sequences that occurred before in the same response, mean over responses"),
+    "repetition": (
+        "share",
+        "4-token sequences that repeat an earlier one of the response, mean over responses",
+    ),
     "unreadable_characters": ("share", "control and replacement characters, mean over responses"),
     "entropy": ("nats per token", "minus the mean log-probability of the sampled tokens"),
     "sampler_gap": (

@@ -17,8 +17,8 @@ from gspo.training.whole_folders import recover
 class OpenRun:
     """A run that is ready to be recorded.
 
-    checkpoint: where it goes on from; None for a run that begins, or begins again because it was killed before
-    its first checkpoint (the run is deterministic given the seed).
+    checkpoint: where it goes on from; None for a run that begins. A run that was killed before its first
+    checkpoint begins again (it is deterministic given the seed).
     """
 
     folder: RunFolder

@@ -1,13 +1,13 @@
 """A run's folder on disk: who may work in it, and what is written into it whole.
 
-    gspo_outputs/<run>/
-        config.json       the resolved configuration, with versions, hardware, git commit, command line
-        metrics.jsonl     one line per rollout batch
-        eval.jsonl        one line per evaluation
-        samples.jsonl     the best and the worst response of a group per rollout batch, with rewards
-        checkpoints/step-N/           see checkpoints.py
-        best_model/  final_model/     what from_pretrained loads
-        emergency/        the reason, metrics and rollout batch of an emergency stop
+gspo_outputs/<run>/
+    config.json       the resolved configuration, with versions, hardware, git commit, command line
+    metrics.jsonl     one line per rollout batch
+    eval.jsonl        one line per evaluation
+    samples.jsonl     the best and the worst response of a group per rollout batch, with rewards
+    checkpoints/step-N/           see checkpoints.py
+    best_model/  final_model/     what from_pretrained loads
+    emergency/        the reason, metrics and rollout batch of an emergency stop
 """
 
 import fcntl

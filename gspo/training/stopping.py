@@ -8,8 +8,8 @@ from typing import Any
 
 from gspo.training.processes import Processes
 
-# Seconds within which a second signal is the first one again: a launcher passes on a signal that its processes
-# have received themselves.
+# A second signal within so many seconds is the first one again: a launcher passes on a signal that its
+# processes have received themselves.
 SAME_SIGNAL_S = 1.0
 
 
@@ -25,7 +25,7 @@ class StopRequest:
         self.requested = False
 
     def check(self) -> None:
-        """Mark a place where the state is whole; raises Interrupted in every process if any was asked to stop."""
+        """Mark a place where the state is whole; raises Interrupted if any process was asked to stop."""
         if self.processes.any(self.requested):
             raise Interrupted
 

@@ -233,7 +233,7 @@ class TrainingRun:
             self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
-        """Write checkpoints/step-N: the model, the tokenizer, and all else that the run's future depends on."""
+        """Write checkpoints/step-N: model, tokenizer, and all else that the run's future depends on."""
         if self._saved == self._position():
             return
         name = f"step-{self.trainer.step}"
@@ -313,8 +313,8 @@ def drop_long_prompts(problems: Sequence, trainer: Trainer, purpose: str) -> lis
         )
     if len(kept) < len(problems) and trainer.processes.is_main:
         print(
-            f"{purpose}: dropped {len(problems) - len(kept)} of {len(problems)} problems, whose prompts leave "
-            f"no room for a response in --max_length {max_length}",
+            f"{purpose}: dropped {len(problems) - len(kept)} of {len(problems)} problems, whose prompts "
+            f"leave no room for a response in --max_length {max_length}",
             file=sys.stderr,
         )
     return kept

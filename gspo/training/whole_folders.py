@@ -108,7 +108,11 @@ def damage(folder: Path, needed: str) -> str | None:
         header, *lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines() or [""]
     except (OSError, UnicodeDecodeError):
         return f"it has no readable {CHECKSUMS}"
-    listed = dict(reversed(line.split("  ", 1)) for line in lines if "  " in line)
+    listed: dict[str, str] = {}  # name to digest
+    for line in lines:
+        digest, separator, name = line.partition("  ")
+        if separator:
+            listed[name] = digest
     if header != _header(len(listed)):
         return f"{CHECKSUMS} is cut short or damaged"
     for name in (needed, *listed):

@@ -1,0 +1,114 @@
+"""Log-probabilities of samples, in forward passes that fit the memory, shared among the processes."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from tqdm import tqdm
+
+from gspo.policy.log_probs import micro_batches, token_log_probs
+from gspo.training.config import GSPOConfig
+from gspo.training.processes import Processes
+from gspo.training.rollout_batch import Sample
+
+Result = TypeVar("Result")
+
+
+class ForwardPasses:
+    """Forward passes of at most so many tokens, which are halved whenever memory runs out.
+
+    Equal samples run in equal shapes, with and without gradients, and equal shapes give equal bits. So the
+    importance ratio of an unchanged policy is exactly 1.
+    """
+
+    def __init__(self, config: GSPOConfig, processes: Processes):
+        self.config, self.processes = config, processes
+        self.halvings = 0
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens per forward pass."""
+        return self.config.micro_batch_tokens >> self.halvings
+
+    def micro_batches(self, model: Any, samples: Sequence[Sample]) -> list[list[int]]:
+        """The rows of this process's share of the samples with a signal, by forward pass.
+
+        A sample without an advantage has a gradient of exactly 0. On problems much too easy or too hard for
+        the model, which half of all groups often are, leaving them out halves the work.
+        """
+        with_signal = [row for row, sample in enumerate(samples) if sample.has_signal]
+        own = with_signal[self.processes.rank :: self.processes.count]
+        prompts = [samples[row].rollout.prompt_ids for row in own]
+        responses = [samples[row].rollout.response_ids for row in own]
+        split = micro_batches(model, prompts, responses, self.max_tokens)
+        return [[own[i] for i in indices] for indices in split]
+
+    def log_probs(self, model: Any, samples: Sequence[Sample]) -> list[torch.Tensor]:
+        """One forward pass: log-probabilities (|y|,) of each sample's response, differentiable."""
+        prompts = [sample.rollout.prompt_ids for sample in samples]
+        responses = [sample.rollout.response_ids for sample in samples]
+        with self.compute_type():
+            return token_log_probs(model, prompts, responses, self.config.temperature)
+
+    def log_probs_of(
+        self, model: Any, minibatches: Sequence[Sequence[Sample]]
+    ) -> list[tuple[Sample, torch.Tensor]]:
+        """Log-probabilities (|y|,) on the CPU, without gradients, of all samples with a signal.
+
+        They are computed in the very forward passes that the updates on these minibatches run.
+        """
+
+        def own_share() -> list[tuple[int, int, torch.Tensor]]:
+            computed = []
+            with torch.no_grad(), self.compute_type():  # entered once, so that the weights are cast once
+                for number, samples in enumerate(minibatches):
+                    for rows in self.micro_batches(model, samples):
+                        log_probs = self.log_probs(model, [samples[row] for row in rows])
+                        computed += [(number, row, x.cpu()) for row, x in zip(rows, log_probs, strict=True)]
+            return computed
+
+        everything = [sample for samples in minibatches for sample in samples]
+        gathered = self.processes.gather(self.retry(own_share, everything))
+        return [(minibatches[number][row], log_probs) for number, row, log_probs in gathered]
+
+    def compute_type(self) -> torch.autocast:
+        """bfloat16 matrix products over the float32 weights, or float32 throughout.
+
+        This is torch.autocast rather than accelerate's, which is fixed once per process, because trainers of
+        both types may be compared in one process.
+        """
+        enabled = self.config.dtype == "bfloat16"
+        return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=enabled)
+
+    def retry(self, work: Callable[[], Result], samples: Sequence[Sample]) -> Result:
+        """Return work(); repeat it with half the tokens per pass as long as it runs out of memory.
+
+        The gradient stays the same but for rounding. In bfloat16 that rounding adds noise to the ratios of
+        the rollout batch in progress, whose log pi_old was computed in other shapes.
+
+        Args:
+            work: may be repeated.
+            samples: those it works on. A pass cannot be shorter than the longest of them.
+        """
+        longest = max((len(s.rollout.prompt_ids) + s.num_tokens for s in samples), default=0)
+        while True:
+            try:
+                return work()
+            except RuntimeError as error:
+                if not _is_out_of_memory(error) or self.max_tokens <= longest:
+                    raise
+            # After the handler, which holds the failed attempt's tensors.
+            self.halvings += 1
+            torch.cuda.empty_cache()
+            tqdm.write(
+                f"out of memory: from now on {self.max_tokens} tokens per forward pass "
+                "(--micro_batch_tokens)",
+                file=sys.stderr,
+            )
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """True for a GPU's error, for that of torch's CPU allocator, and for oneDNN's, which names no reason."""
+    return should_reduce_batch_size(error) or "could not create a primitive" in str(error)
