@@ -17,7 +17,7 @@ Where this departs from the paper:
     2. log-ratios are bounded by MAX_LOG_RATIO before exp(), far outside any clip range.
     3. the gradient norm is clipped (--max_grad_norm), and a learning rate may be warmed up.
     4. a minibatch whose groups are all tied still makes an AdamW step, whose momentum moves the weights.
-    5. a response that could not be graded has no advantage and stays out of its group's mean and std.
+    5. a response that could not be judged has no advantage and stays out of its group's mean and std.
 
 Shapes: Q queries, G group size, B = Q * G sequences (groups contiguous), T response positions.
 """
@@ -66,7 +66,7 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     """A_i = (r_i - mean(r)) / (std(r) + 1e-6) over each group of group_size consecutive rewards.
 
     Args:
-        rewards: (B,), groups contiguous. NaN marks a response that could not be graded: its advantage is 0,
+        rewards: (B,), groups contiguous. NaN marks a response that could not be judged: its advantage is 0,
             and its group's mean and (unbiased) standard deviation are taken over the others.
 
     Returns:
@@ -367,7 +367,7 @@ class GSPOTrainer:
     Args:
         model, tokenizer: the policy. Its weights are kept in float32, whatever the compute type.
         config: a GSPOConfig.
-        reward_fn: (problems, responses) -> list of float, with None for a response that cannot be graded. A
+        reward_fn: (problems, responses) -> list of float, with None for a response that cannot be judged. A
             problem is any object with a string .prompt; problems and responses are aligned. If reward_fn has
             an attribute `metrics`, a dict of sums over the responses of its last call, those are logged too.
         engine: samples the responses; by default the policy itself, in this process.
@@ -427,7 +427,7 @@ class GSPOTrainer:
         stream = (config.seed << 64) + (index << 32)
         samples, metrics = self._sample_and_reward(problems, stream)
         if all(sample.reward is None for sample in samples):
-            raise EmergencyStop("no response of the rollout batch could be graded")
+            raise EmergencyStop("no response of the rollout batch could be judged")
         rewards = [math.nan if sample.reward is None else float(sample.reward) for sample in samples]
         advantages = group_advantages(torch.tensor(rewards), config.group_size)  # (B,)
         for sample, advantage in zip(samples, advantages.tolist(), strict=True):
@@ -593,7 +593,7 @@ class GSPOTrainer:
         Returns:
             pass_at_1: share of responses with reward 1, and interval_95 of it (Wilson's, over problems);
             reward_mean; response_tokens_mean; pass_by_problem: the share of each problem, for paired
-            comparisons. A response that could not be graded counts as not passed.
+            comparisons. A response that could not be judged counts as not passed.
         """
         samples: list[Sample] = []
         starts = range(0, len(problems), EVALUATION_CHUNK)

@@ -16,8 +16,8 @@ class Sample:
     """One response of a rollout batch, with all that is known of it.
 
     problem: any object with a string .prompt.
-    reward: None if the response could not be graded.
-    advantage: A_i of the response within its group; 0 if its group is tied or it was not graded.
+    reward: None if the response could not be judged.
+    advantage: A_i of the response within its group; 0 if its group is tied or it was not judged.
     has_signal: False if no gradient comes from it, so that nothing more needs to be computed.
     old_log_probs: (|y|,) float32 on the CPU, log pi_old of the response's tokens; None until it is computed.
     reference_log_probs: (|y|,) the same under the starting model; None without a KL penalty.

@@ -11,7 +11,7 @@ from gspo.training.rollout_batch import Sample
 
 # Makes the rollouts of some problems; the second argument is the number of the first of them.
 Generate = Callable[[Sequence, int], list[Rollout]]
-# Rewards responses: (problems, responses) -> rewards, None for one that cannot be graded.
+# Rewards responses: (problems, responses) -> rewards, None for one that cannot be judged.
 RewardFn = Callable[[list, list[str]], Sequence[float | None]]
 
 

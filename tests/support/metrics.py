@@ -8,5 +8,5 @@ GOOD = {
     "response_tokens_mean": 20.0, "repetition": 0.1, "unreadable_characters": 0.0,
     "clip_fraction_by_minibatch": [0.0, 0.2], "clip_fraction_sequences": 0.15, "reward_std": 0.4,
     "unjudged_responses": 0, "kl": 0.01, "learning_rate": 1e-5, "generation_s": 1.0, "reward_s": 0.1,
-    "scoring_s": 0.5, "update_s": 2.0, "tokens_per_s": 100.0, "peak_memory_gb": 1.0,
+    "log_prob_s": 0.5, "update_s": 2.0, "tokens_per_s": 100.0, "peak_memory_gb": 1.0,
 }  # fmt: skip

@@ -9,18 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from gspo.training.checkpoints import (
-    CannotSave,
-    checkpoints_in,
-    damage,
-    newest_whole,
-    random_states,
-    recover,
-    remove,
-    set_random_states,
-    whole_folder,
-    write_whole,
-)
+from gspo.training.checkpoints import checkpoints_in, newest_whole, random_states, set_random_states
+from gspo.training.whole_folders import CannotSave, damage, recover, remove, whole_folder, write_whole
 
 
 def write(target, text):
@@ -69,7 +59,7 @@ def test_a_kill_between_two_renames_loses_nothing(tmp_path, kept):
     "harm",
     ["flip a bit", "cut short", "remove", "no sums", "empty sums", "binary sums", "cut sums", "not listed"],
 )
-def test_damage_is_seen(tmp_path, harm):
+def test_damage_is_seen(tmp_path, harm, monkeypatch, capsys):
     folder = tmp_path / "checkpoints" / "step-2"
     for step in (1, 2):
         write(folder.with_name(f"step-{step}"), "weights")
@@ -87,11 +77,10 @@ def test_damage_is_seen(tmp_path, harm):
     else:
         cut = sums.read_bytes().splitlines(keepends=True)[:-1]
         sums.write_bytes({"empty sums": b"", "binary sums": b"\xff\x00", "cut sums": b"".join(cut)}[harm])
-    refused = []
-    found = newest_whole(
-        checkpoints_in(tmp_path), "sub/weights", lambda path, why: refused.append((path.name, why))
-    )
-    assert found.name == "step-1" and len(refused) == 1 and refused[0][0] == "step-2"
+    monkeypatch.setattr("gspo.training.checkpoints.STATE_FILE", "sub/weights")
+    found = newest_whole(checkpoints_in(tmp_path))
+    (refused,) = capsys.readouterr().err.splitlines()
+    assert found.name == "step-1" and "step-2 is not used" in refused
 
 
 def test_what_lies_in_the_way_is_no_checkpoint_and_does_no_harm(tmp_path):
@@ -111,10 +100,24 @@ def test_what_lies_in_the_way_is_no_checkpoint_and_does_no_harm(tmp_path):
     assert list(target.parent.iterdir()) == [] and (elsewhere / "sub" / "weights").read_text() == "kept"
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_have_the_mode_that_the_umask_asks_for(tmp_path, umask):
+    """Some libraries write weights for the owner alone, whatever the umask is."""
+    before = os.umask(umask)
+    try:
+        with whole_folder(tmp_path / "model") as folder:
+            (folder / "sub").mkdir()
+            os.close(os.open(folder / "sub" / "weights", os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+    for name in ("sub/weights", "SHA256SUMS"):
+        assert (tmp_path / "model" / name).stat().st_mode & 0o777 == 0o666 & ~umask
+
+
 def test_a_text_file_is_replaced_whole(tmp_path, monkeypatch):
     write_whole(tmp_path / "config.json", "first")
     full = OSError(28, "No space left")
-    monkeypatch.setattr("gspo.training.checkpoints.sync", lambda _: (_ for _ in ()).throw(full))
+    monkeypatch.setattr("gspo.training.whole_folders.sync", lambda _: (_ for _ in ()).throw(full))
     with pytest.raises(CannotSave, match="No space left"):
         write_whole(tmp_path / "config.json", "second")
     assert (tmp_path / "config.json").read_text() == "first" and len(list(tmp_path.iterdir())) == 1

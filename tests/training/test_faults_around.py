@@ -15,8 +15,10 @@ from gspo.sandbox import SandboxError
 from gspo.tasks import rewards
 from gspo.tasks.rewards import RewardFunction
 from gspo.training.alarms import EmergencyStop
-from gspo.training.checkpoints import CannotSave, checkpoints_in, damage
-from gspo.training.run_log import STATE_FILE, RunLog, Wandb
+from gspo.training.checkpoints import STATE_FILE, checkpoints_in
+from gspo.training.record import JsonLines, Record
+from gspo.training.wandb_sink import Wandb
+from gspo.training.whole_folders import CannotSave, damage
 from support.records import record_of
 from support.runs import EVAL, TRAIN, new_trainer, seed_everything
 from support.sorting import problems, trainer
@@ -93,7 +95,7 @@ def test_wandb_never_stops_a_run(tmp_path, monkeypatch, capsys, where, kind):
     module = SimpleNamespace(init=broken(kind) if where == "init" else lambda **_: nothing)
     monkeypatch.setitem(sys.modules, "wandb", module)
     for limit in ("START", "CALL", "FINISH"):
-        monkeypatch.setattr(f"gspo.training.run_log.WANDB_{limit}_S", 0.2)
+        monkeypatch.setattr(f"gspo.training.wandb_sink.WANDB_{limit}_S", 0.2)
     t = trainer(output_dir=str(tmp_path), run_name="r", num_epochs=1, use_wandb=True)
     assert t.train(problems(8), problems(4, seed=1))["finished"]
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("wandb: ")]
@@ -161,10 +163,7 @@ def test_without_the_sandbox_code_is_not_judged_and_the_others_are(monkeypatch):
 
 def test_what_the_model_writes_stays_data(tmp_path):
     """Terminal escapes, markup and line ends in a response are one line of plain ASCII in the record."""
-    log = RunLog(tmp_path, RunLog.create({
-        "resume": None, "output_dir": str(tmp_path), "run_name": "run", "use_wandb": False,
-        "model_name": "m", "algorithm": "gspo",
-    }).sinks)  # fmt: skip
-    log.samples(1, [{"response": '\x1b[2J\x1b]0;owned\x07\n<script>alert(1)</script>\u202e{"step": 7}'}])
-    (line,) = (tmp_path / "run" / "samples.jsonl").read_bytes().splitlines()
+    record = Record(tmp_path, [JsonLines(tmp_path)])
+    record.add_samples(1, [{"response": '\x1b[2J\x1b]0;owned\x07\n<script>alert(1)</script>\u202e{"step": 7}'}])
+    (line,) = (tmp_path / "samples.jsonl").read_bytes().splitlines()
     assert line.isascii() and b"\x1b" not in line and b"\x07" not in line

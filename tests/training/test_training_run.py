@@ -12,9 +12,10 @@ import time
 import pytest
 import torch
 
-from gspo.training import run_log
+from gspo.training import record
 from gspo.training.alarms import EmergencyStop
-from gspo.training.training_run import Interrupted, TrainingRun
+from gspo.training.stopping import Interrupted
+from gspo.training.training_run import TrainingRun
 from support import ROOT
 from support.records import contents, lines_of, record_of, weights_of_run
 from support.runs import EVAL, TRAIN, new_trainer, seed_everything
@@ -34,13 +35,13 @@ def uninterrupted(tmp_path_factory):
 
 
 def stop_at_the_third_place(t):
-    ask, places = t.stop_here_if_asked, iter(range(100))
+    check, places = t.stop.check, iter(range(100))
 
-    def ask_again():
-        t.stop_requested = next(places) == 2
-        ask()
+    def check_at_the_third_place():
+        t.stop.requested = next(places) == 2
+        check()
 
-    t.stop_here_if_asked = ask_again
+    t.stop.check = check_at_the_third_place
 
 
 @pytest.mark.parametrize("frequency", [1, 3])
@@ -137,7 +138,7 @@ def dies_after(count, patch):
         return lambda *args: change(*args) if next(calls) < count else 1 / 0
 
     for name in ("remove", "write_whole"):
-        patch.setattr(run_log, name, dying(getattr(run_log, name)))
+        patch.setattr(record, name, dying(getattr(record, name)))
 
 
 def test_a_kill_while_the_record_is_rewound_is_made_good(uninterrupted, tmp_path, monkeypatch):
@@ -160,10 +161,10 @@ def test_an_emergency_keeps_the_checkpoint_before_it_and_the_state_without_the_b
     backward, calls = t._backward, iter(range(100))
 
     def spoil(*args):
-        seen = backward(*args)
+        computed = backward(*args)
         if next(calls) == 11:  # the second update of the fourth rollout batch
             next(t.model.parameters()).grad[0, 0] = float("nan")
-        return seen
+        return computed
 
     t._backward = spoil
     with pytest.raises(EmergencyStop, match="grad_norm is nan"):
@@ -176,19 +177,18 @@ def test_an_emergency_keeps_the_checkpoint_before_it_and_the_state_without_the_b
 
 def test_memory_that_runs_out_halves_the_pass_and_not_the_gradient(tmp_path, capsys, monkeypatch):
     """As a GPU or a CPU says it, in scoring and in updating."""
-    import gspo_implementation
+    from gspo.training import forward_passes
 
     t = new_trainer(tmp_path)
-    batch = t.collect(TRAIN[:2], 0)
-    rows = list(range(len(batch.rollouts)))
-    t._backward(batch, rows)
+    samples = t.collect(TRAIN[:2], 0).samples
+    t._backward(samples)
     whole = [p.grad.clone() for p in t.model.parameters()]
-    score, most = gspo_implementation.token_log_probs, 3 * 34
+    token_log_probs, most = forward_passes.token_log_probs, 3 * 34
 
     def limited(model, prompts, responses, temperature):
         if sum(map(len, responses)) > most:
             raise next(errors)
-        return score(model, prompts, responses, temperature)
+        return token_log_probs(model, prompts, responses, temperature)
 
     kinds = (
         RuntimeError("could not create a primitive"),
@@ -198,11 +198,11 @@ def test_memory_that_runs_out_halves_the_pass_and_not_the_gradient(tmp_path, cap
         ),
     )
     errors = iter(kinds * 10)
-    monkeypatch.setattr(gspo_implementation, "token_log_probs", limited)
-    t._within_memory(batch, lambda: t._backward(batch, rows))
+    monkeypatch.setattr(forward_passes, "token_log_probs", limited)
+    t.forward.retry(lambda: t._backward(samples), samples)
     for parameter, gradient in zip(t.model.parameters(), whole, strict=True):
         assert (parameter.grad - gradient).norm() <= 1e-5 * gradient.norm()
-    assert t._micro_batch_tokens < 4096 and "out of memory: from now on" in capsys.readouterr().err
+    assert t.forward.max_tokens < 4096 and "out of memory: from now on" in capsys.readouterr().err
     assert t.train_step(TRAIN[:2])["null_clip_fraction"] == 0
     most = 0  # not even one row: then it is an error
     with pytest.raises(RuntimeError, match="can't allocate|out of memory|primitive"):
@@ -212,13 +212,13 @@ def test_memory_that_runs_out_halves_the_pass_and_not_the_gradient(tmp_path, cap
 def test_other_errors_are_not_taken_for_want_of_memory(tmp_path):
     t = new_trainer(tmp_path)
     with pytest.raises(RuntimeError, match="shape"):
-        t._within_memory(t.collect(TRAIN[:2], 0), lambda: (_ for _ in ()).throw(RuntimeError("bad shape")))
-    assert t.halvings == 0
+        t.forward.retry(lambda: (_ for _ in ()).throw(RuntimeError("bad shape")), [])
+    assert t.forward.halvings == 0
 
 
 def test_interrupted_is_raised_where_the_state_is_whole():
     t = trainer()
-    t.stop_requested = True
+    t.stop.requested = True
     with pytest.raises(Interrupted):
         t.evaluate(EVAL)
 
@@ -244,7 +244,6 @@ import sys, time
 sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT)!r}]
 from support.runs import EVAL, TRAIN, new_trainer
 from gspo.training.training_run import TrainingRun
-from train_gspo import stop_on_signals
 t = new_trainer({str(tmp_path)!r}, save_frequency=1, kl_coef=0.0)
 rewards, calls = t.reward_fn, iter(range(100))
 def hang(*args):
@@ -254,7 +253,7 @@ def hang(*args):
     return rewards(*args)
 t.reward_fn = hang
 run = TrainingRun(t, TRAIN, EVAL)
-stop_on_signals(t)
+t.stop.on_signals()
 run.train()
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
