@@ -184,7 +184,7 @@ def _arguments(call: dict) -> tuple[list, dict]:
 
 
 def _asserts_job(name: str, asserts: str) -> Job:
-    """One process executes the code, another the asserts; this relays their words (zygote.serve_tests)."""
+    """One process executes the code, another the asserts. What they say goes through here."""
     if not isinstance(asserts, str):
         raise ValueError("asserts must be a string of Python statements")
 
