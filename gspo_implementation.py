@@ -80,15 +80,15 @@ def group_advantages(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
     if rewards.dim() != 1 or len(rewards) % group_size:
         raise ValueError(f"rewards of shape {tuple(rewards.shape)} do not split into groups of {group_size}")
     groups = (rewards if rewards.is_floating_point() else rewards.float()).view(-1, group_size)  # (Q, G)
-    graded = ~groups.isnan()
-    count = graded.sum(1, keepdim=True)  # (Q, 1)
-    centred = torch.where(graded, groups - groups.nanmean(1, keepdim=True), 0.0)
+    judged = ~groups.isnan()
+    count = judged.sum(1, keepdim=True)  # (Q, 1)
+    centred = torch.where(judged, groups - groups.nanmean(1, keepdim=True), 0.0)
     std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
     # Ties are found by comparing the rewards themselves. The mean of equal floats can differ from them by a
     # rounding error, which a std of the same size would turn into an advantage of order 1.
-    highest = torch.where(graded, groups, -math.inf).amax(1, keepdim=True)
-    lowest = torch.where(graded, groups, math.inf).amin(1, keepdim=True)
-    return torch.where(graded & (highest > lowest), centred / (std + 1e-6), 0.0).view(-1)
+    highest = torch.where(judged, groups, -math.inf).amax(1, keepdim=True)
+    lowest = torch.where(judged, groups, math.inf).amin(1, keepdim=True)
+    return torch.where(judged & (highest > lowest), centred / (std + 1e-6), 0.0).view(-1)
 
 
 def sequence_importance_ratio(

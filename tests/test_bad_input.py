@@ -11,6 +11,8 @@ import pytest
 import train_gspo
 from gspo.training.command_line import MAX_MESSAGE, complain
 from gspo.training.config import GSPOConfig
+from gspo.training.stopping import StopRequest
+from gspo.training.training_run import TrainingRun
 from support.records import contents
 
 TINY = ["--model_name", "tiny", "--dataset", "sort", "--num_train_samples", "6", "--num_eval_samples", "4"]
@@ -28,11 +30,11 @@ def outcome(arguments, monkeypatch, capsys):
     """Exit code and standard error of the command, without the training."""
 
     def finish_at_once(run):
-        run.log.close()
+        run.close()
         return {"before": None, "after": None, "finished": True}
 
-    monkeypatch.setattr(train_gspo.TrainingRun, "train", finish_at_once)
-    monkeypatch.setattr(train_gspo, "stop_on_signals", lambda _: None)
+    monkeypatch.setattr(TrainingRun, "train", finish_at_once)
+    monkeypatch.setattr(StopRequest, "on_signals", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["train_gspo.py"])
     try:
         code = train_gspo.main(arguments)

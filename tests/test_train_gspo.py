@@ -1,21 +1,27 @@
 """The command line, through subprocess: exit codes, one-line errors, what is printed and written."""
 
 import json
+import shutil
 import signal
 import subprocess
+import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
-from gspo.policy.model_loader import check_memory
+from data_loader import DATASETS
+from gspo.policy.model_loader import TRAINING_BYTES_PER_PARAMETER, check_memory
 from gspo.training.config import GSPOConfig
-from gspo.training.record import GLOSSARY
+from gspo.training.record import GLOSSARY, glossary_table
+from gspo.training.stopping import StopRequest
+from gspo_implementation import ALGORITHMS, resolve
 from support import ROOT
 from support.commands import TINY, command, environment, run
 from support.models import make_model
-from train_gspo import MEMORY_PER_PARAMETER, difficulty_for, parse, resolve
+from train_gspo import algorithm_names, difficulty_for, parse, resolve_for_machine
 
 
 def test_a_run_from_the_command_line(tmp_path):
@@ -122,7 +128,7 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, words, tmp_path, monkeypat
     import train_gspo
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_gspo, "stop_on_signals", lambda *_: pytest.fail("training started"))
+    monkeypatch.setattr(StopRequest, "on_signals", lambda _: pytest.fail("training started"))
     try:
         code = train_gspo.main([*TINY, *flags])
     except SystemExit as stop:
@@ -171,20 +177,22 @@ def test_commands_that_people_type_parse(line):
 
 
 def test_flags_resolve_by_model_size_and_data():
-    config = resolve(parse(["--model_name", "smollm2-135m", "--dataset", "math"]))
+    config = resolve_for_machine(parse(["--model_name", "smollm2-135m", "--dataset", "math"]))
     assert (config.difficulty, config.learning_rate, config.max_new_tokens) == ("easy", 1e-5, 32)
     assert (config.left_clip_range, config.right_clip_range) == (3e-4, 4e-4)
-    config = resolve(parse(["--model_name", "tiny", "--dataset_path", "x.jsonl", "--algorithm", "grpo"]))
+    config = resolve_for_machine(
+        parse(["--model_name", "tiny", "--dataset_path", "x.jsonl", "--algorithm", "grpo"])
+    )
     assert (config.dataset, config.max_new_tokens) == ("file", config.max_length)
     assert (config.left_clip_range, config.right_clip_range) == (0.2, 0.27)
-    assert GSPOConfig(model_name="x").resolve(7_000_000_000).learning_rate == 1e-6
+    assert resolve(GSPOConfig(model_name="x"), 7_000_000_000).learning_rate == 1e-6
     assert [difficulty_for(n * 1e9) for n in (0.135, 1.5, 7)] == ["easy", "medium", "hard"]
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded():
-    check_memory("m", MEMORY_PER_PARAMETER * 1_500_000_000, 80 * 10**9)
+    check_memory("m", TRAINING_BYTES_PER_PARAMETER * 1_500_000_000, 80 * 10**9)
     with pytest.raises(ValueError, match="122 GB before activations, this GPU has 80 GB"):
-        check_memory("m", MEMORY_PER_PARAMETER * 7_615_616_512, 80 * 10**9)
+        check_memory("m", TRAINING_BYTES_PER_PARAMETER * 7_615_616_512, 80 * 10**9)
 
 
 def test_paths_may_be_path_objects_and_other_types_are_named():
@@ -197,21 +205,58 @@ def test_paths_may_be_path_objects_and_other_types_are_named():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_asking_for_a_gpu_that_is_not_there_is_bad_input():
     with pytest.raises(ValueError, match="finds no GPU"):
-        GSPOConfig(device="cuda").resolve(1)
+        resolve(GSPOConfig(device="cuda"), 1)
 
 
-def test_help_groups_every_flag():
-    shown = run("--help").stdout
-    assert all(f"--{name}" in shown for name in GSPOConfig.__dataclass_fields__)
-    assert all(
-        f"\n{group}:" in shown for group in ("model", "data", "objective", "training", "sampling", "run")
+def test_help_groups_every_flag_with_choices_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for f in fields(GSPOConfig):
+        assert f"--{f.name}" in shown
+        if f.default is not None and not isinstance(f.default, bool):
+            assert f"(default: {f.default})" in shown
+    assert f"--dataset {{{','.join(DATASETS)}}}" in shown
+    assert f"--algorithm {{{','.join(ALGORITHMS)}}}" in shown
+    assert all(f" {group}: --" in shown for group in ("model", "data", "objective", "training", "run"))
+
+
+def test_help_and_a_mistyped_flag_are_answered_without_torch():
+    """Importing torch alone takes seconds."""
+    code = (
+        "import sys, train_gspo\n"
+        "try:\n    train_gspo.main(sys.argv[1:])\n"
+        "except SystemExit as stop:\n    print(stop.code, 'torch' in sys.modules, 'numpy' in sys.modules)\n"
     )
+    for flag, expected in (("--help", 0), ("--modle_name", 2)):
+        done = subprocess.run([sys.executable, "-c", code, flag], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == f"{expected} False False", done.stderr
 
 
-def test_readme_glossary_is_the_one_in_use():
-    readme = (ROOT / "README.md").read_text()
-    for name, (unit, meaning) in GLOSSARY.items():
-        assert f"| `{name}` | {unit} | {meaning} |" in readme
+def test_the_docs_glossary_is_the_one_in_use():
+    assert glossary_table() in (ROOT / "docs" / "metrics.md").read_text()
+
+
+def test_the_loss_in_the_docs_is_one_entry_in_one_file(tmp_path):
+    """docs/extending.md: its lines in gspo_implementation.py, and nothing else, make an algorithm."""
+    section = (ROOT / "docs" / "extending.md").read_text().partition("## A loss\n")[2].partition("\n## ")[0]
+    example = section.partition("```python\n")[2].partition("```")[0]
+    for name in ("train_gspo.py", "data_loader.py", "gspo_implementation.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "gspo").symlink_to(ROOT / "gspo")
+    with open(tmp_path / "gspo_implementation.py", "a") as file:
+        file.write(f"\n\n{example}")
+    flags = [*TINY, "--algorithm", "better_half", "--run_name", "r", "--output_dir", tmp_path]
+    program = [sys.executable, str(tmp_path / "train_gspo.py"), *map(str, flags)]
+    done = subprocess.run(program, capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "better_half: sequence ratio of the better half, clipped to [1 - 0.0003" in done.stdout
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert (config["algorithm"], config["right_clip_range"]) == ("better_half", 4e-4)
+
+
+def test_algorithm_names_are_those_of_the_table():
+    assert algorithm_names() == tuple(ALGORITHMS)
 
 
 def test_dialogpt_shape_without_a_chat_template_trains(tmp_path):

@@ -10,3 +10,8 @@ GOOD = {
     "unjudged_responses": 0, "kl": 0.01, "learning_rate": 1e-5, "generation_s": 1.0, "reward_s": 0.1,
     "log_prob_s": 0.5, "update_s": 2.0, "tokens_per_s": 100.0, "peak_memory_gb": 1.0,
 }  # fmt: skip
+
+EVALUATION = {
+    "step": 0, "pass_at_1": 0.5, "interval_95": [0.1, 0.9], "reward_mean": 0.5, "response_tokens_mean": 9.0,
+    "pass_by_problem": [0.25, 0.75],
+}  # fmt: skip

@@ -117,7 +117,7 @@ def test_a_learning_rate_of_one_is_stopped(tmp_path, capsys):
     assert evidence["reason"] == str(stop.value) and evidence["step"] == t.step + 1
     assert len((tmp_path / "r" / "emergency" / "samples.jsonl").read_text().splitlines()) == 16
     batch = torch.load(tmp_path / "r" / "emergency" / "rollout_batch.pt", weights_only=True)
-    assert len(batch["rollouts"]) == 16
+    assert len(batch["samples"]) == 16
 
 
 def test_a_weight_that_is_not_finite_stops_before_it_is_saved(tmp_path):
@@ -126,7 +126,7 @@ def test_a_weight_that_is_not_finite_stops_before_it_is_saved(tmp_path):
 
     def break_a_weight(batch):
         metrics = update(batch)
-        if t.step == 2:
+        if t.step == 3:
             t.model.model.norm.weight.data[0] = math.inf
         return metrics
 
@@ -138,7 +138,7 @@ def test_a_weight_that_is_not_finite_stops_before_it_is_saved(tmp_path):
 
 
 def test_a_stale_sampler_is_told(tmp_path, capsys):
-    t = trainer(**settings(tmp_path, learning_rate=3e-4, num_epochs=4))
+    t = trainer(**settings(tmp_path, learning_rate=1e-4, num_epochs=4))
     t.engine = TransformersEngine(deepcopy(t.model), t.tokenizer)
     run_of(tmp_path, t)
     gaps = [line["sampler_gap"] for line in t.lines]
@@ -170,7 +170,7 @@ def test_gibberish_is_stopped(tmp_path):
 
     def drift(batch):
         metrics = update(batch)
-        if t.step == 5:
+        if t.step == 6:
             t.reward_fn = no_reward
             t.model.get_input_embeddings().weight.data *= 0.02
         return metrics

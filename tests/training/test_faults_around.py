@@ -164,6 +164,7 @@ def test_without_the_sandbox_code_is_not_judged_and_the_others_are(monkeypatch):
 def test_what_the_model_writes_stays_data(tmp_path):
     """Terminal escapes, markup and line ends in a response are one line of plain ASCII in the record."""
     record = Record(tmp_path, [JsonLines(tmp_path)])
-    record.add_samples(1, [{"response": '\x1b[2J\x1b]0;owned\x07\n<script>alert(1)</script>\u202e{"step": 7}'}])
+    hostile = '\x1b[2J\x1b]0;owned\x07\n<script>alert(1)</script>\u202e{"step": 7}'
+    record.add_samples(1, [{"response": hostile}])
     (line,) = (tmp_path / "samples.jsonl").read_bytes().splitlines()
     assert line.isascii() and b"\x1b" not in line and b"\x07" not in line

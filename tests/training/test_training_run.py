@@ -14,9 +14,11 @@ import torch
 
 from gspo.training import record
 from gspo.training.alarms import EmergencyStop
+from gspo.training.progress import progress_bar
 from gspo.training.stopping import Interrupted
 from gspo.training.training_run import TrainingRun
 from support import ROOT
+from support.metrics import EVALUATION
 from support.records import contents, lines_of, record_of, weights_of_run
 from support.runs import EVAL, TRAIN, new_trainer, seed_everything
 from support.sorting import problems, trainer
@@ -221,6 +223,30 @@ def test_interrupted_is_raised_where_the_state_is_whole():
     t.stop.requested = True
     with pytest.raises(Interrupted):
         t.evaluate(EVAL)
+
+
+def test_a_resumed_run_knows_the_best_evaluation_so_far(tmp_path):
+    """best_model must not be replaced by a model that is worse than one evaluated before the resume."""
+    seed_everything()
+    new_trainer(tmp_path, num_epochs=1).train(TRAIN, EVAL)
+    best = max(line["pass_at_1"] for line in lines_of(tmp_path / "run" / "eval.jsonl"))
+    kept = contents(tmp_path / "run" / "best_model")
+    run = TrainingRun(new_trainer(tmp_path, resume="latest"), TRAIN, EVAL)
+    assert run.best_pass_rate == best
+    run.trainer.evaluate = lambda _: EVALUATION | {"pass_at_1": best}
+    run.train()
+    assert contents(tmp_path / "run" / "best_model") == kept
+
+
+def test_progress_in_a_log_file_is_whole_lines(capsys):
+    """Without carriage returns, and with a line end after the last state."""
+    bar = progress_bar(total=3, desc="training", unit="batch")
+    bar.delay, bar.mininterval = 0, 0
+    for _ in range(3):
+        bar.update()
+    bar.close()
+    said = capsys.readouterr().err
+    assert "\r" not in said and said.endswith("\n") and "3/3" in said.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -4,55 +4,79 @@ import json
 import math
 import os
 import struct
+from dataclasses import asdict
 
 import pytest
+import torch
 
-from gspo.training.run_log import RunLog, resumed_folder
-from support.metrics import GOOD
+from gspo.training.checkpoints import STATE_FILE, STATE_FORMAT
+from gspo.training.config import GSPOConfig
+from gspo.training.find_run import resumed_folder
+from gspo.training.record import OPTIONAL
+from gspo.training.resume import open_run
+from support.metrics import EVALUATION, GOOD
 from support.records import contents
 
 
 def config(tmp_path, **other):
-    base = {"resume": None, "output_dir": str(tmp_path), "run_name": "run", "use_wandb": False}
-    return {**base, "wandb_project": "test", "model_name": "org/model", "algorithm": "gspo", **other}
+    settings = {"output_dir": str(tmp_path), "run_name": "run", "model_name": "org/model"}
+    return GSPOConfig(**(settings | other))
+
+
+def begin(tmp_path, **other):
+    """A new run, open."""
+    return open_run(config(tmp_path, **other), problems="digest", num_batches=10)
+
+
+def close(run):
+    run.record.close()
+    run.folder.close()
+
+
+def write_checkpoint(folder, step, config, lines=None):
+    """A checkpoint that knows where it stands, without weights."""
+    with folder.writing(f"checkpoints/step-{step}") as path:
+        state = {"format": STATE_FORMAT, "step": step, "pending": [], "settings": asdict(config)}
+        torch.save(state | {"lines": lines or {}}, path / STATE_FILE)
 
 
 def test_each_line_is_on_disk_when_written(tmp_path):
-    log = RunLog.create(config(tmp_path))
+    record = begin(tmp_path).record
     for step in (1, 2):
-        log.train(step, GOOD)
+        record.add_metrics(step, GOOD)
         lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
         assert json.loads(lines[-1]) == {"step": step, **GOOD} and len(lines) == step
 
 
 def test_a_new_run_never_writes_into_an_old_one(tmp_path):
-    RunLog.create(config(tmp_path))  # even before its first rollout batch
+    begin(tmp_path)  # even before its first rollout batch
     with pytest.raises(ValueError, match="already holds a run"):
-        RunLog.create(config(tmp_path))
+        begin(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "/tmp/x", ".hidden", "", "a b"])
 def test_run_names_stay_in_the_output_folder(tmp_path, name):
     if name:
         with pytest.raises(ValueError, match="run_name"):
-            RunLog.create(config(tmp_path, run_name=name))
+            begin(tmp_path, run_name=name)
     else:
-        assert RunLog.create(config(tmp_path, run_name=name)).folder.name.startswith("model-gspo-")
+        assert begin(tmp_path, run_name=name).folder.path.name.startswith("model-gspo-")
 
 
 def test_a_run_is_found_by_its_folder_its_checkpoints_and_as_the_latest(tmp_path):
     for name in ("old", "run"):
-        log = RunLog.create(config(tmp_path, run_name=name))
+        run = begin(tmp_path, run_name=name)
         for step in (2, 10):
-            with log.writing(f"checkpoints/step-{step}") as folder:
+            with run.folder.writing(f"checkpoints/step-{step}") as folder:
                 (folder / "config.json").write_text("{}")
-        log.close()
+        close(run)
+        folder = run.folder
     run = tmp_path / "run"
     (run / "checkpoints" / "step-11.partial").mkdir()
     (tmp_path / "no_run").mkdir()
     for resume in ("latest", str(run), str(run / "checkpoints" / "step-2")):
         assert resumed_folder(resume, str(tmp_path)) == run
-    assert [path.name for path in log.checkpoints()] == ["step-2", "step-10"]
+    assert [path.name for path in folder.checkpoints()] == ["step-2", "step-10"]
     for resume in ("latest", str(tmp_path / "no_run"), str(tmp_path / "missing")):
         with pytest.raises(ValueError, match=f"--resume {resume}"):
             resumed_folder(resume, str(tmp_path / "no_run"))
@@ -61,70 +85,71 @@ def test_a_run_is_found_by_its_folder_its_checkpoints_and_as_the_latest(tmp_path
 def test_a_run_is_found_from_anywhere(tmp_path, monkeypatch):
     """From inside its folder, from one that is called checkpoints, and after it was moved."""
     output_dir = tmp_path / "checkpoints"
-    log = RunLog.create(config(output_dir))
-    with log.writing("checkpoints/step-2") as folder:
-        (folder / "training_state.pt").write_text("")
-    log.close()
+    begun = begin(output_dir)
+    write_checkpoint(begun.folder, 0, config(output_dir))
+    close(begun)
     run = output_dir / "run"
-    places = ((run, "."), (run, "checkpoints/step-2"), (run / "checkpoints", "step-2"), (output_dir, "run"))
-    for place, resume in (*places, (run / "checkpoints" / "step-2", "."), (run / "checkpoints", "..")):
+    places = ((run, "."), (run, "checkpoints/step-0"), (run / "checkpoints", "step-0"), (output_dir, "run"))
+    for place, resume in (*places, (run / "checkpoints" / "step-0", "."), (run / "checkpoints", "..")):
         monkeypatch.chdir(place)
         assert resumed_folder(resume, "gspo_outputs") == run
-        log = RunLog.create(config(tmp_path / "elsewhere", resume=resume))
-        assert log.folder == run and log.whole_checkpoint(resume).name == "step-2"
-        log.close()
+        resumed = begin(tmp_path / "elsewhere", resume=resume)
+        assert resumed.folder.path == run and resumed.checkpoint.name == "step-0"
+        close(resumed)
     with pytest.raises(ValueError, match="neither a run's folder"):
         resumed_folder("", str(output_dir))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys):
-    log = RunLog.create(config(tmp_path))
+    def resumed_from(resume):
+        run = begin(tmp_path, resume=str(resume))
+        close(run)
+        return run.checkpoint.name
+
+    begun = begin(tmp_path)
     for step in (1, 2, 3):
-        with log.writing(f"checkpoints/step-{step}") as folder:
-            (folder / "training_state.pt").write_bytes(bytes(1000))
-    newest = log.checkpoints()[-1]
-    assert log.whole_checkpoint("latest") == newest
-    os.truncate(newest / "training_state.pt", 999)
-    assert log.whole_checkpoint("latest").name == log.whole_checkpoint(str(newest)).name == "step-2"
-    assert "step-3 is not used: training_state.pt is cut short or damaged" in capsys.readouterr().err
-    assert log.whole_checkpoint(str(newest.with_name("step-1"))).name == "step-1"
+        begun.record.add_metrics(step, GOOD)
+        write_checkpoint(begun.folder, step, config(tmp_path), {"metrics": step})
+    close(begun)
+    newest = tmp_path / "run" / "checkpoints" / "step-3"
+    assert resumed_from("latest") == "step-3"
     with pytest.raises(ValueError, match="no such checkpoint"):
-        log.whole_checkpoint(str(newest.with_name("step-9")))
-    for path in log.checkpoints():
+        begin(tmp_path, resume=str(newest.with_name("step-9")))
+    os.truncate(newest / STATE_FILE, 999)
+    assert resumed_from(newest) == "step-2"
+    assert "step-3 is not used: training_state.pt is cut short or damaged" in capsys.readouterr().err
+    assert resumed_from(newest.with_name("step-1")) == "step-1"
+    for path in begun.folder.checkpoints():
         (path / "SHA256SUMS").unlink()
     with pytest.raises(ValueError, match="no checkpoint .* is whole"):
-        log.whole_checkpoint("latest")
+        begin(tmp_path, resume=str(tmp_path / "run"))
 
 
 def test_a_run_folder_has_one_process_at_a_time(tmp_path):
-    log = RunLog.create(config(tmp_path))
-    again = config(tmp_path, resume=str(tmp_path / "run"))
+    run = begin(tmp_path)
     with pytest.raises(ValueError, match="another process"):
-        RunLog.create(again)
-    log.close()
-    RunLog.create(again).close()
+        begin(tmp_path, resume=str(tmp_path / "run"))
+    close(run)
+    close(begin(tmp_path, resume=str(tmp_path / "run")))
 
 
 def test_rewinding_drops_later_lines_and_a_torn_one(tmp_path):
-    log = RunLog.create(config(tmp_path))
+    run = begin(tmp_path)
+    record = run.record
     for step in (1, 2, 3):
-        log.train(step, GOOD)
+        record.add_metrics(step, GOOD)
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
     for step in (2, 3):
-        with log.writing(f"checkpoints/step-{step}") as folder:
+        with run.folder.writing(f"checkpoints/step-{step}") as folder:
             (folder / "training_state.pt").write_text("")
-    log.rewind(2, {"metrics": 2})
-    assert [path.name for path in log.checkpoints()] == ["step-2"]
-    log.train(3, GOOD)
+    record.rewind(2, {"metrics": 2})
+    assert [path.name for path in run.folder.checkpoints()] == ["step-2"]
+    record.add_metrics(3, GOOD)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3] == [m["step"] for m in log.history]
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3] == [m["step"] for m in record.history]
 
 
-EVALUATION = {
-    "step": 0, "pass_at_1": 0.5, "interval_95": [0.1, 0.9], "reward_mean": 0.5, "response_tokens_mean": 9.0,
-    "pass_by_problem": [0.25, 0.75],
-}  # fmt: skip
 RECORDS = {"metrics": {"step": 2, **GOOD}, "eval": EVALUATION, "samples": {"step": 1}}
 NO_RECORDS = (
     "5", "{}", "null", "[]", '"text"', "{", "\x00" * 9, "\xff", "[" * 100_000, '{"step": "a"}',
@@ -135,47 +160,46 @@ NO_RECORDS = (
 @pytest.mark.parametrize("stream", RECORDS)
 def test_a_damaged_record_is_refused_by_name_and_left_alone(stream, tmp_path):
     """Lines that are no records, and records in which one figure is missing or no number."""
-    log = RunLog.create(config(tmp_path))
+    record = begin(tmp_path).record
     for name, good in RECORDS.items():
         lines = [good | {"step": min(step, good["step"])} for step in (1, 2)]
         (tmp_path / "run" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     path, counts = tmp_path / "run" / f"{stream}.jsonl", dict.fromkeys(RECORDS, 2)
-    log.rewind(2, counts)
+    record.rewind(2, counts)
     first, second = path.read_text().splitlines()
-    record = json.loads(second)
-    needed = [name for name in record if name != "kl"]
-    spoilt = [{n: v for n, v in record.items() if n != name} for name in needed]
+    whole = json.loads(second)
+    needed = [name for name in whole if name not in OPTIONAL]
+    spoilt = [{n: v for n, v in whole.items() if n != name} for name in needed]
     values = ("x", None, [None], {}, 10**400, math.nan)
-    spoilt += [record | {name: value} for name in needed for value in values]
+    spoilt += [whole | {name: value} for name in needed for value in values]
     for line in (*NO_RECORDS, *map(json.dumps, spoilt)):
         path.write_text(f"{first}\n{line}\n", encoding="latin-1")
         before = contents(tmp_path)
         with pytest.raises(ValueError, match=f"{stream}.jsonl, line 2: .*damaged"):
-            log.rewind(2, counts)
+            record.rewind(2, counts)
         assert contents(tmp_path) == before
     path.write_text(first + "\n")
     with pytest.raises(ValueError, match=f"{stream}.jsonl lacks lines"):
-        log.rewind(2, counts)
-    log.rewind(1, dict.fromkeys(RECORDS, 1))
+        record.rewind(2, counts)
+    record.rewind(1, dict.fromkeys(RECORDS, 1))
 
 
 def test_damage_after_the_checkpoint_does_not_matter(tmp_path):
     """As a loss of power leaves it: the checkpoint was synced, what came later was not."""
-    log = RunLog.create(config(tmp_path))
-    log.train(1, GOOD)
+    record = begin(tmp_path).record
+    record.add_metrics(1, GOOD)
     whole = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     for rest in (bytes(4096), bytes(100) + b"\n" + bytes(100), b'{"st', b"5\n"):
         (tmp_path / "run" / "metrics.jsonl").write_bytes(whole + rest)
-        log.rewind(1, {"metrics": 1})
+        record.rewind(1, {"metrics": 1})
         assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == whole
 
 
 def test_a_warning_is_given_when_it_arises_and_not_repeated(tmp_path):
-    log = RunLog.create(config(tmp_path))
+    record = begin(tmp_path).record
     clipped = {**GOOD, "clip_fraction": 0.9}
-    given = [
-        len(log.train(step, metrics)) for step, metrics in enumerate([GOOD, clipped, clipped, GOOD, clipped])
-    ]
+    batches = [GOOD, clipped, clipped, GOOD, clipped]
+    given = [len(record.add_metrics(step, metrics)) for step, metrics in enumerate(batches)]
     assert given == [0, 1, 0, 0, 1]
 
 
@@ -183,12 +207,12 @@ def test_wandb_holds_the_same_figures(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    log = RunLog.create(config(tmp_path, use_wandb=True))
-    log.evaluation(0, {"pass_at_1": 0.25, "interval_95": [0.1, 0.4]})
+    record = begin(tmp_path, use_wandb=True).record
+    record.add_evaluation(0, {"pass_at_1": 0.25, "interval_95": [0.1, 0.4]})
     for step in (1, 2, 3):
-        log.train(step, {**GOOD, "loss": 0.1 * step})
-    log.evaluation(3, {"pass_at_1": 0.5, "interval_95": [0.3, 0.7]})
-    log.close()
+        record.add_metrics(step, {**GOOD, "loss": 0.1 * step})
+    record.add_evaluation(3, {"pass_at_1": 0.5, "interval_95": [0.3, 0.7]})
+    record.close()
     (path,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
     history = wandb_history(path)
     train = [row for row in history if "train/loss" in row]
