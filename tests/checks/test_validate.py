@@ -22,6 +22,7 @@ import validate_gspo
 from data_loader import load_problems
 from gspo.checks import losses as loss_checks
 from gspo.checks import model as model_checks
+from gspo.checks.model import largest_null_clip_fraction
 from gspo.checks.report import Checks, Part, at_most, each_at_most, exactly
 from gspo.checks.training import (
     SORTING,
@@ -159,7 +160,7 @@ def test_an_added_loss_without_a_reference_fails(monkeypatch, tiny, reference):
     assert failed(subject.trainer_updates("new")) == [failure]
 
 
-# Verdicts on training, from figures that are made up
+# Checks of training, with figures that are made up
 
 
 def batch(**changes) -> dict:
@@ -187,29 +188,33 @@ def test_healthy_dynamics_pass():
     assert failed(movement_checks(GSPO, GRPO)) == failed(clipping_checks(GSPO, GRPO)) == []
 
 
-@pytest.mark.parametrize("changes, seen_by", [
-    ({"clip_fraction_by_minibatch": [0.01, 0.2, 0.2, 0.2]}, "the first minibatch never clips"),
-    ({"importance_ratio_std": 0.0}, "a policy that has moved"),
-    ({"importance_ratio_mean": 1.5}, "ratios stay near 1"),
-    ({"importance_ratio_mean": math.nan}, "ratios stay near 1"),
-    ({"null_clip_fraction": 0.02}, "log-probs taken twice"),
-    ({"grad_norm": math.inf}, "finite"),
-    ({"clip_fraction": 0.9}, "no alarm"),
-    ({"importance_ratio_max": 200.0}, "no alarm"),
-    ({"clip_fraction_by_minibatch": [0.0, 0.0, 0.0, 0.0]}, "every minibatch after the first clips"),
-    ({"clip_fraction": 0.01}, "healthy band"),
-    ({"clip_fraction": 0.8}, "healthy band"),
-    ({"clip_fraction": 0.002}, "a tenth of that"),
+@pytest.mark.parametrize("changes, number_of_batches, seen_by", [
+    ({"clip_fraction_by_minibatch": [0.01, 0.2, 0.2, 0.2]}, 1, "the first minibatch never clips"),
+    ({"importance_ratio_std": 0.0}, 1, "a policy that has moved"),
+    ({"importance_ratio_mean": 1.5}, 1, "ratios stay near 1"),
+    ({"importance_ratio_mean": math.nan}, 1, "ratios stay near 1"),
+    ({"null_clip_fraction": 0.02}, 1, "log-probs taken twice"),
+    ({"grad_norm": math.inf}, 1, "finite"),
+    ({"clip_fraction": 0.9}, 4, "no alarm"),
+    ({"importance_ratio_max": 200.0}, 1, "no alarm"),
+    ({"clip_fraction_by_minibatch": [0.0, 0.0, 0.0, 0.0]}, 4, "every minibatch after the first clips"),
+    ({"clip_fraction": 0.01}, 4, "healthy band"),
+    ({"clip_fraction": 0.8}, 4, "healthy band"),
+    ({"clip_fraction": 0.002}, 4, "a tenth of that"),
 ])  # fmt: skip
-def test_unhealthy_dynamics_are_seen(changes, seen_by):
-    gspo = [*GSPO[:-1], batch(**changes)] if "clip_fraction" not in changes else [batch(**changes)] * 4
-    gspo = [batch(**changes)] * 4 if changes.get("clip_fraction_by_minibatch", [1])[-1] == 0 else gspo
+def test_unhealthy_dynamics_are_seen(changes, number_of_batches, seen_by):
+    gspo = GSPO[number_of_batches:] + [batch(**changes)] * number_of_batches
     found = failed(movement_checks(gspo, GRPO)) + failed(clipping_checks(gspo, GRPO))
     assert any(seen_by in name for name in found), found
 
 
+def test_null_clip_fraction_is_taken_from_the_batches_that_measured_it():
+    assert largest_null_clip_fraction([{}, {"null_clip_fraction": 0.5}, {}]) == 0.5
+    assert math.isnan(largest_null_clip_fraction([{}, {}]))  # which passes no check
+
+
 def evaluation(*rates: float) -> list[dict]:
-    """Of 40 problems, in tens of equal pass rates."""
+    """The evaluation of 40 problems with four pass rates, ten problems each."""
     return [{"pass_at_1": sum(rates) / 4, "pass_by_problem": [rate for rate in rates for _ in range(10)]}]
 
 
