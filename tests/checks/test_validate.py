@@ -22,6 +22,7 @@ import validate_gspo
 from data_loader import load_problems
 from gspo.checks import losses as loss_checks
 from gspo.checks import model as model_checks
+from gspo.checks import validation
 from gspo.checks.model import largest_null_clip_fraction
 from gspo.checks.report import Checks, Part, at_most, each_at_most, exactly
 from gspo.checks.training import (
@@ -343,23 +344,36 @@ def test_a_model_of_ones_own(tiny, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_name", ["tiny", "tiny-moe"])
-def test_the_whole_validation(model_name, tmp_path):
-    done = validate("--model_name", model_name, "--output_dir", tmp_path)
+def test_the_whole_validation(tmp_path):
+    done = validate("--output_dir", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [line for line in done.stdout.splitlines() if line in CLOSING_LINES] == CLOSING_LINES
-    assert json.loads((tmp_path / "results.json").read_text())["passed"]
-    assert (tmp_path / "dynamics.png").read_bytes()[:4] == b"\x89PNG"
+    assert_all_is_well(done.stdout, tmp_path)
+
+
+@pytest.mark.slow
+def test_validation_of_a_mixture_of_experts(tmp_path, monkeypatch, capsys):
+    """All of its checks and runs, with half of the training and of the held-out problems."""
+    monkeypatch.setattr(validation, "SORTING", replace(SORTING, num_batches=8, num_eval=128))
+    code = validate_gspo.main(["--model_name", "tiny-moe", "--output_dir", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert code == 0, said
+    assert_all_is_well(said, tmp_path)
+
+
+def assert_all_is_well(said: str, folder: Path) -> None:
+    assert [line for line in said.splitlines() if line in CLOSING_LINES] == CLOSING_LINES
+    assert json.loads((folder / "results.json").read_text())["passed"]
+    assert (folder / "dynamics.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.slow
 def test_weights_that_do_not_move_turn_every_part_red(anew, tiny, tmp_path, monkeypatch, capsys):
     """Two rollout batches are enough to see it."""
     import_with("weights frozen")
-    validation = importlib.import_module("gspo.checks.validation")
+    faulty = importlib.import_module("gspo.checks.validation")
     monkeypatch.setattr("gspo.checks.training.ProcessPoolExecutor", InThisProcess)
-    monkeypatch.setattr(validation, "SORTING", replace(validation.SORTING, num_batches=2, num_eval=16))
-    passed = validation.validate("tiny", *deepcopy(tiny), range(1), tmp_path)
+    monkeypatch.setattr(faulty, "SORTING", replace(faulty.SORTING, num_batches=2, num_eval=16))
+    passed = faulty.validate("tiny", *deepcopy(tiny), range(1), tmp_path)
     said = capsys.readouterr().out
     assert not passed and said.count("❌") == 4, said
     assert not any(line in said for line in CLOSING_LINES)
