@@ -121,6 +121,7 @@ def curves_of_seed(runs: Runs, seed: int) -> dict[str, list[dict]]:
 
 
 def technical(model: torch.nn.Module, tokenizer: Any, problems: Sequence, device: str) -> Part:
+    """Part 1: the losses, then the model with its sampling and its updates, against float64 loops."""
     part = Part("Technical correctness", "✅ All technical tests PASSED!")
     for checks in [*LOSS_CHECKS, *ModelChecks(model, tokenizer, problems, device).all()]:
         part.run(checks())
@@ -128,6 +129,7 @@ def technical(model: torch.nn.Module, tokenizer: Any, problems: Sequence, device
 
 
 def dynamics(runs: Runs, model_name: str, seeds: Sequence[int]) -> Part:
+    """Part 2: how ratios and clip fractions of real runs behave, beside GRPO's."""
     part = Part("Training dynamics", "✅ Training dynamics look good!")
     runs.wait(f"{algorithm}, seed {seed}" for seed in seeds for algorithm in COMPARED)
 
@@ -144,6 +146,7 @@ def dynamics(runs: Runs, model_name: str, seeds: Sequence[int]) -> Part:
 
 
 def performance(runs: Runs, model_name: str, seeds: Sequence[int]) -> Part:
+    """Part 3: held-out pass@1 before and after training, with a control."""
     part = Part("Performance test", "✅ Performance test: PASS - Clear improvement")
     if model_name not in TINY:
         how = f"train it: python train_gspo.py --model_name {model_name}"
@@ -166,6 +169,7 @@ def performance(runs: Runs, model_name: str, seeds: Sequence[int]) -> Part:
 
 
 def clipping(runs: Runs, model_name: str, seed: int, noise: dict, parts_before: list[Part]) -> Part:
+    """Part 4: clip ranges at equal compute, and which of them this machine's precision allows."""
     part = Part("Clip ranges", "🎉 GSPO implementation looks GOOD!")
 
     def training_with_each_range() -> Checks:
