@@ -100,8 +100,8 @@ def test_a_fault_is_seen_where_it_is(name, tiny, anew, capsys):
 def test_a_fault_that_does_not_fit_the_code_is_named(monkeypatch):
     fault = FAULTS["top-k"]
     for changes, message in (
-        ({"place": "_sampel"}, "'top-k': gspo.policy.rollout has no _sampel"),
-        ({"text": "no such line"}, "'top-k': _sample in gspo.policy.rollout must have this text once"),
+        ({"place": "draw_tokenz"}, "'top-k': gspo.policy.rollout has no draw_tokenz"),
+        ({"text": "no such line"}, "'top-k': draw_tokens in gspo.policy.rollout must have this text once"),
         ({"text": "logits"}, "and has it [0-9]* times"),
     ):
         monkeypatch.setitem(FAULTS, "top-k", fault._replace(**changes))

@@ -74,8 +74,8 @@ FAULTS = {
     "wrong sign": Fault(
         "gspo_implementation",
         "_clipped_loss",
-        "loss = -_mean",
-        "loss = _mean",
+        "loss = -objective /",
+        "loss = objective /",
         "closed_form",
         "raises what was rewarded",
     ),
@@ -96,10 +96,16 @@ FAULTS = {
         "clipping stops the gradient",
     ),
     "clip range of GRPO in the preset": Fault(
-        "gspo.training.config",
-        "PRESETS",
-        '"response", 3e-4, 4e-4),\n    "gspo_token"',
-        '"response", 0.2, 0.27),\n    "gspo_token"',
+        "gspo_implementation",
+        "ALGORITHMS",
+        'clip_unit="response",\n'
+        "        left_clip_range=3e-4,\n"
+        "        right_clip_range=4e-4,\n"
+        '        reference="gspo",',
+        'clip_unit="response",\n'
+        "        left_clip_range=0.2,\n"
+        "        right_clip_range=0.27,\n"
+        '        reference="gspo",',
         "clip_ranges",
         "gspo: the clip ranges",
     ),
@@ -114,16 +120,17 @@ FAULTS = {
     "token mean": Fault(
         "gspo_implementation",
         "_clipped_loss",
-        "loss = -_mean_over_tokens(objective, mask).sum() / (denominator or len(mask))",
-        "loss = -(objective * mask).sum() / mask.sum()",
+        "loss = -objective / (denominator or len(mask))",
+        "loss = -(torch.minimum(ratio * advantages, ratio.clamp(1 - left, 1 + right) * ad"
+        "vantages) * mask).sum() / mask.sum()",
         "sequence_mean",
         "weigh the same",
     ),
     "sum over tokens": Fault(
         "gspo_implementation",
         "_clipped_loss",
-        "loss = -_mean_over_tokens(objective, mask).sum() / (denominator or len(mask))",
-        "loss = -(objective * mask).sum() / (denominator or len(mask))",
+        "objective = _mean_over_tokens(objective, mask).sum()",
+        "objective = (objective * mask).sum()",
         "value_and_gradient_match",
         "float64 loop",
     ),
@@ -194,9 +201,10 @@ FAULTS = {
     "old log-probs from the new policy": Fault(
         "gspo_implementation",
         "GSPOTrainer.update",
-        "            self._update_minibatch(batch, rows)",
-        "            batch.old_log_probs |= self._score(self.model, batch, [rows])\n"
-        "            self._update_minibatch(batch, rows)",
+        "            self._update_minibatch(batch, samples)",
+        "            for sample, new in self.forward.log_probs_of(self.model, [samples]):\n"
+        "                sample.old_log_probs = new\n"
+        "            self._update_minibatch(batch, samples)",
         "trainer_updates",
         "four updates",
     ),
@@ -209,8 +217,8 @@ FAULTS = {
         "no gradient flows",
     ),
     "temperature missing in the trainer's log-probs": Fault(
-        "gspo_implementation",
-        "GSPOTrainer._log_probs",
+        "gspo.training.forward_passes",
+        "ForwardPasses.log_probs",
         "responses, self.config.temperature)",
         "responses)",
         "trainer_updates",
@@ -218,7 +226,7 @@ FAULTS = {
     ),
     "temperature missing in drawing": Fault(
         "gspo.policy.rollout",
-        "_sample",
+        "draw_tokens",
         "torch.softmax(logits / temperature, -1)",
         "torch.softmax(logits, -1)",
         "sampling",
@@ -226,9 +234,9 @@ FAULTS = {
     ),
     "temperature missing in log-probs": Fault(
         "gspo.policy.log_probs",
-        "_log_probs",
-        "else logits.float() / temperature",
-        "else logits.float()",
+        "_target_log_probs",
+        "logits = logits / temperature",
+        "logits = logits * 1",
         "log_probs",
         "log-probs equal a naive",
     ),
@@ -251,14 +259,14 @@ FAULTS = {
     "micro-batch as denominator": Fault(
         "gspo_implementation",
         "GSPOTrainer._backward",
-        "micro_batch, log_probs, denominator=len(rows))",
-        "micro_batch, log_probs, denominator=len(micro_batch))",
+        "log_probs, denominator=len(samples))",
+        "log_probs, denominator=len(chosen))",
         "micro_batches",
         "micro-batches never",
     ),
     "sampler log-probs shifted by one": Fault(
         "gspo.policy.rollout",
-        "TransformersEngine._generate_chunk",
+        "TransformersEngine._sample_batch",
         "log_probs=log_probs[row, :length].tolist()",
         "log_probs=log_probs[row, :length].roll(1).tolist()",
         "sampling",
@@ -266,25 +274,25 @@ FAULTS = {
     ),
     "log-probs shifted by one": Fault(
         "gspo.policy.log_probs",
-        "_score_rows",
-        "torch.tensor(places, device=device)",
-        "torch.tensor(places, device=device).sub(1).clamp(min=0)",
+        "_micro_batch_log_probs",
+        "torch.tensor(predictors, device=device)",
+        "torch.tensor(predictors, device=device).sub(1).clamp(min=0)",
         "log_probs",
         "log-probs equal a naive",
     ),
     "shared prompts mixed up": Fault(
         "gspo.policy.group_attention",
         "_PackedAttention.forward",
-        "responses.by_group(of_responses[0]), *map(prompts.by_row, of_prompts[1:]), groups",
-        "responses.by_group(of_responses[0]), *(prompts.by_row(x).flip(0) for x in of_prompts[1:]), groups",
+        "responses.by_group(padded[0]), prompt_key, prompt_value, groups",
+        "responses.by_group(padded[0]), prompt_key.flip(0), prompt_value.flip(0), groups",
         "log_probs",
         "log-probs equal a naive",
     ),
     "positions after a shared prompt": Fault(
         "gspo.policy.group_attention",
         "PackedGroups.__init__",
-        "positions += range(len(prompt), len(prompt) + len(row))",
-        "positions += range(len(prompt) + 1, len(prompt) + 1 + len(row))",
+        "positions += range(len(prompt), len(prompt) + len(response))",
+        "positions += range(len(prompt) + 1, len(prompt) + 1 + len(response))",
         "log_probs",
         "log-probs equal a naive",
     ),
@@ -299,8 +307,8 @@ FAULTS = {
     "prompt and response each with a softmax": Fault(
         "gspo.policy.group_attention",
         "_PackedAttention.forward",
-        "log_sums = torch.logaddexp(own_sums, shared_sums)",
-        "log_sums = own_sums",
+        "log_sums = torch.logaddexp(own_log_sums, shared_log_sums)",
+        "log_sums = own_log_sums",
         "log_probs",
         "log-probs equal a naive",
     ),
@@ -322,7 +330,7 @@ FAULTS = {
     ),
     "trainer samples at another temperature": Fault(
         "gspo_implementation",
-        "GSPOTrainer._generate",
+        "GSPOTrainer._sample_and_reward",
         "Sampling(config.max_new_tokens, config.temperature, config.max_length, seed)",
         "Sampling(config.max_new_tokens, 1.0, config.max_length, seed)",
         "trainer_updates",
@@ -330,7 +338,7 @@ FAULTS = {
     ),
     "top-k": Fault(
         "gspo.policy.rollout",
-        "_sample",
+        "draw_tokens",
         "    logits = logits.float()  # (B, V)\n",
         "    logits = logits.float()\n"
         "    full = torch.log_softmax(logits / (temperature or 1), -1)\n"
@@ -340,7 +348,7 @@ FAULTS = {
     ),
     "one random stream for all prompts": Fault(
         "gspo.policy.rollout",
-        "_uniforms",
+        "draw_uniforms",
         "np.random.SeedSequence(seed + i,",
         "np.random.SeedSequence(seed + 0 * i,",
         "random_streams",
@@ -348,7 +356,7 @@ FAULTS = {
     ),
     "one random stream for a group": Fault(
         "gspo.policy.rollout",
-        "_uniforms",
+        "draw_uniforms",
         "spawn_key=(g,))",
         "spawn_key=(0 * g,))",
         "random_streams",
@@ -365,14 +373,14 @@ FAULTS = {
     "budget off by one": Fault(
         "gspo.policy.rollout",
         "_response_budget",
-        "return min(room, sampling.max_new_tokens)",
-        "return min(room + 1, sampling.max_new_tokens)",
+        "budget = min(budget, sampling.max_length - len(prompt))",
+        "budget = min(budget, sampling.max_length - len(prompt) + 1)",
         "endings",
         "responses end",
     ),
     "always finished": Fault(
         "gspo.policy.rollout",
-        "TransformersEngine._generate_chunk",
+        "TransformersEngine._sample_batch",
         "finished=response_ids[-1] in self.end_ids",
         "finished=True",
         "endings",
@@ -381,25 +389,25 @@ FAULTS = {
     "ungraded responses rewarded with 0": Fault(
         "gspo_implementation",
         "GSPOTrainer.collect",
-        "[math.nan if r is None else float(r) for r in judged]",
-        "[0.0 if r is None else float(r) for r in judged]",
+        "rewards = [math.nan if sample.reward is None else float(sample.reward) for sample in samples]",
+        "rewards = [float(sample.reward or 0) for sample in samples]",
         "trainer_updates",
         "four updates",
     ),
     "one update instead of four": Fault(
-        "gspo_implementation",
-        "GSPOTrainer._minibatches",
-        "size = self.config.mini_batch_size * self.config.group_size",
-        "size = self.config.batch_size * self.config.group_size",
+        "gspo.training.rollout_batch",
+        "RolloutBatch.minibatches",
+        "size = num_queries * self.group_size",
+        "size = len(self.samples)",
         "trainer_updates",
         "makes four updates",
     ),
     "dual clip": Fault(
         "gspo_implementation",
         "_clipped_loss",
-        "    loss = -_mean_over_tokens(objective, mask)",
+        "    objective = _mean_over_tokens(objective, mask).sum()",
         "    objective = torch.where(advantages < 0, objective.maximum(3 * advantages), objective)\n"
-        "    loss = -_mean_over_tokens(objective, mask)",
+        "    objective = _mean_over_tokens(objective, mask).sum()",
         "clipping_side",
         "clipping stops",
     ),
@@ -413,7 +421,7 @@ FAULTS = {
     ),
     "softmax in bfloat16": Fault(
         "gspo.policy.log_probs",
-        "_log_probs",
+        "_target_log_probs",
         '-F.cross_entropy(logits, targets, reduction="none")',
         "logits.log_softmax(-1, torch.bfloat16).gather(1, targets[:, None])[:, 0].float()",
         "log_probs",
@@ -438,8 +446,8 @@ FAULTS = {
     "a pass at half the reward": Fault(
         "gspo_implementation",
         "GSPOTrainer.evaluate",
-        "[reward == 1.0 for reward in rewards]",
-        "[(reward or 0) > 0 for reward in rewards]",
+        "[sample.reward == 1.0 for sample in samples]",
+        "[(sample.reward or 0) > 0 for sample in samples]",
         "evaluation",
         "an evaluation counts",
     ),
