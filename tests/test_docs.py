@@ -46,6 +46,8 @@ def test_training_commands_parse(page, flags):
     from train_gspo import parse
 
     words = shlex.split(flags, comments=True)
+    # docs/extending.md makes a data set and an algorithm; other tests carry that out.
+    words = [{"minutes": "math", "better_half": "gspo"}.get(word, word) for word in words]
     if "--resume" in words:  # it reads the run that it names
         place = words.index("--resume")
         del words[place : place + 2]

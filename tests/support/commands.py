@@ -1,9 +1,14 @@
-"""train_gspo.py in a process of its own."""
+"""train_gspo.py from the command line, in a process of its own or in this one."""
 
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from unittest import mock
 
+import train_gspo
+from gspo.training.stopping import StopRequest
 from support import ROOT
 
 TINY = ["--model_name", "tiny", "--dataset", "sort", "--num_train_samples", "6", "--num_eval_samples", "4",
@@ -22,3 +27,15 @@ def run(*flags, cwd=None):
     return subprocess.run(
         command(*flags), capture_output=True, text=True, cwd=cwd, env=environment(), timeout=300
     )
+
+
+def run_here(*flags):
+    """The same in this process, which has imported torch already; signals keep their handlers."""
+    out, err = StringIO(), StringIO()
+    flags = [*map(str, flags)]
+    with redirect_stdout(out), redirect_stderr(err), mock.patch.object(StopRequest, "on_signals"):
+        try:
+            code = train_gspo.main(flags)
+        except SystemExit as stop:
+            code = stop.code
+    return subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())

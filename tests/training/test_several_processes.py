@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from support import ROOT
-from support.commands import TINY, environment, run
+from support.commands import TINY, environment, run_here
 from support.records import record_of, weights_of_run
 
 FLAGS = [*TINY, "--num_train_samples", "8", "--mini_batch_size", "2", "--learning_rate", "1e-4"]
@@ -52,7 +52,7 @@ def wait_for_line(metrics, count, process):
 
 
 def test_two_processes_train_as_one_does(tmp_path):
-    one = run(*FLAGS, "--output_dir", tmp_path, "--run_name", "one")
+    one = run_here(*FLAGS, "--output_dir", tmp_path, "--run_name", "one")
     assert one.returncode == 0, one.stderr
     assert "processes: 1" in one.stdout
     code, said = finish(start(tmp_path, *FLAGS, "--output_dir", tmp_path, "--run_name", "two"), tmp_path)
