@@ -24,7 +24,7 @@ Shapes: Q queries, G group size, B = Q * G sequences (groups contiguous), T resp
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,11 +39,10 @@ from gspo.training.alarms import EmergencyStop, non_finite_weights, stop_if, sto
 from gspo.training.config import GSPOConfig
 from gspo.training.forward_passes import ForwardPasses
 from gspo.training.hardware import choose_device, choose_dtype, peak_memory_gb
-from gspo.training.intervals import wilson_interval
 from gspo.training.loss_metrics import METRIC_SUMS, loss_metrics, pool_metrics
 from gspo.training.processes import Processes
 from gspo.training.progress import progress_bar
-from gspo.training.rollout_batch import RolloutBatch, Sample
+from gspo.training.rollout_batch import RolloutBatch, Sample, evaluation_metrics
 from gspo.training.sampling import sample_and_reward
 from gspo.training.stopping import StopRequest
 from gspo.training.training_run import TrainingRun, is_due
@@ -433,7 +432,7 @@ class GSPOTrainer:
         for sample, advantage in zip(samples, advantages.tolist(), strict=True):
             sample.advantage = advantage
             sample.has_signal = advantage != 0 or config.kl_coef > 0
-        batch = RolloutBatch(samples, config.group_size)
+        batch = RolloutBatch(samples, config.group_size, self.schedule.last_epoch)
         started = time.perf_counter()
         minibatches = batch.minibatches(config.mini_batch_size)
         measures_noise = index == 0 or is_due(index, config.eval_frequency)
@@ -480,7 +479,14 @@ class GSPOTrainer:
     # ---- step 4: the updates
 
     def update(self, batch: RolloutBatch) -> dict:
-        """Make the updates that the rollout batch still lacks. Returns the metrics of the whole batch."""
+        """Make the updates that the rollout batch still lacks. Returns the metrics of the whole batch.
+
+        Raises:
+            ValueError: the policy was updated in between, and is no longer the pi_old of the first minibatch.
+        """
+        lacks_pi_old = any(sample.has_signal and sample.old_log_probs is None for sample in batch.samples)
+        if lacks_pi_old and self.schedule.last_epoch != batch.updates_before:
+            raise ValueError("the policy was updated between collect() and update() of this rollout batch")
         stop_if(stop_reason(batch.metrics), batch.metrics)
         for samples in batch.minibatches(self.config.mini_batch_size)[len(batch.updates) :]:
             self._update_minibatch(batch, samples)
@@ -488,7 +494,8 @@ class GSPOTrainer:
         self.optimizer.zero_grad()  # sampling needs the gradients' memory
         self.step += 1
         updates = batch.updates
-        pooled = self._pool(updates, batch.samples)
+        num_tokens = sum(sample.num_tokens for sample in batch.samples)
+        pooled = pool_metrics(updates, len(batch.samples), num_tokens, self.config.kl_coef)
         metrics = {
             **{name: value for name, value in pooled.items() if name not in METRIC_SUMS},
             "clip_fraction_by_minibatch": [update["clip_fraction"] for update in updates],
@@ -497,7 +504,6 @@ class GSPOTrainer:
             **batch.metrics,
             "update_s": sum(update["seconds"] for update in updates),
         }
-        num_tokens = sum(sample.num_tokens for sample in batch.samples)
         seconds = sum(metrics[name] for name in ("generation_s", "reward_s", "log_prob_s", "update_s"))
         return {**metrics, "tokens_per_s": num_tokens / seconds, "peak_memory_gb": peak_memory_gb()}
 
@@ -511,7 +517,8 @@ class GSPOTrainer:
             torch.nn.utils.clip_grads_with_norm_(
                 self.model.parameters(), self.config.max_grad_norm, grad_norm
             )
-        metrics = self._pool(self.processes.gather(parts), samples)
+        num_tokens = sum(sample.num_tokens for sample in samples)
+        metrics = pool_metrics(self.processes.gather(parts), len(samples), num_tokens, self.config.kl_coef)
         metrics |= {"grad_norm": grad_norm.item(), "learning_rate": self.schedule.get_last_lr()[0]}
         stop_if(stop_reason(metrics), batch.metrics | metrics)
         for row, values in self.processes.gather(log_probs):
@@ -574,26 +581,12 @@ class GSPOTrainer:
             metrics["kl_sum"] = kl.item() * denominator
         return loss, metrics
 
-    def _pool(self, parts: Iterable[dict], samples: Sequence[Sample]) -> dict[str, float]:
-        """The metrics of these samples, some of which have no signal, from those of their parts."""
-        num_tokens = sum(sample.num_tokens for sample in samples)
-        metrics = pool_metrics(parts, len(samples), num_tokens)
-        penalty = self.config.kl_coef * metrics["kl_sum"]
-        metrics["loss"] = (penalty - metrics["objective"]) / len(samples)
-        metrics["sampler_gap"] = metrics["sampler_gap_sum"] / max(metrics["sequences"], 1)
-        if self.config.kl_coef:
-            metrics["kl"] = metrics["kl_sum"] / len(samples)
-        return metrics
-
     # ---- evaluation
 
     def evaluate(self, problems: Sequence) -> dict:
         """Sample group_size responses to each problem, from random streams that are the same every time.
 
-        Returns:
-            pass_at_1: share of responses with reward 1, and interval_95 of it (Wilson's, over problems);
-            reward_mean; response_tokens_mean; pass_by_problem: the share of each problem, for paired
-            comparisons. A response that could not be judged counts as not passed.
+        Returns: what evaluation_metrics() makes of them.
         """
         samples: list[Sample] = []
         starts = range(0, len(problems), EVALUATION_CHUNK)
@@ -604,16 +597,7 @@ class GSPOTrainer:
             self.stop.check()
             chunk = problems[start : start + EVALUATION_CHUNK]
             samples += self._sample_and_reward(chunk, EVALUATION_STREAM + start)[0]
-        passed = np.array([sample.reward == 1.0 for sample in samples])
-        pass_by_problem = passed.reshape(-1, self.config.group_size).mean(1)  # (Q,)
-        pass_at_1 = float(pass_by_problem.mean())
-        return {
-            "pass_at_1": pass_at_1,
-            "interval_95": list(wilson_interval(pass_at_1, len(pass_by_problem))),
-            "reward_mean": float(np.mean([sample.reward or 0.0 for sample in samples])),
-            "response_tokens_mean": float(np.mean([sample.num_tokens for sample in samples])),
-            "pass_by_problem": pass_by_problem.tolist(),
-        }
+        return evaluation_metrics(samples, self.config.group_size)
 
     # ---- the state
 

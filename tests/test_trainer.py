@@ -117,6 +117,14 @@ def test_rewards_may_be_any_number(kind):
     assert t.train_step(problems(4))["reward_mean"] == 0.5
 
 
+def test_a_policy_that_was_updated_in_between_is_not_taken_for_pi_old():
+    t = trainer(batch_size=2)
+    first, second = t.collect(problems(2), 1), t.collect(problems(2, seed=1), 2)
+    t.update(first)
+    with pytest.raises(ValueError, match="updated between collect"):
+        t.update(second)
+
+
 def shift_old_log_probs(batch, shift):
     for sample in batch.samples:
         if sample.has_signal:

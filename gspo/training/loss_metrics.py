@@ -64,20 +64,23 @@ def _with_averages(
 
 
 def pool_metrics(
-    parts: Iterable[dict[str, float]], num_sequences: int | None = None, num_tokens: int | None = None
+    parts: Iterable[dict[str, float]], num_sequences: int, num_tokens: int, kl_coef: float = 0.0
 ) -> dict[str, float]:
     """The metrics of a whole from those of its parts: micro-batches, updates, processes.
 
     Args:
-        parts: what loss_metrics() returned for each.
-        num_sequences, num_tokens: those of the whole, for the clip fractions. By default they are counted in
-            the parts; give them if sequences without a signal, which cannot clip, were left out of the parts.
+        parts: what loss_metrics() returned for each, with kl_sum and sampler_gap_sum.
+        num_sequences, num_tokens: those of the whole. It may have sequences without a signal, which are in no
+            part: they add 0 to the loss and cannot clip.
+        kl_coef: the weight of the KL penalty in the loss.
     """
     parts = [part for part in parts if part["ratios"]]
-    sums: dict[str, float] = {name: 0.0 for name in METRIC_SUMS}
-    for part in parts:
-        for name in METRIC_SUMS:
-            sums[name] += part.get(name, 0.0)
+    sums = {name: sum(part.get(name, 0.0) for part in parts) for name in METRIC_SUMS}
     lowest = min((part["importance_ratio_min"] for part in parts), default=1.0)
     highest = max((part["importance_ratio_max"] for part in parts), default=1.0)
-    return _with_averages(sums, lowest, highest, num_sequences, num_tokens)
+    metrics = _with_averages(sums, lowest, highest, num_sequences, num_tokens)
+    metrics["loss"] = (kl_coef * sums["kl_sum"] - sums["objective"]) / num_sequences
+    metrics["sampler_gap"] = sums["sampler_gap_sum"] / max(sums["sequences"], 1)
+    if kl_coef:
+        metrics["kl"] = sums["kl_sum"] / num_sequences
+    return metrics

@@ -9,6 +9,7 @@ import torch
 
 from gspo.policy.rollout import Rollout
 from gspo.training.alarms import repetition, unreadable_characters
+from gspo.training.intervals import wilson_interval
 
 
 @dataclass
@@ -57,12 +58,14 @@ class RolloutBatch:
     """What one rollout batch is trained on, from its sampling to its last update.
 
     samples: (Q * G,) groups contiguous.
+    updates_before: optimizer updates made before it was sampled.
     metrics: what is known before the updates.
     updates: the metrics of each optimizer update so far.
     """
 
     samples: list[Sample]
     group_size: int
+    updates_before: int = 0
     metrics: dict = field(default_factory=dict)
     updates: list[dict] = field(default_factory=list)
 
@@ -125,3 +128,23 @@ class RolloutBatch:
         group = max(self.groups(), key=spread)
         chosen = {"best": max(group, key=advantage), "worst": min(group, key=advantage)}
         return [{"kind": kind} | sample.record() for kind, sample in chosen.items()]
+
+
+def evaluation_metrics(samples: Sequence[Sample], group_size: int) -> dict:
+    """What an evaluation found, from group_size samples of each problem.
+
+    Returns:
+        pass_at_1: share of responses with reward 1, and interval_95 of it (Wilson's, over problems);
+        reward_mean; response_tokens_mean; pass_by_problem: the share of each problem, for paired comparisons.
+        A response that could not be judged counts as not passed.
+    """
+    passed = np.array([sample.reward == 1.0 for sample in samples])
+    pass_by_problem = passed.reshape(-1, group_size).mean(1)  # (Q,)
+    pass_at_1 = float(pass_by_problem.mean())
+    return {
+        "pass_at_1": pass_at_1,
+        "interval_95": list(wilson_interval(pass_at_1, len(pass_by_problem))),
+        "reward_mean": float(np.mean([sample.reward or 0.0 for sample in samples])),
+        "response_tokens_mean": float(np.mean([sample.num_tokens for sample in samples])),
+        "pass_by_problem": pass_by_problem.tolist(),
+    }

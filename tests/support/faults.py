@@ -444,8 +444,8 @@ FAULTS = {
         "four updates",
     ),
     "a pass at half the reward": Fault(
-        "gspo_implementation",
-        "GSPOTrainer.evaluate",
+        "gspo.training.rollout_batch",
+        "evaluation_metrics",
         "[sample.reward == 1.0 for sample in samples]",
         "[(sample.reward or 0) > 0 for sample in samples]",
         "evaluation",
