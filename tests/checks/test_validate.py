@@ -113,9 +113,9 @@ def test_no_check_of_losses_fails_without_a_fault():
     assert [failed(checks()) for checks in loss_checks.CHECKS] == [[]] * len(loss_checks.CHECKS)
 
 
-@pytest.mark.parametrize("model_name", ["tiny", "tiny-moe"])
-def test_no_check_of_a_model_fails_without_a_fault(model_name):
-    model, tokenizer = load_model(model_name, device="cpu")
+def test_no_check_of_a_model_fails_without_a_fault():
+    """The slow test of the whole validation says the same of the mixture of experts."""
+    model, tokenizer = load_model("tiny", device="cpu")
     subject = model_checks.ModelChecks(model, tokenizer, load_problems("sort", "eval", 8), "cpu")
     for checks in subject.all():
         assert failed(checks()) == [], name_of(checks)

@@ -36,6 +36,15 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", disk], check=True)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    seed_everything()
+    new_trainer(folder).train(TRAIN, EVAL)
+    return folder / "run"
+
+
 def fill(disk, left: int) -> None:
     stat = os.statvfs(disk)
     with open(disk / "filler", "wb") as file:
@@ -53,9 +62,7 @@ def fill(disk, left: int) -> None:
         (9, 100_000, "final_model"),
     ],
 )
-def test_a_full_disk_is_said_and_nothing_is_lost(small_disk, tmp_path, call, left, what):
-    seed_everything()
-    new_trainer(tmp_path).train(TRAIN, EVAL)
+def test_a_full_disk_is_said_and_nothing_is_lost(small_disk, uninterrupted, call, left, what):
     seed_everything()
     t = new_trainer(small_disk)
     reward_fn, calls = t.reward_fn, iter(range(100))
@@ -75,7 +82,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(small_disk, tmp_path, call, lef
     if not checkpoints_in(run):
         seed_everything()  # it starts again
     assert new_trainer(small_disk, resume=str(run)).train(TRAIN, EVAL)["finished"]
-    assert record_of(run) == record_of(tmp_path / "run")
+    assert record_of(run) == record_of(uninterrupted)
 
 
 def broken(kind):
