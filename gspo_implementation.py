@@ -129,8 +129,7 @@ def gspo_loss(
         ValueError: shapes do not agree, or a clip range is not positive.
     """
     _check_shapes(log_probs, old_log_probs, advantages, mask, advantages_per_token=False)
-    log_ratio = _token_log_ratio(log_probs, old_log_probs.detach(), mask)  # (B, T)
-    ratio = _bounded_exp(_mean_over_tokens(log_ratio, mask))[:, None]  # (B, 1): one ratio per sequence
+    ratio = sequence_importance_ratio(log_probs, old_log_probs.detach(), mask)[:, None]  # (B, 1)
     return _clipped_loss(
         ratio, ratio, advantages[:, None], mask, left_clip_range, right_clip_range, denominator
     )
@@ -231,6 +230,7 @@ def _clipped_loss(
     if not (left > 0 and right > 0):
         raise ValueError(f"clip ranges must be positive, got left {left} and right {right}")
     objective = torch.minimum(ratio * advantages, ratio.clamp(1 - left, 1 + right) * advantages)
+    # For one value per sequence, as in GSPO, the mean over its tokens is that value.
     objective = _mean_over_tokens(objective, mask).sum()
     loss = -objective / (denominator or len(mask))
     # A token is clipped if the clipped branch is in force, so that no gradient flows. A ratio outside the
@@ -552,8 +552,9 @@ class GSPOTrainer:
     def _loss(
         self, samples: Sequence[Sample], log_probs: Sequence[torch.Tensor], denominator: int
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """The configured loss of some samples, a part of a sum over denominator sequences, and its metrics.
+        """The algorithm's loss (ALGORITHMS) of some samples, and its metrics.
 
+        denominator: sequences of the optimizer update, of which these are a part.
         log_probs: (|y|,) per sample, as the policy now has them.
         """
         config, device = self.config, self.processes.device

@@ -137,8 +137,8 @@ FAULTS = {
     "no length normalisation": Fault(
         "gspo_implementation",
         "gspo_loss",
-        "ratio = _bounded_exp(_mean_over_tokens(log_ratio, mask))",
-        "ratio = _bounded_exp(log_ratio.sum(1))",
+        "ratio = sequence_importance_ratio(log_probs, old_log_probs.detach(), mask)",
+        "ratio = _bounded_exp(_token_log_ratio(log_probs, old_log_probs.detach(), mask).sum(1))",
         "closed_form",
         "closed form",
     ),
@@ -211,8 +211,8 @@ FAULTS = {
     "gradient to the old policy": Fault(
         "gspo_implementation",
         "gspo_loss",
-        "log_ratio = _token_log_ratio(log_probs, old_log_probs.detach(), mask)  # (B, T)",
-        "log_ratio = _token_log_ratio(log_probs, old_log_probs, mask)",
+        "old_log_probs.detach()",
+        "old_log_probs",
         "old_policy_is_constant",
         "no gradient flows",
     ),
