@@ -39,11 +39,11 @@ from gspo.training.alarms import EmergencyStop, non_finite_weights, stop_if, sto
 from gspo.training.config import GSPOConfig
 from gspo.training.forward_passes import ForwardPasses
 from gspo.training.hardware import choose_device, choose_dtype, peak_memory_gb
-from gspo.training.loss_metrics import METRIC_SUMS, loss_metrics, pool_metrics
+from gspo.training.loss_metrics import loss_metrics, pool_metrics, without_sums
 from gspo.training.processes import Processes
 from gspo.training.progress import progress_bar
-from gspo.training.rollout_batch import RolloutBatch, Sample, evaluation_metrics
-from gspo.training.sampling import sample_and_reward
+from gspo.training.rollout_batch import RolloutBatch, Sample
+from gspo.training.sampling import evaluation_metrics, sample_and_reward
 from gspo.training.stopping import StopRequest
 from gspo.training.training_run import TrainingRun, is_due
 
@@ -236,7 +236,7 @@ def _clipped_loss(
     # A token is clipped if the clipped branch is in force, so that no gradient flows. A ratio outside the
     # range is not enough: on the other side min() takes the unclipped branch.
     clipped = ((advantages > 0) & (ratio > 1 + right)) | ((advantages < 0) & (ratio < 1 - left))
-    return loss, loss_metrics(objective.detach(), reported_ratio.detach(), clipped & mask, mask)
+    return loss, loss_metrics(reported_ratio.detach(), clipped & mask, mask)
 
 
 def _check_shapes(
@@ -412,45 +412,57 @@ class GSPOTrainer:
 
     def train_step(self, problems: Sequence) -> dict:
         """One rollout batch on these problems: sample, reward, update. Returns its metrics."""
-        return self.update(self.collect(problems, self.step))
+        metrics = self.update(self.collect(problems, self.step))
+        self.finish_batch()
+        return metrics
 
     # ---- steps 1 to 3: sample, reward, log pi_old
 
     def collect(self, problems: Sequence, index: int) -> RolloutBatch:
         """Sample and reward rollout batch number index under the present policy, which is its pi_old.
 
-        The first minibatch of a window gets its log pi_old from the forward pass of its own update, which
-        sees the same weights. The other log-probabilities are computed here.
+        K rollout batches (--update_frequency) are sampled before the first of their updates. The very first
+        update sees the weights that sampled, so its own forward pass gives log pi_old for its minibatch. The
+        other log-probabilities are computed here.
         """
         config = self.config
         stream = (config.seed << 64) + (index << 32)
         samples, metrics = self._sample_and_reward(problems, stream)
         if all(sample.reward is None for sample in samples):
             raise EmergencyStop("no response of the rollout batch could be judged")
-        rewards = [math.nan if sample.reward is None else float(sample.reward) for sample in samples]
+        rewards = [math.nan if sample.reward is None else sample.reward for sample in samples]
         advantages = group_advantages(torch.tensor(rewards), config.group_size)  # (B,)
         for sample, advantage in zip(samples, advantages.tolist(), strict=True):
             sample.advantage = advantage
             sample.has_signal = advantage != 0 or config.kl_coef > 0
         batch = RolloutBatch(samples, config.group_size, self.schedule.last_epoch)
+        batch.metrics = metrics | batch.statistics() | self._compute_log_probs(batch, index)
+        return batch
+
+    def _compute_log_probs(self, batch: RolloutBatch, index: int) -> dict[str, float]:
+        """Compute what the updates need besides their own forward passes. Returns metrics of it."""
+        config, metrics = self.config, {}
         started = time.perf_counter()
         minibatches = batch.minibatches(config.mini_batch_size)
         measures_noise = index == 0 or is_due(index, config.eval_frequency)
-        opens_window = index % config.update_frequency == 0
-        computed_here = minibatches[1:] if opens_window and not measures_noise else minibatches
-        for sample, log_probs in self.forward.log_probs_of(self.model, computed_here):
+        updated_first = index % config.update_frequency == 0
+        needed = minibatches[1:] if updated_first and not measures_noise else minibatches
+        for sample, log_probs in self.forward.all_log_probs(self.model, needed):
             sample.old_log_probs = log_probs
         if self.reference_model is not None:
-            for sample, log_probs in self.forward.log_probs_of(self.reference_model, minibatches):
+            for sample, log_probs in self.forward.all_log_probs(self.reference_model, minibatches):
                 sample.reference_log_probs = log_probs
         if measures_noise:
             metrics["null_clip_fraction"] = self._null_clip_fraction(minibatches)
         metrics["log_prob_s"] = time.perf_counter() - started
-        batch.metrics = metrics | batch.statistics()
-        return batch
+        return metrics
 
     def _sample_and_reward(self, problems: Sequence, stream: int) -> tuple[list[Sample], dict]:
-        """Rewarded samples, and the time they took. stream + i seeds problem i, in whatever process."""
+        """Rewarded samples, and the time they took.
+
+        stream + i seeds problem i, so that the samples do not depend on the number of processes.
+        """
+        config = self.config
 
         def generate(own: Sequence, first: int) -> list[Rollout]:
             assert config.max_new_tokens is not None  # resolve() has decided it
@@ -460,13 +472,12 @@ class GSPOTrainer:
             with self.forward.compute_type():
                 return self.engine.generate(prompts, config.group_size, sampling)
 
-        config = self.config
         return sample_and_reward(problems, config.group_size, generate, self.reward_fn, self.processes)
 
     def _null_clip_fraction(self, minibatches: Sequence[Sequence[Sample]]) -> float:
         """The share of a minibatch's tokens outside the clip range if computed again: pure noise."""
         with_signal = [samples for samples in minibatches if any(sample.has_signal for sample in samples)]
-        pairs = self.forward.log_probs_of(self.model, with_signal[:1])
+        pairs = self.forward.all_log_probs(self.model, with_signal[:1])
         if not pairs:
             return 0.0
         samples, again = [sample for sample, _ in pairs], [log_probs for _, log_probs in pairs]
@@ -484,20 +495,17 @@ class GSPOTrainer:
         Raises:
             ValueError: the policy was updated in between, and is no longer the pi_old of the first minibatch.
         """
-        lacks_pi_old = any(sample.has_signal and sample.old_log_probs is None for sample in batch.samples)
-        if lacks_pi_old and self.schedule.last_epoch != batch.updates_before:
+        if _lacks_pi_old(batch.samples) and self.schedule.last_epoch != batch.updates_before:
             raise ValueError("the policy was updated between collect() and update() of this rollout batch")
         stop_if(stop_reason(batch.metrics), batch.metrics)
         for samples in batch.minibatches(self.config.mini_batch_size)[len(batch.updates) :]:
             self._update_minibatch(batch, samples)
             self.stop.check()
         self.optimizer.zero_grad()  # sampling needs the gradients' memory
-        self.step += 1
         updates = batch.updates
         num_tokens = sum(sample.num_tokens for sample in batch.samples)
-        pooled = pool_metrics(updates, len(batch.samples), num_tokens, self.config.kl_coef)
         metrics = {
-            **{name: value for name, value in pooled.items() if name not in METRIC_SUMS},
+            **without_sums(pool_metrics(updates, len(batch.samples), num_tokens)),
             "clip_fraction_by_minibatch": [update["clip_fraction"] for update in updates],
             "grad_norm": float(np.mean([update["grad_norm"] for update in updates])),
             "learning_rate": updates[-1]["learning_rate"],
@@ -506,6 +514,10 @@ class GSPOTrainer:
         }
         seconds = sum(metrics[name] for name in ("generation_s", "reward_s", "log_prob_s", "update_s"))
         return {**metrics, "tokens_per_s": num_tokens / seconds, "peak_memory_gb": peak_memory_gb()}
+
+    def finish_batch(self) -> None:
+        """Count a rollout batch as trained on. A run does so when the batch is on record."""
+        self.step += 1
 
     def _update_minibatch(self, batch: RolloutBatch, samples: Sequence[Sample]) -> None:
         """One optimizer update on these samples. The batch then has its metrics."""
@@ -518,11 +530,11 @@ class GSPOTrainer:
                 self.model.parameters(), self.config.max_grad_norm, grad_norm
             )
         num_tokens = sum(sample.num_tokens for sample in samples)
-        metrics = pool_metrics(self.processes.gather(parts), len(samples), num_tokens, self.config.kl_coef)
+        metrics = pool_metrics(self.processes.gather(parts), len(samples), num_tokens)
         metrics |= {"grad_norm": grad_norm.item(), "learning_rate": self.schedule.get_last_lr()[0]}
-        stop_if(stop_reason(metrics), batch.metrics | metrics)
-        for row, values in self.processes.gather(log_probs):
-            if samples[row].old_log_probs is None:
+        stop_if(stop_reason(without_sums(metrics)), batch.metrics | without_sums(metrics))
+        if _lacks_pi_old(samples):
+            for row, values in self.processes.gather(log_probs):
                 samples[row].old_log_probs = values
         self._in_optimizer_step = True
         self.optimizer.step()
@@ -533,7 +545,8 @@ class GSPOTrainer:
     def _backward(self, samples: Sequence[Sample]) -> tuple[list[dict], list[tuple[int, torch.Tensor]]]:
         """Gradients of the loss of this process's share of the samples.
 
-        Returns: the metrics of its micro-batches, and by row in the samples the log-probabilities (|y|,).
+        Returns: the metrics of its micro-batches, and pairs of a row in the samples and its log-probabilities
+        (|y|,).
         """
         self.optimizer.zero_grad()  # here, so that an update that was given up leaves nothing behind
         parts: list[dict] = []
@@ -544,6 +557,7 @@ class GSPOTrainer:
             loss, metrics = self._loss(chosen, log_probs, denominator=len(samples))
             loss.backward()
             own = [values.detach().cpu() for values in log_probs]
+            metrics["loss_sum"] = loss.item() * len(samples)
             metrics["sampler_gap_sum"] = sum(map(_sampler_gap, chosen, own))
             parts.append(metrics)
             computed += zip(rows, own, strict=True)
@@ -625,6 +639,11 @@ class GSPOTrainer:
 def _pad(rows: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """Tensors (|y|,) to (B, T)."""
     return pad_sequence([row.to(device) for row in rows], batch_first=True)
+
+
+def _lacks_pi_old(samples: Sequence[Sample]) -> bool:
+    """True if an update is to compute log pi_old for some of the samples."""
+    return any(sample.has_signal and sample.old_log_probs is None for sample in samples)
 
 
 def _sampler_gap(sample: Sample, log_probs: torch.Tensor) -> float:

@@ -34,13 +34,13 @@ PROGRAM = "train_gspo.py"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        config = parse(arguments)
-    except ValueError as error:
-        complain(PROGRAM, error)
-        return 2
     if os.environ.get("RANK", "0") != "0":  # only rank 0 prints
         sys.stdout = open(os.devnull, "w")
+    try:
+        config = parse(arguments)
+    except (ValueError, OSError) as error:
+        complain(PROGRAM, error)
+        return 2
     return train(config)
 
 
@@ -96,7 +96,7 @@ def parse(arguments: list[str] | None) -> GSPOConfig:
     """
     parser = Parser(str(__doc__))
     types = get_type_hints(GSPOConfig)
-    tables = {"dataset": tuple(DATASETS), "algorithm": algorithm_names()}
+    choices_of = {"dataset": tuple(DATASETS), "algorithm": algorithm_names()}
     groups: dict[str, Any] = {}
     for f in fields(GSPOConfig):
         group = f.metadata["group"]
@@ -108,7 +108,7 @@ def parse(arguments: list[str] | None) -> GSPOConfig:
         if kind is bool:
             options: dict[str, Any] = {"action": "store_true"}
         else:
-            options = {"type": kind, "choices": tables.get(f.name, f.metadata["choices"])}
+            options = {"type": kind, "choices": choices_of.get(f.name, f.metadata["choices"])}
             if f.default is not None:
                 help += f" (default: {f.default})"
         groups[group].add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **options)

@@ -63,6 +63,7 @@ def refused_in_one_line(code, said):
         ("group_size", "3000000000"),
         ("output_dir", "\udcff"),
         ("output_dir", "x" * 5000),
+        ("output_dir", "x" * 300 + "/y"),
         ("model_name", "x/" * 2500),
         ("model_name", "x" * 5000),
     ],

@@ -5,9 +5,10 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -198,6 +199,8 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded():
 def test_paths_may_be_path_objects_and_other_types_are_named():
     assert GSPOConfig(output_dir=Path("a") / "b").output_dir == "a/b"
     assert GSPOConfig(learning_rate=1).learning_rate == 1
+    config = GSPOConfig(learning_rate=np.float64(1e-4), batch_size=np.int64(4), kl_coef=np.float32(0.5))
+    assert json.loads(json.dumps(asdict(config)))["batch_size"] == 4 and type(config.kl_coef) is float
     with pytest.raises(ValueError, match="--seed must be int, got 1.5"):
         GSPOConfig(seed=1.5)
 

@@ -3,7 +3,9 @@
 import json
 import math
 from copy import deepcopy
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -103,7 +105,7 @@ def test_policy_is_refreshed_every_k_rollout_batches(tmp_path):
     assert [line["importance_ratio_mean"] == 1 for line in lines].count(True) == 0
 
 
-def test_unjudged_and_tied_responses_teach_nothing():
+def test_unjudged_and_tied_responses_have_no_signal():
     t = trainer(reward_fn=lambda asked, _: [None, 1.0, None, None] * (len(asked) // 4), weight_decay=0.0)
     before = weights_of(t.model)
     step = t.train_step(problems(4))
@@ -111,10 +113,31 @@ def test_unjudged_and_tied_responses_teach_nothing():
     assert torch.equal(weights_of(t.model), before)
 
 
-@pytest.mark.parametrize("kind", [int, bool, float])
+@pytest.mark.parametrize("kind", [int, bool, float, np.float32, np.int64, torch.tensor])
 def test_rewards_may_be_any_number(kind):
+    """Checkpoints and samples.jsonl hold plain floats."""
     t = trainer(reward_fn=lambda asked, _: [kind(i % 2) for i in range(len(asked))])
-    assert t.train_step(problems(4))["reward_mean"] == 0.5
+    batch = t.collect(problems(4), 0)
+    assert {type(sample.reward) for sample in batch.samples} == {float}
+    assert t.update(batch)["reward_mean"] == 0.5
+
+
+def test_the_logged_loss_is_the_one_that_is_trained(monkeypatch):
+    """A loss of one's own may do anything with its gradient; what it returns is logged and looked at."""
+    plain, scaled = trainer(), trainer()
+    loss = scaled.algorithm.loss
+
+    def ten_times(*arguments):
+        value, metrics = loss(*arguments)
+        return 10 * value, metrics
+
+    scaled.algorithm = replace(scaled.algorithm, loss=ten_times)
+    first, second = plain.train_step(problems(4)), scaled.train_step(problems(4))
+    assert second["loss"] == pytest.approx(10 * first["loss"], rel=0.1) and first["loss"] != 0
+    broken = trainer()
+    broken.algorithm = replace(broken.algorithm, loss=lambda *a: (loss(*a)[0] * math.nan, loss(*a)[1]))
+    with pytest.raises(EmergencyStop, match="loss is nan"):
+        broken.train_step(problems(4))
 
 
 def test_a_policy_that_was_updated_in_between_is_not_taken_for_pi_old():

@@ -114,7 +114,8 @@ def warnings_of(history: Sequence[dict]) -> dict[str, str]:
             f"{last['clip_fraction']:.0%} of tokens are clipped: most of the batch has no gradient; "
             "lower --learning_rate or widen the clip range"
         )
-    noise = last.get("null_clip_fraction", 0.0)
+    measured = (batch["null_clip_fraction"] for batch in reversed(history) if "null_clip_fraction" in batch)
+    noise = next(measured, 0.0)
     if noise > 0.01:
         warnings["null clip"] = (
             f"null_clip_fraction is {noise:.3g}: the noise of the log-probabilities alone leaves the clip "

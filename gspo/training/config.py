@@ -138,9 +138,12 @@ class GSPOConfig:
             if isinstance(value, os.PathLike):
                 value = os.fspath(value)
                 setattr(self, f.name, value)
-            _check_type(f.name, value, get_args(hints[f.name]) or (hints[f.name],))
+            kinds = get_args(hints[f.name]) or (hints[f.name],)
+            _check_type(f.name, value, kinds)
             if value is not None:
                 _check_bounds(f, value)
+                # Numpy's numbers, say, become Python's: config.json and checkpoints hold plain data.
+                setattr(self, f.name, kinds[0](value))
         if self.batch_size % self.mini_batch_size:
             raise ValueError(
                 f"--mini_batch_size {self.mini_batch_size} does not divide --batch_size {self.batch_size}: "

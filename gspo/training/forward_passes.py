@@ -52,7 +52,7 @@ class ForwardPasses:
         with self.compute_type():
             return token_log_probs(model, prompts, responses, self.config.temperature)
 
-    def log_probs_of(
+    def all_log_probs(
         self, model: Any, minibatches: Sequence[Sequence[Sample]]
     ) -> list[tuple[Sample, torch.Tensor]]:
         """Log-probabilities (|y|,) on the CPU, without gradients, of all samples with a signal.

@@ -7,39 +7,34 @@ import torch
 
 # What a loss counts, or the trainer beside it. Sums add up over micro-batches, updates and processes.
 METRIC_SUMS = (
-    "objective", "sequences", "clipped_sequences", "tokens", "clipped_tokens",
-    "ratios", "ratio_deviations", "ratio_deviations_squared", "kl_sum", "sampler_gap_sum",
+    "sequences", "clipped_sequences", "tokens", "clipped_tokens",
+    "ratios", "ratio_deviations", "ratio_deviations_squared", "loss_sum", "kl_sum", "sampler_gap_sum",
 )  # fmt: skip
 
 
-def loss_metrics(
-    objective: torch.Tensor, ratio: torch.Tensor, clipped: torch.Tensor, mask: torch.Tensor
-) -> dict[str, float]:
-    """Sums and averages over one call: objective (), ratio (B, 1) or (B, T), clipped and mask (B, T)."""
+def loss_metrics(ratio: torch.Tensor, clipped: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
+    """The metrics of one call of a loss: sums, and their averages.
+
+    ratio: (B, 1) per sequence or (B, T) per token; clipped, mask: (B, T) bool.
+    """
     has_tokens = mask.any(1)
     # float64, since the square of a ratio overflows float32.
     ratios = ratio[mask if ratio.shape == mask.shape else has_tokens].double()
     deviations = ratios - 1
-    none = ratios.new_ones(1)  # min() and max() need an element
-    # One tensor, so that a GPU is waited for once.
-    figures = torch.stack(
-        [
-            objective.double(),
-            has_tokens.sum().double(),
-            clipped.any(1).sum().double(),
-            mask.sum().double(),
-            clipped.sum().double(),
-            deviations.sum(),
-            deviations.square().sum(),
-            (ratios if len(ratios) else none).min(),
-            (ratios if len(ratios) else none).max(),
-        ]
-    ).tolist()
-    names = ("objective", "sequences", "clipped_sequences", "tokens", "clipped_tokens",
-             "ratio_deviations", "ratio_deviations_squared")  # fmt: skip
-    *counted, lowest, highest = figures
-    sums = dict(zip(names, counted, strict=True)) | {"ratios": float(len(ratios))}
-    return _with_averages(sums, lowest, highest)
+    extremes = ratios if len(ratios) else ratios.new_ones(1)
+    sums = {
+        "sequences": has_tokens.sum(),
+        "clipped_sequences": clipped.any(1).sum(),
+        "tokens": mask.sum(),
+        "clipped_tokens": clipped.sum(),
+        "ratio_deviations": deviations.sum(),
+        "ratio_deviations_squared": deviations.square().sum(),
+    }
+    # In one tensor, so that a GPU is waited for once.
+    figures = torch.stack([x.double() for x in (*sums.values(), extremes.min(), extremes.max())])
+    *counted, lowest, highest = figures.tolist()
+    plain_sums = dict(zip(sums, counted, strict=True))
+    return _with_averages(plain_sums | {"ratios": float(len(ratios))}, lowest, highest)
 
 
 def _with_averages(
@@ -63,24 +58,29 @@ def _with_averages(
     }
 
 
-def pool_metrics(
-    parts: Iterable[dict[str, float]], num_sequences: int, num_tokens: int, kl_coef: float = 0.0
-) -> dict[str, float]:
+def pool_metrics(parts: Iterable[dict[str, float]], num_sequences: int, num_tokens: int) -> dict[str, float]:
     """The metrics of a whole from those of its parts: micro-batches, updates, processes.
 
     Args:
-        parts: what loss_metrics() returned for each, with kl_sum and sampler_gap_sum.
+        parts: what loss_metrics() returned for each, with loss_sum, sampler_gap_sum and perhaps kl_sum.
         num_sequences, num_tokens: those of the whole. It may have sequences without a signal, which are in no
             part: they add 0 to the loss and cannot clip.
-        kl_coef: the weight of the KL penalty in the loss.
     """
     parts = [part for part in parts if part["ratios"]]
-    sums = {name: sum(part.get(name, 0.0) for part in parts) for name in METRIC_SUMS}
+    sums = {name: sum(part[name] for part in parts if name in part) for name in METRIC_SUMS}
+    has_kl = any("kl_sum" in part for part in parts)
+    if not has_kl:
+        del sums["kl_sum"]
     lowest = min((part["importance_ratio_min"] for part in parts), default=1.0)
     highest = max((part["importance_ratio_max"] for part in parts), default=1.0)
-    metrics = _with_averages(sums, lowest, highest, num_sequences, num_tokens)
-    metrics["loss"] = (kl_coef * sums["kl_sum"] - sums["objective"]) / num_sequences
+    metrics = {"loss": sums["loss_sum"] / num_sequences}
+    metrics |= _with_averages(sums, lowest, highest, num_sequences, num_tokens)
     metrics["sampler_gap"] = sums["sampler_gap_sum"] / max(sums["sequences"], 1)
-    if kl_coef:
+    if has_kl:
         metrics["kl"] = sums["kl_sum"] / num_sequences
     return metrics
+
+
+def without_sums(metrics: dict[str, float]) -> dict[str, float]:
+    """The averages, which are what is logged."""
+    return {name: value for name, value in metrics.items() if name not in METRIC_SUMS}

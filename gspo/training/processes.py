@@ -14,7 +14,7 @@ from gspo.training.whole_folders import CannotSave
 class Processes:
     """This process among those that torchrun or accelerate's launcher has started; alone without a launcher.
 
-    Every method is a collective operation: all processes call it, in the same order.
+    The methods but contiguous_share() are collective: all processes call them, in the same order.
     """
 
     def __init__(self, device: str):
@@ -38,12 +38,15 @@ class Processes:
         return any(self.gather([flag]))
 
     def on_main(self, work: Callable, *arguments: Any) -> Any:
-        """Do work(*arguments) on the main process. All processes return its result or raise its refusal."""
+        """Do work(*arguments) on the main process, and return its result in all processes.
+
+        A ValueError, CannotSave or OSError is raised in all of them, another exception on the main one alone.
+        """
         result = error = None
         if self.is_main:
             try:
                 result = work(*arguments)
-            except (ValueError, CannotSave) as refusal:
+            except (ValueError, CannotSave, OSError) as refusal:
                 error = refusal
         result, error = broadcast_object_list([result, error])
         if error is not None:

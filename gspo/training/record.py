@@ -60,7 +60,10 @@ GLOSSARY = {
     "learning_rate": ("-", "learning rate of the batch's last optimizer update"),
     "generation_s": ("s", "time to sample the responses"),
     "reward_s": ("s", "time to reward them"),
-    "log_prob_s": ("s", "time for the log-probabilities of pi_old that no update computes itself"),
+    "log_prob_s": (
+        "s",
+        "time for log-probabilities before the updates: pi_old, starting model, noise",
+    ),
     "update_s": ("s", "time for forward, backward and optimizer steps"),
     "tokens_per_s": ("tokens/s", "response tokens of the batch, over the sum of the four times"),
     "peak_memory_gb": ("GB", "peak so far: of the GPU, or of the process if there is no GPU"),
@@ -138,13 +141,31 @@ class Record:
     def rewind(self, step: int, lines: dict[str, int]) -> None:
         """Drop what was written after a checkpoint. The resumed run writes it again.
 
+        Args and errors: as in kept_lines(); nothing changes on the disk if that refuses.
+
+        Raises:
+            CannotSave: the disk is full.
+        """
+        kept_lines = self.kept_lines(step, lines)
+        # Delete newer checkpoints before truncating the files: they need the lines that are dropped next.
+        for path in reversed(checkpoints_in(self.folder)):
+            if step_of(path) > step:
+                remove(path)
+        for stream, kept in kept_lines.items():
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            write_whole(self.folder / f"{stream}.jsonl", text)
+        self.history = kept_lines["metrics"]
+        self._raised = set(warnings_of(self.history)) if self.history else set()
+
+    def kept_lines(self, step: int, lines: dict[str, int]) -> dict[str, list[dict]]:
+        """The lines of each file that a checkpoint follows.
+
         Args:
             step: rollout batches trained on at the checkpoint.
             lines: the number of lines of each file at that time. Lines after them may be damaged.
 
         Raises:
-            ValueError: a line is damaged, or lines are missing; nothing has changed on the disk.
-            CannotSave: the disk is full.
+            ValueError: a line is damaged, or lines are missing.
         """
         kept_lines = {stream: read_lines(self.folder, stream, lines.get(stream, 0)) for stream in FIELDS}
         for stream, kept in kept_lines.items():
@@ -155,15 +176,7 @@ class Record:
                     f"{self.folder / stream}.jsonl lacks lines that the checkpoint follows; put the file "
                     "back, or start anew from the checkpoint's weights (--model_name)"
                 )
-        # Delete newer checkpoints before truncating the files: they need the lines that are dropped next.
-        for path in reversed(checkpoints_in(self.folder)):
-            if step_of(path) > step:
-                remove(path)
-        for stream, kept in kept_lines.items():
-            text = "".join(json.dumps(line) + "\n" for line in kept)
-            write_whole(self.folder / f"{stream}.jsonl", text)
-        self.history = kept_lines["metrics"]
-        self._raised = set(warnings_of(self.history)) if self.history else set()
+        return kept_lines
 
 
 class JsonLines:

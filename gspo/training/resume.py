@@ -1,7 +1,7 @@
-"""Open a run: a new one, or one to go on with, where a checkpoint says how far it has come."""
+"""Open a run: a new one, or one to resume, where a checkpoint says how far it has come."""
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from gspo.training.checkpoints import newest_whole, read_state, step_of
@@ -15,22 +15,40 @@ from gspo.training.whole_folders import recover
 
 @dataclass
 class OpenRun:
-    """A run that is ready to be recorded.
+    """A run that was checked, with nothing changed on the disk yet.
 
-    checkpoint: where it goes on from; None for a run that begins. A run that was killed before its first
+    checkpoint: what to resume from; None for a run that begins. A run that was killed before its first
     checkpoint begins again (it is deterministic given the seed).
+    step, lines: the rollout batches trained on and the lines of the record at the checkpoint.
     """
 
+    config: GSPOConfig
+    problems: str
     folder: RunFolder
     record: Record
-    checkpoint: Path | None
+    checkpoint: Path | None = None
+    step: int = 0
+    lines: dict[str, int] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Drop what was written after the checkpoint, write config.json, and get ready to record.
+
+        Raises:
+            CannotSave: the disk is full.
+        """
+        settings = asdict(self.config)
+        if self.config.resume is not None:
+            self.record.rewind(self.step, self.lines)
+        self.folder.write_config(settings, self.problems)
+        self.record.sinks.append(JsonLines(self.folder.path))
+        if self.config.use_wandb:
+            self.record.sinks.append(Wandb(self.folder.path, settings))
 
 
 def open_run(config: GSPOConfig, problems: str, num_batches: int) -> OpenRun:
-    """Make the run folder that the configuration names, or with config.resume rewind the one that it names.
+    """Make the run folder that the configuration names; with config.resume, check the one that it names.
 
-    Everything is read and checked before anything on the disk changes, except that folders which a kill left
-    half written are tidied.
+    A run that is refused is left as it is, except that folders which a kill left half written are tidied.
 
     Args:
         problems: a digest of all problems, by which a resumed run recognises them.
@@ -41,37 +59,27 @@ def open_run(config: GSPOConfig, problems: str, num_batches: int) -> OpenRun:
             or a run that these settings and problems do not continue, or whose files are damaged.
         CannotSave: the folder cannot be written.
     """
-    settings = asdict(config)
-    path = run_folder(settings)
-    is_run = (path / "config.json").exists()
-    if is_run and config.resume is None:
+    path = run_folder(asdict(config))
+    if settings_of(path) is not None and config.resume is None:
         raise ValueError(
             f"{path} already holds a run: choose another --run_name, or continue it with --resume {path}"
         )
-    folder = RunFolder(path)
+    run = OpenRun(config, problems, RunFolder(path), Record(path))
     try:
-        record = Record(path)
-        checkpoint = None
         if config.resume is not None:
-            checkpoint = _rewind(folder, record, config, problems, num_batches)
-        folder.write_config(settings, problems)
-        record.sinks.append(JsonLines(path))
-        if config.use_wandb:
-            record.sinks.append(Wandb(path, settings))
+            _find_checkpoint(run, num_batches)
     except BaseException:
-        folder.close()
+        run.folder.close()
         raise
-    return OpenRun(folder, record, checkpoint)
+    return run
 
 
-def _rewind(
-    folder: RunFolder, record: Record, config: GSPOConfig, problems: str, num_batches: int
-) -> Path | None:
-    """Find the checkpoint to go on from, check that the run continues it, and drop what came after it."""
-    settings = asdict(config)
+def _find_checkpoint(run: OpenRun, num_batches: int) -> None:
+    """Find the checkpoint to resume from, and check that these settings and problems continue it."""
+    config, folder, settings = run.config, run.folder, asdict(run.config)
     saved = settings_of(folder.path) or {}
     refuse_other_settings(folder.path, saved, settings)
-    if problems != saved.get("problems"):
+    if run.problems != saved.get("problems"):
         raise ValueError(
             f"--resume: the problems are not those that the run in {folder.path} was started with; has the "
             "file of --dataset_path changed, or the toolkit?"
@@ -80,8 +88,7 @@ def _rewind(
         recover(parent)
     checkpoint = _whole_checkpoint(folder, str(config.resume), saved)
     if checkpoint is None:
-        record.rewind(0, {})
-        return None
+        return
     state = read_state(checkpoint, lazily=True)
     refuse_other_settings(checkpoint, state["settings"], settings)
     sampled = state["step"] + len(state["pending"])
@@ -90,8 +97,8 @@ def _rewind(
             f"--num_epochs {config.num_epochs}: that is {num_batches} rollout batches, the run has come "
             f"further, to {sampled}"
         )
-    record.rewind(state["step"], state["lines"])
-    return checkpoint
+    run.record.kept_lines(state["step"], state["lines"])  # refuses a damaged record
+    run.checkpoint, run.step, run.lines = checkpoint, state["step"], state["lines"]
 
 
 def _whole_checkpoint(folder: RunFolder, resume: str, saved: dict) -> Path | None:

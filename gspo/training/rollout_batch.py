@@ -9,7 +9,6 @@ import torch
 
 from gspo.policy.rollout import Rollout
 from gspo.training.alarms import repetition, unreadable_characters
-from gspo.training.intervals import wilson_interval
 
 
 @dataclass
@@ -65,7 +64,7 @@ class RolloutBatch:
 
     samples: list[Sample]
     group_size: int
-    updates_before: int = 0
+    updates_before: int
     metrics: dict = field(default_factory=dict)
     updates: list[dict] = field(default_factory=list)
 
@@ -80,7 +79,7 @@ class RolloutBatch:
 
     def statistics(self) -> dict[str, float]:
         """What the rewards and the text of the batch are like (record.GLOSSARY)."""
-        rewards = torch.tensor([float(s.reward) for s in self.samples if s.reward is not None])
+        rewards = torch.tensor([s.reward for s in self.samples if s.reward is not None])
         tied = [all(sample.advantage == 0 for sample in group) for group in self.groups()]
         rollouts = [sample.rollout for sample in self.samples]
         return {
@@ -128,23 +127,3 @@ class RolloutBatch:
         group = max(self.groups(), key=spread)
         chosen = {"best": max(group, key=advantage), "worst": min(group, key=advantage)}
         return [{"kind": kind} | sample.record() for kind, sample in chosen.items()]
-
-
-def evaluation_metrics(samples: Sequence[Sample], group_size: int) -> dict:
-    """What an evaluation found, from group_size samples of each problem.
-
-    Returns:
-        pass_at_1: share of responses with reward 1, and interval_95 of it (Wilson's, over problems);
-        reward_mean; response_tokens_mean; pass_by_problem: the share of each problem, for paired comparisons.
-        A response that could not be judged counts as not passed.
-    """
-    passed = np.array([sample.reward == 1.0 for sample in samples])
-    pass_by_problem = passed.reshape(-1, group_size).mean(1)  # (Q,)
-    pass_at_1 = float(pass_by_problem.mean())
-    return {
-        "pass_at_1": pass_at_1,
-        "interval_95": list(wilson_interval(pass_at_1, len(pass_by_problem))),
-        "reward_mean": float(np.mean([sample.reward or 0.0 for sample in samples])),
-        "response_tokens_mean": float(np.mean([sample.num_tokens for sample in samples])),
-        "pass_by_problem": pass_by_problem.tolist(),
-    }

@@ -34,14 +34,16 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self._lock: int | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock: int | None = os.open(path, os.O_RDONLY)
+            self._lock = os.open(path, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
             raise ValueError(f"another process is at work on the run in {path}: wait for it") from None
         except OSError as error:
+            self.close()
             raise ValueError(f"--output_dir: cannot make {path} ({error.strerror})") from None
 
     def close(self) -> None:

@@ -1,11 +1,14 @@
-"""Sample responses and reward them, by all processes together."""
+"""Sample responses and reward them, by all processes together; what an evaluation makes of them."""
 
 import math
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from gspo.policy.rollout import Rollout
 from gspo.training.alarms import EmergencyStop
+from gspo.training.intervals import wilson_interval
 from gspo.training.processes import Processes
 from gspo.training.rollout_batch import Sample
 
@@ -40,7 +43,31 @@ def sample_and_reward(
     for i, (rollout, reward) in enumerate(gathered):
         if not all(map(math.isfinite, rollout.log_probs)):
             raise EmergencyStop("the policy's log-probabilities are not finite")
-        if reward is not None and not math.isfinite(reward):
-            raise EmergencyStop("the reward function returned a value that is not finite")
+        if reward is not None:
+            reward = float(reward)  # whatever kind of number it is: checkpoints hold plain data
+            if not math.isfinite(reward):
+                raise EmergencyStop(
+                    "the reward function returned a value that is not finite; None: not judged"
+                )
         samples.append(Sample(problems[i // group_size], rollout, reward))
     return samples, metrics
+
+
+def evaluation_metrics(samples: Sequence[Sample], group_size: int) -> dict:
+    """What an evaluation found, from group_size samples of each problem.
+
+    Returns:
+        pass_at_1: share of responses with reward 1, and interval_95 of it (Wilson's, over problems);
+        reward_mean; response_tokens_mean; pass_by_problem: the share of each problem, for paired comparisons.
+        A response that could not be judged counts as not passed.
+    """
+    passed = np.array([sample.reward == 1.0 for sample in samples])
+    pass_by_problem = passed.reshape(-1, group_size).mean(1)  # (Q,)
+    pass_at_1 = float(pass_by_problem.mean())
+    return {
+        "pass_at_1": pass_at_1,
+        "interval_95": list(wilson_interval(pass_at_1, len(pass_by_problem))),
+        "reward_mean": float(np.mean([sample.reward or 0.0 for sample in samples])),
+        "response_tokens_mean": float(np.mean([sample.num_tokens for sample in samples])),
+        "pass_by_problem": pass_by_problem.tolist(),
+    }

@@ -24,7 +24,7 @@ from gspo.training.config import GSPOConfig
 from gspo.training.processes import Processes
 from gspo.training.progress import progress_bar
 from gspo.training.record import Record
-from gspo.training.resume import open_run
+from gspo.training.resume import OpenRun, open_run
 from gspo.training.rollout_batch import RolloutBatch
 from gspo.training.run_folder import RunFolder
 from gspo.training.stopping import Interrupted, StopRequest
@@ -50,6 +50,8 @@ class Trainer(Protocol):
 
     def evaluate(self, problems: Sequence) -> dict: ...
 
+    def finish_batch(self) -> None: ...
+
     def is_whole(self) -> bool: ...
 
     def state_dict(self) -> dict: ...
@@ -60,7 +62,7 @@ class Trainer(Protocol):
 class TrainingRun:
     """The configured epochs of a trainer on these problems, recorded in a run folder.
 
-    The constructor opens the folder and, with config.resume, loads the state to go on from.
+    The constructor opens the folder and, with config.resume, loads the state to resume from.
 
     Args:
         train_problems, eval_problems: those whose prompts leave no room for a response are dropped.
@@ -73,6 +75,7 @@ class TrainingRun:
 
     folder: RunFolder  # of the main process alone, like the record
     record: Record
+    _opened: OpenRun
 
     def __init__(self, trainer: Trainer, train_problems: Sequence, eval_problems: Sequence):
         self.trainer, self.config, self.processes = trainer, trainer.config, trainer.processes
@@ -81,16 +84,23 @@ class TrainingRun:
         batches_per_epoch = -(-len(self.train_problems) // self.config.batch_size)
         self.num_batches = self.config.num_epochs * batches_per_epoch
         self.pending: list[RolloutBatch] = []  # sampled; the first may be part-way through its updates
-        self.best_pass_rate = -1.0
-        self._saved: tuple | None = None  # what _position() was at the last checkpoint
+        self._saved_progress: tuple | None = None  # what _progress() was at the last checkpoint
+        if trainer.step and not self.config.resume:
+            raise ValueError(
+                f"a run starts with its first rollout batch, and this trainer has trained on {trainer.step}: "
+                "make a new one"
+            )
         checkpoint = self.processes.on_main(self._open)
-        if checkpoint is not None:
-            try:
+        try:
+            if checkpoint is not None:
                 self._load(checkpoint)
-            except BaseException:
-                if self.processes.is_main:
-                    self.close()
-                raise
+            self.processes.on_main(self._begin, checkpoint is not None)
+        except BaseException:
+            if self.processes.is_main:
+                self.close()
+            raise
+        evaluations = self._evaluations()
+        self.best_pass_rate = max((line["pass_at_1"] for line in evaluations), default=-1.0)
 
     def train(self) -> dict:
         """Train to the end of the last epoch, or until a stop is requested (trainer.stop).
@@ -159,8 +169,10 @@ class TrainingRun:
             batch = self.pending[0]
             stop_if(self.processes.on_main(self._gibberish_reason), batch.metrics)
             metrics = trainer.update(batch)
+            self.processes.on_main(self._record_batch, trainer.step + 1, batch, metrics, bar)
+            # After the record: a batch whose record failed is recorded by the resumed run.
+            trainer.finish_batch()
             self.pending.pop(0)
-            self.processes.on_main(self._record_batch, trainer.step, batch, metrics, bar)
 
     def _problems_of(self, index: int) -> list:
         """The problems of rollout batch number index.
@@ -216,10 +228,7 @@ class TrainingRun:
         if metrics["pass_at_1"] > self.best_pass_rate:
             self.best_pass_rate = metrics["pass_at_1"]
             self.processes.on_main(self._save_model, "best_model")
-        self.processes.on_main(self._add_evaluation, step, metrics)
-
-    def _add_evaluation(self, step: int, metrics: dict) -> None:
-        self.record.add_evaluation(step, metrics)
+        self.processes.on_main(lambda: self.record.add_evaluation(step, metrics))
 
     def _evaluations(self) -> list[dict]:
         """The evaluations on record, oldest first, for all processes."""
@@ -228,13 +237,13 @@ class TrainingRun:
     # ---- saving; on the main process
 
     def _save_if_whole(self) -> None:
-        """Save a checkpoint, unless the weights are spoilt or the record lacks the last rollout batch."""
-        if self.trainer.is_whole() and len(self.record.history) == self.trainer.step:
+        """Save a checkpoint, unless the weights are spoilt."""
+        if self.trainer.is_whole():
             self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
         """Write checkpoints/step-N: model, tokenizer, and all else that the run's future depends on."""
-        if self._saved == self._position():
+        if self._saved_progress == self._progress():
             return
         name = f"step-{self.trainer.step}"
         # The oldest goes first: a disk that holds CHECKPOINTS_KEPT is enough, and one is whole at any time.
@@ -252,9 +261,9 @@ class TrainingRun:
                 "random": random_states(),
             }
             torch.save(state, folder / STATE_FILE)
-        self._saved = self._position()
+        self._saved_progress = self._progress()
 
-    def _position(self) -> tuple[int, int, int, int]:
+    def _progress(self) -> tuple[int, int, int, int]:
         """How far the run is: batches trained on, batches pending, their updates, evaluations."""
         updates = sum(len(batch.updates) for batch in self.pending)
         return self.trainer.step, len(self.pending), updates, len(self.record.evaluations())
@@ -267,14 +276,19 @@ class TrainingRun:
         self.trainer.model.save_pretrained(folder)
         self.trainer.tokenizer.save_pretrained(folder)
 
-    # ---- going on
+    # ---- beginning and resuming
 
     def _open(self) -> Path | None:
-        """Open the folder and the record. Returns the checkpoint to go on from, if there is one."""
+        """Open the folder and the record. Returns the checkpoint to resume from, if there is one."""
         digest = problems_digest([*self.train_problems, *self.eval_problems])
-        opened = open_run(self.config, digest, self.num_batches)
-        self.folder, self.record = opened.folder, opened.record
-        return opened.checkpoint
+        self._opened = open_run(self.config, digest, self.num_batches)
+        self.folder, self.record = self._opened.folder, self._opened.record
+        return self._opened.checkpoint
+
+    def _begin(self, resumed: bool) -> None:
+        """Change what is on the disk, now that nothing can be refused any more."""
+        self._opened.begin()
+        self._saved_progress = self._progress() if resumed else None
 
     def _load(self, checkpoint: Path) -> None:
         """Take up the state of a checkpoint, in every process."""
@@ -287,9 +301,6 @@ class TrainingRun:
             problems = self._problems_of(trainer.step + i)
             self.pending.append(RolloutBatch.from_state_dict(batch, problems))
         set_random_states(state["random"])
-        evaluations = self._evaluations()
-        self.best_pass_rate = max((line["pass_at_1"] for line in evaluations), default=-1.0)
-        self._saved = self.processes.on_main(self._position)
 
 
 def is_due(step: int, frequency: int) -> bool:

@@ -389,7 +389,7 @@ FAULTS = {
     "ungraded responses rewarded with 0": Fault(
         "gspo_implementation",
         "GSPOTrainer.collect",
-        "rewards = [math.nan if sample.reward is None else float(sample.reward) for sample in samples]",
+        "rewards = [math.nan if sample.reward is None else sample.reward for sample in samples]",
         "rewards = [float(sample.reward or 0) for sample in samples]",
         "trainer_updates",
         "four updates",
@@ -444,7 +444,7 @@ FAULTS = {
         "four updates",
     ),
     "a pass at half the reward": Fault(
-        "gspo.training.rollout_batch",
+        "gspo.training.sampling",
         "evaluation_metrics",
         "[sample.reward == 1.0 for sample in samples]",
         "[(sample.reward or 0) > 0 for sample in samples]",

@@ -54,6 +54,10 @@ def test_warnings_look_at_the_last_batch(change, word):
 
 
 def test_warnings_look_at_the_history():
+    unmeasured = {name: value for name, value in GOOD.items() if name != "null_clip_fraction"}
+    noisy = {**GOOD, "null_clip_fraction": 0.2}
+    assert "null clip" in warnings_of([noisy, unmeasured])  # until it is measured again
+    assert "null clip" not in warnings_of([noisy, GOOD, unmeasured])
     tied = {**GOOD, "zero_variance_groups": 1.0}
     assert warnings_of([tied] * 4) == {}
     assert "no learning signal" in warnings_of([tied] * 5)["no signal"]
@@ -126,7 +130,7 @@ def test_a_weight_that_is_not_finite_stops_before_it_is_saved(tmp_path):
 
     def break_a_weight(batch):
         metrics = update(batch)
-        if t.step == 3:
+        if t.step == 2:
             t.model.model.norm.weight.data[0] = math.inf
         return metrics
 
@@ -170,7 +174,7 @@ def test_gibberish_is_stopped(tmp_path):
 
     def drift(batch):
         metrics = update(batch)
-        if t.step == 6:
+        if t.step == 5:
             t.reward_fn = no_reward
             t.model.get_input_embeddings().weight.data *= 0.02
         return metrics

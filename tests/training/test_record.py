@@ -24,8 +24,10 @@ def config(tmp_path, **other):
 
 
 def begin(tmp_path, **other):
-    """A new run, open."""
-    return open_run(config(tmp_path, **other), problems="digest", num_batches=10)
+    """A run that has begun."""
+    run = open_run(config(tmp_path, **other), problems="digest", num_batches=10)
+    run.begin()
+    return run
 
 
 def close(run):

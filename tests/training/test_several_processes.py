@@ -57,7 +57,7 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert "processes: 1" in one.stdout
     code, said = finish(start(tmp_path, *FLAGS, "--output_dir", tmp_path, "--run_name", "two"), tmp_path)
     assert code == 0, said
-    assert said.count("processes: 2") == said.count("trained model: ") == 1  # the first one speaks
+    assert said.count("processes: 2") == said.count("trained model: ") == 1  # only rank 0 prints
     assert json.loads((tmp_path / "two" / "config.json").read_text())["environment"]["processes"] == 2
     alone, together = record_of(tmp_path / "one"), record_of(tmp_path / "two")
     assert len(alone["metrics.jsonl"]) == 2

@@ -178,7 +178,7 @@ def test_an_emergency_keeps_the_checkpoint_before_it_and_the_state_without_the_b
 
 
 def test_memory_that_runs_out_halves_the_pass_and_not_the_gradient(tmp_path, capsys, monkeypatch):
-    """As a GPU or a CPU says it, in scoring and in updating."""
+    """As a GPU or a CPU says it, in computing pi_old and in updating."""
     from gspo.training import forward_passes
 
     t = new_trainer(tmp_path)
@@ -223,6 +223,38 @@ def test_interrupted_is_raised_where_the_state_is_whole():
     t.stop.requested = True
     with pytest.raises(Interrupted):
         t.evaluate(EVAL)
+
+
+@pytest.mark.parametrize("stream", ["metrics", "samples"])
+def test_an_error_while_a_batch_is_recorded_costs_nothing(uninterrupted, tmp_path, stream):
+    seed_everything()
+    run = TrainingRun(new_trainer(tmp_path), TRAIN, EVAL)
+    sink = run.record.sinks[0]
+    write = sink.write
+    sink.write = lambda name, step, values: (
+        1 / 0 if (name, step) == (stream, 3) else write(name, step, values)
+    )
+    with pytest.raises(ZeroDivisionError):
+        run.train()
+    new_trainer(tmp_path, resume="latest").train(TRAIN, EVAL)
+    assert record_of(tmp_path / "run") == record_of(uninterrupted[1])
+
+
+def test_a_checkpoint_that_cannot_be_loaded_changes_nothing(tmp_path, monkeypatch):
+    new_trainer(tmp_path).train(TRAIN, EVAL)
+    before = contents(tmp_path)
+    t = new_trainer(tmp_path, resume=str(tmp_path / "run" / "checkpoints" / "step-4"))
+    t.load_state_dict = lambda _: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        TrainingRun(t, TRAIN, EVAL)
+    assert contents(tmp_path) == before
+
+
+def test_a_trainer_that_has_trained_begins_no_run(tmp_path):
+    t = new_trainer(tmp_path)
+    t.train_step(TRAIN[:4])
+    with pytest.raises(ValueError, match="has trained on 1"):
+        t.train(TRAIN, EVAL)
 
 
 def test_a_resumed_run_knows_the_best_evaluation_so_far(tmp_path):
