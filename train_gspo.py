@@ -227,7 +227,7 @@ def prepare(config: GSPOConfig) -> "TrainingRun":
 
 
 def explain(stop: "EmergencyStop", run: "TrainingRun") -> str:
-    """What went wrong, where to look, and what to go on from."""
+    """The message of an emergency stop: what went wrong, where to look, what to start from."""
     folder, checkpoints = run.folder.path, run.folder.checkpoints()
     before = f"the state before it is {checkpoints[-1]}" if checkpoints else "no checkpoint was written yet"
     return (

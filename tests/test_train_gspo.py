@@ -1,6 +1,7 @@
 """The command line, through subprocess: exit codes, one-line errors, what is printed and written."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from gspo.training.record import GLOSSARY, glossary_table
 from gspo.training.stopping import StopRequest
 from gspo_implementation import ALGORITHMS, resolve
 from support import ROOT
-from support.commands import TINY, command, environment, run, run_here
+from support.commands import TINY, command, environment, exit_code_of, forked, run, run_here, wait_for
 from support.models import make_model
 from train_gspo import algorithm_names, difficulty_for, parse, resolve_for_machine
 
@@ -84,17 +85,12 @@ def test_interrupted_while_it_still_imports(number, tmp_path):
 
 def test_interrupt_leaves_a_checkpoint_and_exit_code_130(tmp_path):
     flags = [*TINY, "--num_epochs", 500, "--output_dir", tmp_path, "--run_name", "r"]
-    process = subprocess.Popen(
-        command(*flags), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    metrics = tmp_path / "r" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130, stderr
-    assert b"--resume" in stdout and b"Traceback" not in stderr
+    metrics, log = tmp_path / "r" / "metrics.jsonl", tmp_path / "log"
+    process = forked(lambda: train_gspo.main([*map(str, flags)]), log)
+    wait_for(metrics.exists, process)
+    os.kill(process, signal.SIGINT)
+    assert exit_code_of(process) == 130
+    assert "continue with --resume" in log.read_text() and "Traceback" not in log.read_text()
     steps = len(metrics.read_text().splitlines())
     assert (tmp_path / "r" / "checkpoints" / f"step-{steps}" / "training_state.pt").exists()
 

@@ -1,4 +1,4 @@
-"""Where the embedded model is on disk.
+"""The place of the embedded model on disk.
 
 setup.py imports this module before anything is installed, so it needs the standard library only.
 """

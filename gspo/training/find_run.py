@@ -1,4 +1,4 @@
-"""Which folder a run has: the name of a new one, and how --resume finds an old one. Does not import torch."""
+"""The folder of a run: the name of a new one, and how --resume finds an old one. Does not import torch."""
 
 import json
 import os

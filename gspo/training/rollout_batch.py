@@ -41,7 +41,7 @@ class Sample:
         return len(self.rollout.response_ids)
 
     def record(self) -> dict:
-        """What a person wants to read about it, as plain data."""
+        """The sample as plain data, for a person to read."""
         return {
             **{name: getattr(self.problem, name, None) for name in ("id", "prompt", "answer")},
             "response": self.rollout.text,

@@ -18,7 +18,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop. Set `requested` to ask for it."""
+    """A request to stop the run; set `requested` to make it."""
 
     def __init__(self, processes: Processes):
         self.processes = processes

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from unittest import mock
@@ -39,3 +40,30 @@ def run_here(*flags):
         except SystemExit as stop:
             code = stop.code
     return subprocess.CompletedProcess(flags, code, out.getvalue(), err.getvalue())
+
+
+def forked(work, log):
+    """The id of a process that does work() with its output in a file: signals reach it, and it has torch."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            sys.stdout = sys.stderr = open(log, "a", buffering=1)
+            code = work()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return process
+
+
+def exit_code_of(process):
+    """The exit code of a forked process, once it has ended."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def wait_for(condition, process, seconds=120):
+    """Wait until a condition holds, or fail if the process ends before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline and os.waitpid(process, os.WNOHANG) == (0, 0)
+        time.sleep(0.02)

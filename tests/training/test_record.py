@@ -187,7 +187,7 @@ def test_a_damaged_record_is_refused_by_name_and_left_alone(stream, tmp_path):
 
 
 def test_damage_after_the_checkpoint_does_not_matter(tmp_path):
-    """As a loss of power leaves it: the checkpoint was synced, what came later was not."""
+    """A loss of power leaves it so: the checkpoint was synced, what came later was not."""
     record = begin(tmp_path).record
     record.add_metrics(1, GOOD)
     whole = (tmp_path / "run" / "metrics.jsonl").read_bytes()

@@ -38,7 +38,7 @@ def finish(process, folder):
 
 
 def exit_codes(said):
-    """As the launcher, whose own is 1, reports them. It ends a process that exits after the other: -15."""
+    """The exit codes that the launcher reports; its own is 1. -15 is a process that it ended itself."""
     return set(re.findall(r"exitcode  : (-?\d+)", said))
 
 
@@ -100,7 +100,7 @@ def test_a_run_of_two_that_is_killed_and_stopped_goes_on_exactly(tmp_path):
 
 @pytest.mark.slow
 def test_both_stop_for_gibberish_and_are_refused_alike(tmp_path):
-    """Of a resumed run the second process has no history, and must follow the first."""
+    """The second process of a resumed run has no history, and must follow the first."""
     flags = [*FLAGS, "--learning_rate", 1, "--output_dir", tmp_path, "--run_name", "run"]
     code, said = finish(start(tmp_path, *flags), tmp_path)
     assert code == 0, said

@@ -18,6 +18,7 @@ from gspo.training.progress import progress_bar
 from gspo.training.stopping import Interrupted
 from gspo.training.training_run import TrainingRun
 from support import ROOT
+from support.commands import exit_code_of, forked, wait_for
 from support.metrics import EVALUATION
 from support.records import contents, lines_of, record_of, weights_of_run
 from support.runs import EVAL, TRAIN, new_trainer, seed_everything
@@ -178,7 +179,7 @@ def test_an_emergency_keeps_the_checkpoint_before_it_and_the_state_without_the_b
 
 
 def test_memory_that_runs_out_halves_the_pass_and_not_the_gradient(tmp_path, capsys, monkeypatch):
-    """As a GPU or a CPU says it, in computing pi_old and in updating."""
+    """The messages are those of a GPU and of a CPU, in computing pi_old and in updating."""
     from gspo.training import forward_passes
 
     t = new_trainer(tmp_path)
@@ -296,32 +297,32 @@ def test_kills_at_random_times_change_nothing(tmp_path):
 
 
 def test_two_signals_end_it_at_once(tmp_path):
-    """The second while the first waits for a reward that does not come."""
-    script = f"""
-import sys, time
-sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT)!r}]
-from support.runs import EVAL, TRAIN, new_trainer
-from gspo.training.training_run import TrainingRun
-t = new_trainer({str(tmp_path)!r}, save_frequency=1, kl_coef=0.0)
-rewards, calls = t.reward_fn, iter(range(100))
-def hang(*args):
-    if next(calls) == 4:
-        print("hangs", flush=True)
-        time.sleep(600)
-    return rewards(*args)
-t.reward_fn = hang
-run = TrainingRun(t, TRAIN, EVAL)
-t.stop.on_signals()
-run.train()
-"""
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.readline() == b"hangs\n"
-    process.send_signal(signal.SIGTERM)
+    """The second signal comes while the first waits for a reward that does not come."""
+    log = tmp_path / "log"
+
+    def train():
+        t = new_trainer(tmp_path, save_frequency=1, kl_coef=0.0)
+        rewards, calls = t.reward_fn, iter(range(100))
+
+        def hang(*args):
+            if next(calls) == 4:
+                print("hangs", flush=True)
+                time.sleep(600)
+            return rewards(*args)
+
+        t.reward_fn = hang
+        run = TrainingRun(t, TRAIN, EVAL)
+        t.stop.on_signals()
+        run.train()
+
+    process = forked(train, log)
+    wait_for(lambda: log.exists() and "hangs" in log.read_text(), process)
+    os.kill(process, signal.SIGTERM)
     time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)  # as a launcher passes it on
+    os.kill(process, signal.SIGTERM)  # as a launcher passes it on
     time.sleep(1)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 130
+    assert os.waitpid(process, os.WNOHANG) == (0, 0)
+    os.kill(process, signal.SIGINT)
+    assert exit_code_of(process) == 130
     checkpoints = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert checkpoints and all(name.startswith("step-") for name in checkpoints)
