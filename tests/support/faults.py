@@ -202,7 +202,7 @@ FAULTS = {
         "gspo_implementation",
         "GSPOTrainer.update",
         "            self._update_minibatch(batch, samples)",
-        "            for sample, new in self.forward.log_probs_of(self.model, [samples]):\n"
+        "            for sample, new in self.forward.all_log_probs(self.model, [samples]):\n"
         "                sample.old_log_probs = new\n"
         "            self._update_minibatch(batch, samples)",
         "trainer_updates",
