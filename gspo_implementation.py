@@ -29,7 +29,6 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -38,7 +37,7 @@ from gspo.policy.rollout import Rollout, Sampling, TransformersEngine, encode_pr
 from gspo.training.alarms import EmergencyStop, non_finite_weights, stop_if, stop_reason
 from gspo.training.config import GSPOConfig
 from gspo.training.forward_passes import ForwardPasses
-from gspo.training.hardware import choose_device, choose_dtype, peak_memory_gb
+from gspo.training.hardware import choose_device, choose_dtype
 from gspo.training.loss_metrics import loss_metrics, pool_metrics, without_sums
 from gspo.training.processes import Processes
 from gspo.training.progress import progress_bar
@@ -502,18 +501,7 @@ class GSPOTrainer:
             self._update_minibatch(batch, samples)
             self.stop.check()
         self.optimizer.zero_grad()  # sampling needs the gradients' memory
-        updates = batch.updates
-        num_tokens = sum(sample.num_tokens for sample in batch.samples)
-        metrics = {
-            **without_sums(pool_metrics(updates, len(batch.samples), num_tokens)),
-            "clip_fraction_by_minibatch": [update["clip_fraction"] for update in updates],
-            "grad_norm": float(np.mean([update["grad_norm"] for update in updates])),
-            "learning_rate": updates[-1]["learning_rate"],
-            **batch.metrics,
-            "update_s": sum(update["seconds"] for update in updates),
-        }
-        seconds = sum(metrics[name] for name in ("generation_s", "reward_s", "log_prob_s", "update_s"))
-        return {**metrics, "tokens_per_s": num_tokens / seconds, "peak_memory_gb": peak_memory_gb()}
+        return batch.final_metrics()
 
     def finish_batch(self) -> None:
         """Count a rollout batch as trained on. A run does so when the batch is on record."""

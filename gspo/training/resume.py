@@ -60,7 +60,7 @@ def open_run(config: GSPOConfig, problems: str, num_batches: int) -> OpenRun:
         CannotSave: the folder cannot be written.
     """
     path = run_folder(asdict(config))
-    if settings_of(path) is not None and config.resume is None:
+    if os.path.lexists(path / "config.json") and config.resume is None:  # readable or not
         raise ValueError(
             f"{path} already holds a run: choose another --run_name, or continue it with --resume {path}"
         )

@@ -9,6 +9,8 @@ import torch
 
 from gspo.policy.rollout import Rollout
 from gspo.training.alarms import repetition, unreadable_characters
+from gspo.training.hardware import peak_memory_gb
+from gspo.training.loss_metrics import pool_metrics, without_sums
 
 
 @dataclass
@@ -93,6 +95,20 @@ class RolloutBatch:
             "repetition": float(np.mean([repetition(rollout.response_ids) for rollout in rollouts])),
             "unreadable_characters": float(np.mean([unreadable_characters(r.text) for r in rollouts])),
         }
+
+    def final_metrics(self) -> dict:
+        """The metrics of the batch after its last update (record.GLOSSARY)."""
+        num_tokens = sum(sample.num_tokens for sample in self.samples)
+        metrics = {
+            **without_sums(pool_metrics(self.updates, len(self.samples), num_tokens)),
+            "clip_fraction_by_minibatch": [update["clip_fraction"] for update in self.updates],
+            "grad_norm": float(np.mean([update["grad_norm"] for update in self.updates])),
+            "learning_rate": self.updates[-1]["learning_rate"],
+            **self.metrics,
+            "update_s": sum(update["seconds"] for update in self.updates),
+        }
+        seconds = sum(metrics[name] for name in ("generation_s", "reward_s", "log_prob_s", "update_s"))
+        return {**metrics, "tokens_per_s": num_tokens / seconds, "peak_memory_gb": peak_memory_gb()}
 
     def state_dict(self) -> dict:
         """Everything but the problems, as plain data and tensors."""

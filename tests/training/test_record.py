@@ -54,6 +54,9 @@ def test_a_new_run_never_writes_into_an_old_one(tmp_path):
     begin(tmp_path)  # even before its first rollout batch
     with pytest.raises(ValueError, match="already holds a run"):
         begin(tmp_path)
+    (tmp_path / "run" / "config.json").write_text("damaged")
+    with pytest.raises(ValueError, match="already holds a run"):
+        begin(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "/tmp/x", ".hidden", "", "a b"])
