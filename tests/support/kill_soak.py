@@ -27,23 +27,22 @@ def main(folder: str, kills: int) -> int:
     draw = random.Random(0)
     started = time.monotonic()
     assert wait(attempt(folder, "whole")) == 0
-    duration = time.monotonic() - started
+    window = duration = time.monotonic() - started
     done = halves = finished = 0
     places = set()
     while True:
         anew = not Path(folder, "killed").exists()
-        started = time.monotonic()
         process = attempt(folder, "killed")
         if done < kills:
             # Late enough to come some way; the last attempt is left alone.
-            time.sleep(draw.uniform(0.1, 0.6) * duration)
+            time.sleep(draw.uniform(0.1, 0.6) * window)
             os.kill(process, signal.SIGKILL)
         code = wait(process)
         if code == 0 and done < kills:  # it was done: from the start again, so that all kills are made
             os.rename(f"{folder}/killed", f"{folder}/finished-{finished}")
             finished += 1
             if anew:  # no kill hit it, since the machine has become faster than when the whole run was timed
-                duration = min(duration, time.monotonic() - started) / 2
+                window /= 2
         elif code == 0:
             print(
                 f"{done} kills at {len(places)} places, {halves} of which left a folder half written; "
