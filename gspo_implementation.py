@@ -16,7 +16,9 @@ Where this departs from the paper:
     1. std is unbiased and has 1e-6 added to it (the paper gives no constant).
     2. log-ratios are bounded by MAX_LOG_RATIO before exp(), far outside any clip range.
     3. the gradient norm is clipped (--max_grad_norm), and a learning rate may be warmed up.
-    4. a minibatch whose groups are all tied still makes an AdamW step, whose momentum moves the weights.
+    4. a group whose rewards are all equal stays out of the updates and their means. The groups that have a
+       signal are dealt evenly over the updates, and an update that would get none is not made: AdamW's
+       momentum would move the weights nearly as far as a step that teaches.
     5. a response that could not be judged has no advantage and stays out of its group's mean and std.
 
 Shapes: Q queries, G group size, B = Q * G sequences (groups contiguous), T response positions.
@@ -29,6 +31,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -42,7 +45,7 @@ from gspo.training.loss_metrics import loss_metrics, pool_metrics, without_sums
 from gspo.training.processes import Processes
 from gspo.training.progress import progress_bar
 from gspo.training.rollout_batch import RolloutBatch, Sample
-from gspo.training.sampling import evaluation_metrics, sample_and_reward
+from gspo.training.sampling import MAX_DRAWN, can_train, evaluation_metrics, sample_and_reward
 from gspo.training.stopping import StopRequest
 from gspo.training.training_run import TrainingRun, is_due
 
@@ -53,6 +56,8 @@ MAX_LOG_RATIO = 60.0
 # The random stream of evaluations is far from every training stream, and the same in every run, so that two
 # evaluations of the same problems are paired.
 EVALUATION_STREAM = 1 << 100
+# Weight of the newest rollout batch in the running share of groups with a signal.
+SIGNAL_SHARE_WEIGHT = 0.3
 # Problems per step of an evaluation and of its progress bar.
 EVALUATION_CHUNK = 16
 
@@ -121,8 +126,10 @@ def gspo_loss(
 
     Returns:
         The scalar loss to minimise, and metrics as floats: clip_fraction (of tokens, the paper's unit),
-        clip_fraction_sequences, importance_ratio_mean, _std, _min, _max (over sequences), and the sums from
-        which pool_metrics() makes the same averages over several calls.
+        clip_fraction_eligible (of the tokens with an advantage), and the parts of it that are clipped below
+        and above the range, clip_fraction_left and _right; clip_fraction_sequences; importance_ratio_mean,
+        _std, _min, _max (over sequences); and the sums from which pool_metrics() makes the same averages
+        over several calls.
 
     Raises:
         ValueError: shapes do not agree, or a clip range is not positive.
@@ -234,8 +241,13 @@ def _clipped_loss(
     loss = -objective / (denominator or len(mask))
     # A token is clipped if the clipped branch is in force, so that no gradient flows. A ratio outside the
     # range is not enough: on the other side min() takes the unclipped branch.
-    clipped = ((advantages > 0) & (ratio > 1 + right)) | ((advantages < 0) & (ratio < 1 - left))
-    return loss, loss_metrics(reported_ratio.detach(), clipped & mask, mask)
+    clipped_left = (advantages < 0) & (ratio < 1 - left)
+    clipped_right = (advantages > 0) & (ratio > 1 + right)
+    eligible = advantages != 0
+    metrics = loss_metrics(
+        reported_ratio.detach(), clipped_left & mask, clipped_right & mask, eligible & mask, mask
+    )
+    return loss, metrics
 
 
 def _check_shapes(
@@ -400,6 +412,7 @@ class GSPOTrainer:
             self.optimizer, lambda update: min(1.0, (update + 1) / max(1, config.warmup_steps))
         )
         self.step = 0
+        self.signal_share = 1.0  # share of the queries drawn of late whose group had a signal
         self._in_optimizer_step = False
 
     def train(self, train_problems: Sequence, eval_problems: Sequence) -> dict:
@@ -409,8 +422,15 @@ class GSPOTrainer:
         """
         return TrainingRun(self, train_problems, eval_problems).train()
 
+    @property
+    def clips_per_token(self) -> bool:
+        return self.algorithm.clip_unit == "token"
+
     def train_step(self, problems: Sequence) -> dict:
-        """One rollout batch on these problems: sample, reward, update. Returns its metrics."""
+        """One rollout batch on these problems: sample, reward, update. Returns its metrics.
+
+        With dynamic sampling, as many of them are drawn as it takes (collect).
+        """
         metrics = self.update(self.collect(problems, self.step))
         self.finish_batch()
         return metrics
@@ -420,29 +440,63 @@ class GSPOTrainer:
     def collect(self, problems: Sequence, index: int) -> RolloutBatch:
         """Sample and reward rollout batch number index under the present policy, which is its pi_old.
 
+        Without dynamic sampling it is made of all these problems. With it, they are drawn from the front
+        until batch_size groups have a signal or none is left.
+
         K rollout batches (--update_frequency) are sampled before the first of their updates. The very first
         update sees the weights that sampled, so its own forward pass gives log pi_old for its minibatch. The
         other log-probabilities are computed here.
         """
         config = self.config
         stream = (config.seed << 64) + (index << 32)
-        samples, metrics = self._sample_and_reward(problems, stream)
+        samples, metrics = self._draw(problems, stream)
         if all(sample.reward is None for sample in samples):
             raise EmergencyStop("no response of the rollout batch could be judged")
         rewards = [math.nan if sample.reward is None else sample.reward for sample in samples]
         advantages = group_advantages(torch.tensor(rewards), config.group_size)  # (B,)
         for sample, advantage in zip(samples, advantages.tolist(), strict=True):
             sample.advantage = advantage
-            sample.has_signal = advantage != 0 or config.kl_coef > 0
-        batch = RolloutBatch(samples, config.group_size, self.schedule.last_epoch)
+        queries = min(len(samples) // config.group_size, config.batch_size)
+        updates = -(-queries // config.mini_batch_size)
+        batch = RolloutBatch(samples, config.group_size, updates, self.schedule.last_epoch)
+        for group in batch.groups():
+            trained = can_train(group, config.dynamic_sampling)
+            for sample in group:
+                sample.has_signal = trained and (sample.advantage != 0 or config.kl_coef > 0)
         batch.metrics = metrics | batch.statistics() | self._compute_log_probs(batch, index)
+        batch.metrics["learning_rate"] = self.schedule.get_last_lr()[0]
         return batch
+
+    def _draw(self, problems: Sequence, stream: int) -> tuple[list[Sample], dict]:
+        """Rewarded samples of the problems, or with dynamic sampling of as many as it takes, and their sums.
+
+        Each round draws what the share of groups with a signal of late suggests. All groups with a signal are
+        trained on, also where the last round brought more than batch_size of them.
+        """
+        config, size = self.config, self.config.group_size
+        samples: list[Sample] = []
+        metrics: dict[str, float] = {}
+        drawn = with_signal = 0
+        while drawn < len(problems) and (drawn == 0 or with_signal < config.batch_size):
+            count = len(problems)
+            if config.dynamic_sampling != "off":
+                count = math.ceil((config.batch_size - with_signal) / max(self.signal_share, 1 / MAX_DRAWN))
+            chunk = problems[drawn : drawn + count]
+            more, sums = self._sample_and_reward(chunk, stream + drawn)
+            samples += more
+            for name, value in sums.items():
+                metrics[name] = metrics.get(name, 0) + value
+            drawn += len(chunk)
+            groups = [more[i : i + size] for i in range(0, len(more), size)]
+            with_signal += sum(can_train(group, config.dynamic_sampling) for group in groups)
+        self.signal_share += SIGNAL_SHARE_WEIGHT * (with_signal / drawn - self.signal_share)
+        return samples, metrics
 
     def _compute_log_probs(self, batch: RolloutBatch, index: int) -> dict[str, float]:
         """Compute what the updates need besides their own forward passes. Returns metrics of it."""
         config, metrics = self.config, {}
         started = time.perf_counter()
-        minibatches = batch.minibatches(config.mini_batch_size)
+        minibatches = batch.minibatches()
         measures_noise = index == 0 or is_due(index, config.eval_frequency)
         updated_first = index % config.update_frequency == 0
         needed = minibatches[1:] if updated_first and not measures_noise else minibatches
@@ -475,8 +529,7 @@ class GSPOTrainer:
 
     def _null_clip_fraction(self, minibatches: Sequence[Sequence[Sample]]) -> float:
         """The share of a minibatch's tokens outside the clip range if computed again: pure noise."""
-        with_signal = [samples for samples in minibatches if any(sample.has_signal for sample in samples)]
-        pairs = self.forward.all_log_probs(self.model, with_signal[:1])
+        pairs = self.forward.all_log_probs(self.model, minibatches[:1])
         if not pairs:
             return 0.0
         samples, again = [sample for sample, _ in pairs], [log_probs for _, log_probs in pairs]
@@ -497,7 +550,7 @@ class GSPOTrainer:
         if _lacks_pi_old(batch.samples) and self.schedule.last_epoch != batch.updates_before:
             raise ValueError("the policy was updated between collect() and update() of this rollout batch")
         stop_if(stop_reason(batch.metrics), batch.metrics)
-        for samples in batch.minibatches(self.config.mini_batch_size)[len(batch.updates) :]:
+        for samples in batch.minibatches()[len(batch.updates) :]:
             self._update_minibatch(batch, samples)
             self.stop.check()
         self.optimizer.zero_grad()  # sampling needs the gradients' memory
@@ -510,6 +563,7 @@ class GSPOTrainer:
     def _update_minibatch(self, batch: RolloutBatch, samples: Sequence[Sample]) -> None:
         """One optimizer update on these samples. The batch then has its metrics."""
         started = time.perf_counter()
+        can_clip = self.schedule.last_epoch > batch.updates_before  # else the policy still is pi_old
         parts, log_probs = self.forward.retry(lambda: self._backward(samples), batch.samples)
         self.processes.sum_gradients(self.model)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
@@ -518,7 +572,12 @@ class GSPOTrainer:
                 self.model.parameters(), self.config.max_grad_norm, grad_norm
             )
         num_tokens = sum(sample.num_tokens for sample in samples)
-        metrics = pool_metrics(self.processes.gather(parts), len(samples), num_tokens)
+        parts = self.processes.gather(parts)
+        if can_clip:
+            self._note_ratios(samples, self.processes.gather(log_probs))
+        else:
+            parts = [part | {"eligible_tokens": 0} for part in parts]
+        metrics = pool_metrics(parts, len(samples), num_tokens)
         metrics |= {"grad_norm": grad_norm.item(), "learning_rate": self.schedule.get_last_lr()[0]}
         stop_if(stop_reason(without_sums(metrics)), batch.metrics | without_sums(metrics))
         if _lacks_pi_old(samples):
@@ -529,6 +588,20 @@ class GSPOTrainer:
         self.schedule.step()
         batch.updates.append(metrics | {"seconds": time.perf_counter() - started})
         self._in_optimizer_step = False
+
+    def _note_ratios(self, samples: Sequence[Sample], log_probs: Sequence[tuple[int, torch.Tensor]]) -> None:
+        """Set ratio_spread of the samples with an advantage from their present log-probabilities."""
+        config = self.config
+        assert config.left_clip_range is not None and config.right_clip_range is not None
+        mean_range = (config.left_clip_range + config.right_clip_range) / 2
+        for row, values in log_probs:
+            sample = samples[row]
+            if sample.advantage:
+                log_ratio = values - sample.old_log_probs  # (|y|,)
+                if not self.clips_per_token:
+                    log_ratio = log_ratio.mean(dim=0, keepdim=True)
+                deviations = (_bounded_exp(log_ratio) - 1).abs()
+                sample.ratio_spread = float(np.median(deviations.numpy())) / mean_range
 
     def _backward(self, samples: Sequence[Sample]) -> tuple[list[dict], list[tuple[int, torch.Tensor]]]:
         """Gradients of the loss of this process's share of the samples.
@@ -613,6 +686,7 @@ class GSPOTrainer:
         return {
             "step": self.step,
             "halvings": self.forward.halvings,
+            "signal_share": self.signal_share,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }
@@ -620,6 +694,7 @@ class GSPOTrainer:
     def load_state_dict(self, state: dict) -> None:
         """Take up the state of state_dict(); the weights are loaded by the caller."""
         self.step, self.forward.halvings = state["step"], state["halvings"]
+        self.signal_share = state["signal_share"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
 

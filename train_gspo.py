@@ -109,6 +109,8 @@ def parse(arguments: list[str] | None) -> GSPOConfig:
             options: dict[str, Any] = {"action": "store_true"}
         else:
             options = {"type": kind, "choices": choices_of.get(f.name, f.metadata["choices"])}
+            if f.metadata["bare"] is not None:
+                options |= {"nargs": "?", "const": f.metadata["bare"]}
             if f.default is not None:
                 help += f" (default: {f.default})"
         groups[group].add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **options)

@@ -233,19 +233,25 @@ class ModelChecks:
         if metrics["zero_variance_groups"] > MAX_TIED_GROUPS:
             yield Check(name, None, TIED, "")
             return
-        made = len(metrics["clip_fraction_by_minibatch"])
-        fault = "GSPOTrainer: mini_batch_size"
-        yield exactly(f"{algorithm}: the trainer makes four updates", made, NUM_UPDATES, "updates", fault)
-        twin = self._float64_updates(start, algorithm, _last_rollouts(trainer))
+        rollouts = _last_rollouts(trainer)
+        twin = self._float64_updates(start, algorithm, rollouts)
+        made, expected = len(metrics["clip_fraction_by_minibatch"]), len(twin.clip_fractions)
+        fault = "GSPOTrainer: mini_batch_size; groups without a signal"
+        yield exactly(
+            f"{algorithm}: the trainer makes four updates, if four groups have a signal", made, expected,
+            "updates", fault,
+        )  # fmt: skip
         yield each_at_most(
             name, _update_errors(algorithm, trainer, start, metrics, twin), 4e-3, "error",
             "GSPOTrainer: advantages, pi_old (the policy before the first update, at the sampling "
             "temperature), clip ranges, the loss's denominator, AdamW and its settings",
         )  # fmt: skip
-        pooled = float(np.average(twin.clip_fractions, weights=twin.num_tokens))
-        expected = [*twin.clip_fractions, pooled]
+        # Groups without a signal are in no update, and their tokens count for the pooled fraction.
+        num_clipped = np.dot(twin.clip_fractions, twin.num_tokens)
+        pooled = float(num_clipped / sum(len(r.response_ids) for r in rollouts))
+        expected_fractions = [*twin.clip_fractions, pooled]
         fractions = [*metrics["clip_fraction_by_minibatch"], metrics["clip_fraction"]]
-        gap = max(abs(a - b) for a, b in zip(fractions, expected, strict=True))
+        gap = max(abs(a - b) for a, b in zip(fractions, expected_fractions, strict=True))
         # A response at the very edge of the range may fall on either side.
         one_response = max(map(len, twin.log_ratios)) / min(twin.num_tokens)
         fault = "GSPOTrainer: clip_fraction, by minibatch and pooled"
@@ -288,9 +294,10 @@ class ModelChecks:
         before = _weights(trainer.model)
         metrics = trainer.train_step(self.problems)
         steps = (_weights(trainer.model) - before).abs()
+        first = metrics["clip_fraction_by_minibatch"][:1]
         yield exactly(
-            f"{dtype}: the first minibatch never clips", metrics["clip_fraction_by_minibatch"][0], 0.0,
-            "clip fraction", "GSPOTrainer: pi_old comes from the same forward passes that the updates make",
+            f"{dtype}: the first minibatch never clips", max(first, default=0.0), 0.0, "clip fraction",
+             "GSPOTrainer: pi_old comes from the same forward passes that the updates make",
         )  # fmt: skip
         yield at_most(
             f"{dtype}: log-probs taken twice without an update, nothing clips",

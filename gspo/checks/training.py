@@ -29,7 +29,7 @@ from gspo.checks.model import (
     checksum_reward,
     largest_null_clip_fraction,
 )
-from gspo.checks.report import Check, Checks, at_most, between, each_at_most, exactly
+from gspo.checks.report import Check, Checks, at_most, between, each_at_most, exactly, mean_by_minibatch
 from gspo.checks.worker import start_worker
 from gspo.policy.log_probs import token_log_probs
 from gspo.policy.model_loader import load_model
@@ -181,16 +181,10 @@ class Runs:
 # ------------------------------------------------------------------------------------------- part 2: dynamics
 
 
-def mean_by_minibatch(metrics: Sequence[dict]) -> list[float]:
-    """The clip fraction of each minibatch of a rollout batch, averaged over the rollout batches."""
-    by_minibatch = zip(*(m["clip_fraction_by_minibatch"] for m in metrics), strict=True)
-    return [fmean(fractions) for fractions in by_minibatch]
-
-
 def movement_checks(gspo: Sequence[dict], grpo: Sequence[dict]) -> Checks:
     """Check how the ratios move in two runs from the same start, given one dict per rollout batch."""
     both = [*gspo, *grpo]
-    first = max(m["clip_fraction_by_minibatch"][0] for m in both)
+    first = max(fraction for m in both for fraction in m["clip_fraction_by_minibatch"][:1])
     yield exactly(
         "the first minibatch never clips, in either algorithm", first, 0.0, "largest clip fraction",
         "pi_old: the policy before the first update, by the forward passes that the update makes",

@@ -25,12 +25,14 @@ def flag(
     choices: Sequence[str] | None = None,
     at_least: float | None = None,
     positive: bool = False,
+    bare: Any = None,
 ) -> Any:
     """A field of the configuration, which is also a command-line flag.
 
-    at_least: the lowest value allowed. positive: the value must be greater than 0.
+    at_least: the lowest value allowed. positive: the value must be greater than 0. bare: what the flag means
+    if it is given without a value.
     """
-    bounds = {"choices": choices, "at_least": at_least, "positive": positive}
+    bounds = {"choices": choices, "at_least": at_least, "positive": positive, "bare": bare}
     return field(default=default, metadata={"group": group, "help": help, **bounds})
 
 
@@ -93,6 +95,14 @@ class GSPOConfig:
         1, "training", "queries per optimizer update; batch_size must be a multiple of it", at_least=1
     )
     group_size: int = flag(4, "training", "responses per query", at_least=2)
+    dynamic_sampling: str = flag(
+        "off",
+        "training",
+        "draw queries until batch_size groups have a signal: rewards that differ, or some responses that "
+        "pass and some that do not; without a value: reward",
+        ("off", "reward", "pass"),
+        bare="reward",
+    )
     update_frequency: int = flag(
         1, "training", "K: refresh pi_old every K rollout batches; a larger K makes pi_old older", at_least=1
     )

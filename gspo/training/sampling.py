@@ -12,6 +12,9 @@ from gspo.training.intervals import wilson_interval
 from gspo.training.processes import Processes
 from gspo.training.rollout_batch import Sample
 
+# Dynamic sampling draws at most this many times batch_size queries for a rollout batch.
+MAX_DRAWN = 8
+
 # Makes the rollouts of some problems; the second argument is the number of the first of them.
 Generate = Callable[[Sequence, int], list[Rollout]]
 # Rewards responses: (problems, responses) -> rewards, None for one that cannot be judged.
@@ -53,6 +56,20 @@ def sample_and_reward(
     return samples, metrics
 
 
+def can_train(group: Sequence[Sample], dynamic_sampling: str) -> bool:
+    """True if dynamic sampling keeps the group.
+
+    "reward" keeps it if its rewards differ, "pass" if some responses pass and some do not, "off" always.
+    Responses that could not be judged do not count.
+    """
+    judged = [sample for sample in group if sample.reward is not None]
+    if dynamic_sampling == "reward":
+        return len({sample.reward for sample in judged}) > 1
+    if dynamic_sampling == "pass":
+        return len({sample.passed for sample in judged}) > 1
+    return True
+
+
 def evaluation_metrics(samples: Sequence[Sample], group_size: int) -> dict:
     """What an evaluation found, from group_size samples of each problem.
 
@@ -61,7 +78,7 @@ def evaluation_metrics(samples: Sequence[Sample], group_size: int) -> dict:
         reward_mean; response_tokens_mean; pass_by_problem: the share of each problem, for paired comparisons.
         A response that could not be judged counts as not passed.
     """
-    passed = np.array([sample.reward == 1.0 for sample in samples])
+    passed = np.array([sample.passed for sample in samples])
     pass_by_problem = passed.reshape(-1, group_size).mean(1)  # (Q,)
     pass_at_1 = float(pass_by_problem.mean())
     return {

@@ -397,8 +397,8 @@ FAULTS = {
     "one update instead of four": Fault(
         "gspo.training.rollout_batch",
         "RolloutBatch.minibatches",
-        "size = num_queries * self.group_size",
-        "size = len(self.samples)",
+        "np.array_split(np.arange(len(groups)), self.planned_updates)",
+        "np.array_split(np.arange(len(groups)), 1)",
         "trainer_updates",
         "makes four updates",
     ),

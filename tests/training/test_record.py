@@ -25,7 +25,7 @@ def config(tmp_path, **other):
 
 def begin(tmp_path, **other):
     """A run that has begun."""
-    run = open_run(config(tmp_path, **other), problems="digest", num_batches=10)
+    run = open_run(config(tmp_path, **other), problems="digest", num_queries=40)
     run.begin()
     return run
 
@@ -38,7 +38,8 @@ def close(run):
 def write_checkpoint(folder, step, config, lines=None):
     """A checkpoint that knows where it stands, without weights."""
     with folder.writing(f"checkpoints/step-{step}") as path:
-        state = {"format": STATE_FORMAT, "step": step, "pending": [], "settings": asdict(config)}
+        state = {"format": STATE_FORMAT, "step": step, "pending": [], "sampled": 4 * step}
+        state["settings"] = asdict(config)
         torch.save(state | {"lines": lines or {}}, path / STATE_FILE)
 
 
