@@ -211,7 +211,7 @@ def prepare(config: GSPOConfig) -> "TrainingRun":
     splits = {"train": config.num_train_samples, "eval": config.num_eval_samples}
     problems = {
         split: load_problems(
-            config.dataset, split, count, config.seed, config.difficulty, config.dataset_path
+            config.dataset, split, count, config.data_seed, config.difficulty, config.dataset_path
         )
         for split, count in splits.items()
     }

@@ -24,7 +24,7 @@ from gspo_implementation import ALGORITHMS, resolve
 from support import ROOT
 from support.commands import TINY, command, environment, exit_code_of, forked, run, run_here, wait_for
 from support.models import make_model
-from train_gspo import algorithm_names, difficulty_for, parse, resolve_for_machine
+from train_gspo import algorithm_names, difficulty_for, parse, prepare, resolve_for_machine
 
 
 def test_a_run_from_the_command_line(tmp_path):
@@ -53,6 +53,19 @@ def test_dry_run_loads_and_writes_nothing(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     assert "ratio is 1 by construction" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--dataset", "math"]], ids=["sort", "math"])
+def test_the_data_seed_alone_decides_the_problems(flags, tmp_path):
+    digests = {}
+    for name, seeds in (("a", ["--seed", 0]), ("b", ["--seed", 1]), ("c", ["--data_seed", 1])):
+        config = resolve_for_machine(
+            parse([*TINY, *flags, *map(str, seeds), "--output_dir", str(tmp_path), "--run_name", name])
+        )
+        run = prepare(config)
+        run.close()
+        digests[name] = json.loads((tmp_path / name / "config.json").read_text())["problems"]
+    assert digests["a"] == digests["b"] != digests["c"]
 
 
 def test_file_dataset_and_resume(tmp_path):

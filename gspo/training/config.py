@@ -75,6 +75,9 @@ class GSPOConfig:
     num_eval_samples: int = flag(
         50, "data", "number of held-out problems, disjoint from training", at_least=1
     )
+    data_seed: int = flag(
+        0, "data", "decides which problems are drawn for training and held out", at_least=0
+    )
 
     algorithm: str = flag("gspo", "objective", "importance ratio, loss and clip ranges as one preset")
     left_clip_range: float | None = flag(
@@ -105,7 +108,7 @@ class GSPOConfig:
     micro_batch_tokens: int = flag(
         4096, "training", "tokens per forward pass; changes memory, not results", at_least=1
     )
-    seed: int = flag(0, "training", "seed of the problems, their order and the sampling", at_least=0)
+    seed: int = flag(0, "training", "seed of the training order and of the sampling", at_least=0)
 
     max_length: int = flag(512, "sampling", "prompt plus response tokens", at_least=2)
     max_new_tokens: int | None = flag(None, "sampling", "response tokens (default: by data set)", at_least=1)
