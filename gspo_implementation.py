@@ -326,6 +326,7 @@ def resolve(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
         right_clip_range=config.right_clip_range or algorithm.right_clip_range,
         learning_rate=config.learning_rate or default_rate,
         max_new_tokens=config.max_new_tokens or config.max_length,
+        eval_samples=config.eval_samples or config.group_size,
         device=device,
         dtype=choose_dtype(device, num_parameters)[0] if config.dtype == "auto" else config.dtype,
     )
@@ -426,7 +427,7 @@ class GSPOTrainer:
         """
         config = self.config
         stream = (config.seed << 64) + (index << 32)
-        samples, metrics = self._sample_and_reward(problems, stream)
+        samples, metrics = self._sample_and_reward(problems, stream, config.group_size, config.temperature)
         if all(sample.reward is None for sample in samples):
             raise EmergencyStop("no response of the rollout batch could be judged")
         rewards = [math.nan if sample.reward is None else sample.reward for sample in samples]
@@ -456,8 +457,10 @@ class GSPOTrainer:
         metrics["log_prob_s"] = time.perf_counter() - started
         return metrics
 
-    def _sample_and_reward(self, problems: Sequence, stream: int) -> tuple[list[Sample], dict]:
-        """Rewarded samples, and the time they took.
+    def _sample_and_reward(
+        self, problems: Sequence, stream: int, num_samples: int, temperature: float
+    ) -> tuple[list[Sample], dict]:
+        """num_samples rewarded samples of each problem, and the time they took.
 
         stream + i seeds problem i, so that the samples do not depend on the number of processes.
         """
@@ -467,11 +470,11 @@ class GSPOTrainer:
             assert config.max_new_tokens is not None  # resolve() has decided it
             prompts = [encode_prompt(self.tokenizer, problem.prompt) for problem in own]
             seed = stream + first
-            sampling = Sampling(config.max_new_tokens, config.temperature, config.max_length, seed)
+            sampling = Sampling(config.max_new_tokens, temperature, config.max_length, seed)
             with self.forward.compute_type():
-                return self.engine.generate(prompts, config.group_size, sampling)
+                return self.engine.generate(prompts, num_samples, sampling)
 
-        return sample_and_reward(problems, config.group_size, generate, self.reward_fn, self.processes)
+        return sample_and_reward(problems, num_samples, generate, self.reward_fn, self.processes)
 
     def _null_clip_fraction(self, minibatches: Sequence[Sequence[Sample]]) -> float:
         """The share of a minibatch's tokens outside the clip range if computed again: pure noise."""
@@ -587,10 +590,14 @@ class GSPOTrainer:
     # ---- evaluation
 
     def evaluate(self, problems: Sequence) -> dict:
-        """Sample group_size responses to each problem, from random streams that are the same every time.
+        """Sample eval_samples responses to each problem, from random streams that are the same every time.
+
+        The streams do not depend on the seed, and training's temperature and group size do not matter here.
 
         Returns: what evaluation_metrics() makes of them.
         """
+        num_samples, temperature = self.config.eval_samples, self.config.eval_temperature
+        assert num_samples is not None  # resolve() has decided it
         samples: list[Sample] = []
         starts = range(0, len(problems), EVALUATION_CHUNK)
         bar = progress_bar(
@@ -599,8 +606,9 @@ class GSPOTrainer:
         for start in bar:
             self.stop.check()
             chunk = problems[start : start + EVALUATION_CHUNK]
-            samples += self._sample_and_reward(chunk, EVALUATION_STREAM + start)[0]
-        return evaluation_metrics(samples, self.config.group_size)
+            stream = EVALUATION_STREAM + start
+            samples += self._sample_and_reward(chunk, stream, num_samples, temperature)[0]
+        return evaluation_metrics(samples, num_samples)
 
     # ---- the state
 

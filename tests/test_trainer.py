@@ -214,6 +214,23 @@ def test_prompts_without_room_are_dropped_and_reported(capsys):
         drop_long_prompts([long], t, "training")
 
 
+def test_training_settings_do_not_change_an_evaluation():
+    asked = problems(20, seed=1)  # more than a chunk
+    first = trainer(eval_samples=3).evaluate(asked)
+    other = {"group_size": 6, "temperature": 0.5, "seed": 7, "batch_size": 2, "update_frequency": 2}
+    assert trainer(eval_samples=3, **other).evaluate(asked) == first
+    assert {round(3 * rate) / 3 for rate in first["pass_by_problem"]} == set(first["pass_by_problem"])
+
+
+def test_evaluation_has_settings_of_its_own():
+    """Cold samples are all alike: each problem passes with all of its samples or none."""
+    asked = problems(12, seed=1)
+    cold = trainer(eval_samples=3, eval_temperature=0.001).evaluate(asked)
+    assert 0 < cold["pass_at_1"] < 1 and set(cold["pass_by_problem"]) == {0, 1}
+    by_default = trainer(group_size=6).evaluate(asked)
+    assert by_default == trainer(eval_samples=6).evaluate(asked) != cold
+
+
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
     """A short run with an evaluation and a checkpoint on the way."""

@@ -75,9 +75,7 @@ class GSPOConfig:
     num_eval_samples: int = flag(
         50, "data", "number of held-out problems, disjoint from training", at_least=1
     )
-    data_seed: int = flag(
-        0, "data", "decides which problems are drawn for training and held out", at_least=0
-    )
+    data_seed: int = flag(0, "data", "decides which problems are drawn for training and held out", at_least=0)
 
     algorithm: str = flag("gspo", "objective", "importance ratio, loss and clip ranges as one preset")
     left_clip_range: float | None = flag(
@@ -118,6 +116,12 @@ class GSPOConfig:
         "sampling temperature; log-probabilities use the same",
         at_least=LOWEST_TEMPERATURE,
         positive=True,
+    )
+    eval_temperature: float = flag(
+        1.0, "sampling", "temperature of evaluations", at_least=LOWEST_TEMPERATURE, positive=True
+    )
+    eval_samples: int | None = flag(
+        None, "sampling", "responses per held-out problem (default: group_size)", at_least=1
     )
     rollout_engine: str = flag("transformers", "sampling", "engine that samples", ("transformers", "vllm"))
 
