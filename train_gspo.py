@@ -238,27 +238,46 @@ def explain(stop: "EmergencyStop", run: "TrainingRun") -> str:
 
 
 def report(run: "TrainingRun", result: dict) -> None:
-    """Print pass@1 before and after, the paired gain, and where everything is."""
-    from gspo.training.intervals import paired_interval
+    """Print the held-out figures before and after, the gains, the best step, and where everything is."""
+    from gspo.training.intervals import describe_gain
 
-    before, after, folder = result["before"], result["after"], run.folder.path
+    before, after, best, folder = result["before"], result["after"], result["best"], run.folder.path
     if before is None:
         print(f"interrupted in the first evaluation; continue with --resume {folder}")
         return
-    evaluations = {"before": before}
-    if after["step"]:
-        evaluations[f"after {after['step']} rollout batches"] = after
-    for name, figures in evaluations.items():
+    # A reward of 0 or 1 has pass@1 as its mean, which is then printed once.
+    by_problem = {"pass@1": ("pass_by_problem", "+.3f"), "mean reward": ("reward_by_problem", "+.4g")}
+    if all(e["reward_by_problem"] == e["pass_by_problem"] for e in (before, after, best)):
+        del by_problem["mean reward"]
+
+    def mean_reward(figures: dict) -> str:
+        return f", mean reward {figures['reward_mean']:.4g}" if "mean reward" in by_problem else ""
+
+    for figures in [before, after] if after["step"] else [before]:
         low, high = figures["interval_95"]
-        print(f"held-out pass@1 {name}: {figures['pass_at_1']:.3f}  (95 % interval {low:.3f} to {high:.3f})")
-    if len(evaluations) > 1 and len(before["pass_by_problem"]) == len(after["pass_by_problem"]) > 1:
-        gain, low, high = paired_interval(before["pass_by_problem"], after["pass_by_problem"])
-        print(f"gain, paired by problem: {gain:+.3f}  (95 % interval {low:+.3f} to {high:+.3f})")
+        print(
+            f"held-out pass@1 {when(figures['step'])}: {figures['pass_at_1']:.3f}  "
+            f"(95 % interval {low:.3f} to {high:.3f}){mean_reward(figures)}"
+        )
+    if after["step"]:
+        for name, (key, form) in by_problem.items():
+            print(f"gain in {name}, paired by problem: {describe_gain(before[key], after[key], form)}")
+        print(
+            f"best evaluation: {when(best['step'])}, pass@1 {best['pass_at_1']:.3f}{mean_reward(best)}: "
+            f"{folder / 'best_model'}"
+        )
     print(f"run folder: {folder}  (metrics.jsonl, eval.jsonl, samples.jsonl, checkpoints, best_model)")
     if not result["finished"]:
         print(f"interrupted after rollout batch {run.trainer.step}; continue with --resume {folder}")
     else:
         print(f"trained model: {folder / 'final_model'}")
+
+
+def when(step: int) -> str:
+    """The time of an evaluation in words."""
+    if step == 0:
+        return "before training"
+    return f"after {step} rollout batch{'es' * (step > 1)}"
 
 
 if __name__ == "__main__":

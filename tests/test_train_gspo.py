@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,7 +35,8 @@ def test_a_run_from_the_command_line(tmp_path):
         "clipped to [1 - 0.0003, 1 + 0.0004]",
         "3 optimizer updates",
         "held-out pass@1 before",
-        "gain",
+        "gain in pass@1, paired by problem: ",
+        "best evaluation: ",
     ):
         assert said in done.stdout
     metrics = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
@@ -45,6 +47,52 @@ def test_a_run_from_the_command_line(tmp_path):
     for name in ("best_model", "final_model", "checkpoints/step-2"):
         assert (tmp_path / "r" / name / "model.safetensors").exists()
     assert list((tmp_path / "r" / "wandb").glob("offline-run-*"))
+
+
+def evaluation(step, passes, rewards):
+    """A line of eval.jsonl for problems with these pass rates and mean rewards."""
+    means = {"pass_at_1": np.mean(passes), "reward_mean": np.mean(rewards), "interval_95": [0.1, 0.9]}
+    return {"step": step, "pass_by_problem": passes, "reward_by_problem": rewards, **means}
+
+
+def reported(capsys, before, after, best, finished=True):
+    """The lines that a run prints at its end, without those that say where everything is."""
+    run = SimpleNamespace(folder=SimpleNamespace(path=Path("out/r")), trainer=SimpleNamespace(step=9))
+    train_gspo.report(run, {"before": before, "after": after, "best": best, "finished": finished})
+    lines = capsys.readouterr().out.splitlines()
+    return [line for line in lines if not line.startswith(("run folder", "trained model"))]
+
+
+def test_the_report_of_passes(capsys):
+    # differences .5, 0, .5: mean 1/3, t(2) = 4.303 times the standard error 1/6 is .717
+    before, after = evaluation(0, [0.0, 0.5, 0.0], [0.0, 0.5, 0.0]), evaluation(9, [0.5] * 3, [0.5] * 3)
+    assert reported(capsys, before, after, after) == [
+        "held-out pass@1 before training: 0.167  (95 % interval 0.100 to 0.900)",
+        "held-out pass@1 after 9 rollout batches: 0.500  (95 % interval 0.100 to 0.900)",
+        "gain in pass@1, paired by problem: +0.333  (95 % interval -0.384 to +1.050)",
+        "best evaluation: after 9 rollout batches, pass@1 0.500: out/r/best_model",
+    ]
+
+
+def test_the_report_of_a_dense_reward(capsys):
+    before, middle = evaluation(0, [0.0] * 3, [0.0] * 3), evaluation(1, [0.0] * 3, [4.0] * 3)
+    after = evaluation(2, [0.0] * 3, [1.0, 1.0, 2.0])
+    # differences 1, 1, 2: mean 4/3, and 4.303 times the standard error 1/3 is 1.434
+    assert reported(capsys, before, after, middle) == [
+        "held-out pass@1 before training: 0.000  (95 % interval 0.100 to 0.900), mean reward 0",
+        "held-out pass@1 after 2 rollout batches: 0.000  (95 % interval 0.100 to 0.900), mean reward 1.333",
+        "gain in pass@1, paired by problem: +0.000  (no interval: every problem changed by the same amount)",
+        "gain in mean reward, paired by problem: +1.333  (95 % interval -0.1009 to +2.768)",
+        "best evaluation: after 1 rollout batch, pass@1 0.000, mean reward 4: out/r/best_model",
+    ]
+
+
+def test_the_report_of_a_run_that_was_interrupted_before_training(capsys):
+    before = evaluation(0, [0.5], [0.5])
+    assert reported(capsys, before, before, before, finished=False) == [
+        "held-out pass@1 before training: 0.500  (95 % interval 0.100 to 0.900)",
+        "interrupted after rollout batch 9; continue with --resume out/r",
+    ]
 
 
 def test_dry_run_loads_and_writes_nothing(tmp_path, monkeypatch):

@@ -11,9 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gspo.checks import float64_reference as reference
-from gspo.policy.rollout import Sampling, TransformersEngine, encode_prompt
+from gspo.policy.rollout import Rollout, Sampling, TransformersEngine, encode_prompt
 from gspo.training.alarms import EmergencyStop
 from gspo.training.record import GLOSSARY
+from gspo.training.rollout_batch import Sample
+from gspo.training.sampling import evaluation_metrics
 from gspo.training.training_run import drop_long_prompts
 from support.records import lines_of, without_seconds
 from support.sorting import Sort, problems, trainer, weights_of
@@ -229,6 +231,15 @@ def test_evaluation_has_settings_of_its_own():
     assert 0 < cold["pass_at_1"] < 1 and set(cold["pass_by_problem"]) == {0, 1}
     by_default = trainer(group_size=6).evaluate(asked)
     assert by_default == trainer(eval_samples=6).evaluate(asked) != cold
+
+
+def test_an_evaluation_in_numbers():
+    """Two problems with three samples each; None was not judged and counts as 0."""
+    rollout = Rollout([1], [2, 3], [0.0, 0.0], "", True)
+    rewards = [1.0, 0.5, None, -2.0, 0.0, 2.0]
+    found = evaluation_metrics([Sample(None, rollout, reward) for reward in rewards], 3)
+    assert found["pass_by_problem"] == [1 / 3, 0] and found["reward_by_problem"] == [0.5, 0]
+    assert (found["pass_at_1"], found["reward_mean"]) == (1 / 6, 0.25)
 
 
 @pytest.fixture(scope="module")
