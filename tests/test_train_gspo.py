@@ -21,7 +21,7 @@ from gspo.policy.model_loader import TRAINING_BYTES_PER_PARAMETER, check_memory
 from gspo.training.config import GSPOConfig
 from gspo.training.record import GLOSSARY, glossary_table
 from gspo.training.stopping import StopRequest
-from gspo_implementation import ALGORITHMS, resolve
+from gspo_implementation import ALGORITHMS, describe_objective, resolve, suggested_clip_range
 from support import ROOT
 from support.commands import TINY, command, environment, exit_code_of, forked, run, run_here, wait_for
 from support.models import make_model
@@ -114,6 +114,97 @@ def test_the_data_seed_alone_decides_the_problems(flags, tmp_path):
         run.close()
         digests[name] = json.loads((tmp_path / name / "config.json").read_text())["problems"]
     assert digests["a"] == digests["b"] != digests["c"]
+
+
+@pytest.mark.parametrize(
+    "num_problems, batch_size, mini_batch_size, num_epochs, batches, updates",
+    [
+        (100, 4, 1, 3, 75, 300),
+        (10, 4, 1, 2, 6, 20),  # rollout batches of 4, 4 and 2 problems
+        (11, 4, 2, 1, 3, 6),  # of 4, 4 and 3 problems, with 2 updates each
+        (9, 4, 2, 2, 6, 10),  # of 4, 4 and 1 problems, with 2, 2 and 1 updates
+        (1, 4, 1, 3, 3, 3),
+        (3, 8, 8, 2, 2, 2),
+    ],
+)
+def test_updates_are_counted(num_problems, batch_size, mini_batch_size, num_epochs, batches, updates):
+    config = GSPOConfig(batch_size=batch_size, mini_batch_size=mini_batch_size, num_epochs=num_epochs)
+    assert config.count_updates(num_problems) == (batches, updates)
+
+
+def objective(**settings):
+    return describe_objective(resolve(GSPOConfig(**{"device": "cpu", "max_new_tokens": 500, **settings}), 1))
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({}, "100 problems x 3 epochs: 75 rollout batches, at most 300 optimizer updates (one without a"),
+        (
+            {},
+            "4 queries x 4 responses per rollout batch, 4 optimizer updates of 1 x 4 responses each; ",
+        ),
+        ({}, "pi_old is refreshed every rollout batch. The first"),
+        ({"update_frequency": 3}, "pi_old is refreshed every 3 rollout batches. The first"),
+        (
+            {"num_train_samples": 1, "num_epochs": 1, "mini_batch_size": 2},
+            "1 problem x 1 epoch: 1 rollout batch, at most 1 optimizer update (one without a signal is "
+            "skipped). 1 query x 4 responses per rollout batch, 1 optimizer update of 1 x 4 responses each",
+        ),
+    ],
+)
+def test_the_objective_in_counts(settings, said):
+    assert said in objective(**settings)
+
+
+@pytest.mark.parametrize(
+    "num_problems, num_epochs, update_frequency, can_clip",
+    [
+        (100, 3, 1, 3),
+        (100, 3, 3, 11),
+        (1, 3, 1, 0),  # one query and so one update per rollout batch
+        (1, 3, 2, 1),
+        (1, 1, 2, 0),  # the run ends before its window does
+        (5, 1, 2, 4),  # rollout batches of 4 and 1 problems
+        (10, 2, 3, 9),  # of 4, 4 and 2
+        (10, 2, 4, 13),  # of 4, 4, 2 and 4
+        (10, 1, 9, 9),
+    ],
+)
+def test_the_objective_says_what_can_clip(num_problems, num_epochs, update_frequency, can_clip):
+    said = objective(num_train_samples=num_problems, num_epochs=num_epochs, update_frequency=update_frequency)
+    assert ("nothing can clip" in said) == (can_clip == 0)
+    assert (f"the other {can_clip} before pi_old is refreshed can" in said) == (can_clip > 0)
+
+
+def test_the_suggested_clip_range_by_hand():
+    # 2,000 tokens are 4, 100 and 200 times as many: the range is 2, 10 and sqrt(200) = 14.14 times as wide
+    assert suggested_clip_range(500) == pytest.approx((6e-4, 8e-4))
+    assert suggested_clip_range(20) == pytest.approx((3e-3, 4e-3))
+    assert suggested_clip_range(10) == pytest.approx((4.243e-3, 5.657e-3), rel=1e-3)
+    assert suggested_clip_range(2000) == suggested_clip_range(8000) == (3e-4, 4e-4)
+
+
+@pytest.mark.parametrize(
+    "settings, is_suggested",
+    [
+        ({}, True),
+        ({"algorithm": "gspo_token"}, True),
+        ({"left_clip_range": 1.6e-3, "right_clip_range": 2.1e-3}, False),  # over half of the suggestion
+        ({"left_clip_range": 1.4e-3, "right_clip_range": 1.0}, True),
+        ({"left_clip_range": 0.5, "right_clip_range": 1.9e-3}, True),
+        ({"max_new_tokens": 501}, False),
+        ({"algorithm": "grpo", "left_clip_range": 1e-6}, False),  # clips each token by itself
+        ({"mini_batch_size": 4}, False),  # nothing can clip
+    ],
+)
+def test_the_objective_suggests_a_clip_range_for_short_responses(settings, is_suggested):
+    said = objective(**{"max_new_tokens": 20, **settings})
+    advice = (
+        "for responses of at most 20 tokens the range scaled by the square root would be about 0.003 left, "
+        "0.004 right"
+    )
+    assert (advice in said) == is_suggested == ("square root" in said)
 
 
 def test_file_dataset_and_resume(tmp_path):

@@ -163,6 +163,16 @@ class GSPOConfig:
     def updates_per_rollout_batch(self) -> int:
         return self.batch_size // self.mini_batch_size
 
+    def count_updates(self, num_problems: int) -> tuple[int, int]:
+        """Rollout batches and optimizer updates of all epochs over num_problems training problems.
+
+        The last rollout batch of an epoch has the problems that remain, and may make fewer updates.
+        """
+        whole_batches, remaining = divmod(num_problems, self.batch_size)
+        num_batches = whole_batches + (remaining > 0)
+        num_updates = whole_batches * self.updates_per_rollout_batch + -(-remaining // self.mini_batch_size)
+        return self.num_epochs * num_batches, self.num_epochs * num_updates
+
 
 def _check_type(name: str, value: Any, kinds: tuple[type, ...]) -> None:
     """Raises ValueError unless the value has one of these types. An int may be a float, a bool may not."""
