@@ -21,11 +21,18 @@ from gspo.policy.model_loader import TRAINING_BYTES_PER_PARAMETER, check_memory
 from gspo.training.config import GSPOConfig
 from gspo.training.record import GLOSSARY, glossary_table
 from gspo.training.stopping import StopRequest
-from gspo_implementation import ALGORITHMS, describe_objective, resolve, suggested_clip_range
+from gspo_implementation import ALGORITHMS, resolve, suggested_clip_range
 from support import ROOT
 from support.commands import TINY, command, environment, exit_code_of, forked, run, run_here, wait_for
 from support.models import make_model
-from train_gspo import algorithm_names, difficulty_for, parse, prepare, resolve_for_machine
+from train_gspo import (
+    algorithm_names,
+    describe_objective,
+    difficulty_for,
+    parse,
+    prepare,
+    resolve_for_machine,
+)
 
 
 def test_a_run_from_the_command_line(tmp_path):
