@@ -39,13 +39,14 @@ from gspo.policy.gradient_checkpointing import enable_gradient_checkpointing
 from gspo.policy.rollout import Rollout, Sampling, TransformersEngine, encode_prompt
 from gspo.training.alarms import EmergencyStop, non_finite_weights, stop_if, stop_reason
 from gspo.training.config import GSPOConfig
+from gspo.training.dynamic_sampling import QueryDraw, keeps
 from gspo.training.forward_passes import ForwardPasses
 from gspo.training.hardware import choose_device, choose_dtype
 from gspo.training.loss_metrics import loss_metrics, pool_metrics, without_sums
 from gspo.training.processes import Processes
 from gspo.training.progress import progress_bar
 from gspo.training.rollout_batch import RolloutBatch, Sample
-from gspo.training.sampling import MAX_DRAWN, can_train, evaluation_metrics, sample_and_reward
+from gspo.training.sampling import evaluation_metrics, sample_and_reward
 from gspo.training.stopping import StopRequest
 from gspo.training.training_run import TrainingRun, is_due
 
@@ -56,10 +57,11 @@ MAX_LOG_RATIO = 60.0
 # The random stream of evaluations is far from every training stream, and the same in every run, so that two
 # evaluations of the same problems are paired.
 EVALUATION_STREAM = 1 << 100
-# Weight of the newest rollout batch in the running share of groups with a signal.
-SIGNAL_SHARE_WEIGHT = 0.3
 # Problems per step of an evaluation and of its progress bar.
 EVALUATION_CHUNK = 16
+# The response length for which the paper's clip range of GSPO is assumed to be right. The paper gives no
+# length. It says only that it trains for competition mathematics and code, where answers are long.
+PAPER_RESPONSE_TOKENS = 2000
 
 
 # ----------------------------------------------------------------------------------------------- the losses
@@ -321,6 +323,17 @@ ALGORITHMS = {
 }
 
 
+def suggested_clip_range(tokens: int) -> tuple[float, float]:
+    """The paper's clip range of GSPO, left and right, scaled to responses of this many tokens.
+
+    s is exp of a mean over tokens. If their log-ratios are independent, the mean spreads as 1 / sqrt(tokens),
+    and the range with it. It is never narrower than the paper's.
+    """
+    paper = ALGORITHMS["gspo"]
+    scale = max(1.0, math.sqrt(PAPER_RESPONSE_TOKENS / tokens))
+    return scale * paper.left_clip_range, scale * paper.right_clip_range
+
+
 def resolve(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
     """A copy in which every None that depends on the algorithm, the model's size or the machine is decided.
 
@@ -338,33 +351,9 @@ def resolve(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
         right_clip_range=config.right_clip_range or algorithm.right_clip_range,
         learning_rate=config.learning_rate or default_rate,
         max_new_tokens=config.max_new_tokens or config.max_length,
+        eval_samples=config.eval_samples or config.group_size,
         device=device,
         dtype=choose_dtype(device, num_parameters)[0] if config.dtype == "auto" else config.dtype,
-    )
-
-
-def describe_objective(config: GSPOConfig) -> str:
-    """The objective of a resolved configuration in a paragraph: what is maximised, and what can clip."""
-    algorithm = ALGORITHMS[config.algorithm]
-    updates, frequency = config.updates_per_rollout_batch, config.update_frequency
-    kl = f", minus {config.kl_coef} x KL to the starting model" if config.kl_coef else ", no KL term"
-    if updates * frequency == 1:
-        clipping = (
-            "With one optimizer update per rollout batch the ratio is 1 by construction: nothing can clip, "
-            "and every algorithm here is the same. Lower --mini_batch_size for more updates."
-        )
-    else:
-        clipping = (
-            f"The first update sees a ratio of exactly 1 and cannot clip; the other "
-            f"{updates * frequency - 1} before pi_old is refreshed can."
-        )
-    return (
-        f"{config.algorithm}: {algorithm.ratio}, clipped to [1 - {config.left_clip_range:g}, "
-        f"1 + {config.right_clip_range:g}] per {algorithm.clip_unit}; mean over each response's tokens, then "
-        f"over responses{kl}. {config.batch_size} queries x {config.group_size} responses per rollout batch, "
-        f"{updates} optimizer update{'s' * (updates != 1)} of {config.mini_batch_size} x {config.group_size} "
-        f"responses each; pi_old is refreshed every {frequency} rollout batch{'es' * (frequency != 1)}. "
-        f"{clipping}"
     )
 
 
@@ -412,7 +401,7 @@ class GSPOTrainer:
             self.optimizer, lambda update: min(1.0, (update + 1) / max(1, config.warmup_steps))
         )
         self.step = 0
-        self.signal_share = 1.0  # share of the queries drawn of late whose group had a signal
+        self.query_draw = QueryDraw(config.dynamic_sampling, config.batch_size, config.group_size)
         self._in_optimizer_step = False
 
     def train(self, train_problems: Sequence, eval_problems: Sequence) -> dict:
@@ -440,8 +429,7 @@ class GSPOTrainer:
     def collect(self, problems: Sequence, index: int) -> RolloutBatch:
         """Sample and reward rollout batch number index under the present policy, which is its pi_old.
 
-        Without dynamic sampling it is made of all these problems. With it, they are drawn from the front
-        until batch_size groups have a signal or none is left.
+        It is made of all these problems, or with dynamic sampling of as many of them as it takes.
 
         K rollout batches (--update_frequency) are sampled before the first of their updates. The very first
         update sees the weights that sampled, so its own forward pass gives log pi_old for its minibatch. The
@@ -449,7 +437,11 @@ class GSPOTrainer:
         """
         config = self.config
         stream = (config.seed << 64) + (index << 32)
-        samples, metrics = self._draw(problems, stream)
+
+        def sample_groups(chunk: Sequence, drawn: int) -> tuple[list[Sample], dict]:
+            return self._sample_and_reward(chunk, stream + drawn, config.group_size, config.temperature)
+
+        samples, metrics = self.query_draw.draw(problems, sample_groups)
         if all(sample.reward is None for sample in samples):
             raise EmergencyStop("no response of the rollout batch could be judged")
         rewards = [math.nan if sample.reward is None else sample.reward for sample in samples]
@@ -460,37 +452,12 @@ class GSPOTrainer:
         updates = -(-queries // config.mini_batch_size)
         batch = RolloutBatch(samples, config.group_size, updates, self.schedule.last_epoch)
         for group in batch.groups():
-            trained = can_train(group, config.dynamic_sampling)
+            trained = keeps(group, config.dynamic_sampling)
             for sample in group:
                 sample.has_signal = trained and (sample.advantage != 0 or config.kl_coef > 0)
         batch.metrics = metrics | batch.statistics() | self._compute_log_probs(batch, index)
         batch.metrics["learning_rate"] = self.schedule.get_last_lr()[0]
         return batch
-
-    def _draw(self, problems: Sequence, stream: int) -> tuple[list[Sample], dict]:
-        """Rewarded samples of the problems, or with dynamic sampling of as many as it takes, and their sums.
-
-        Each round draws what the share of groups with a signal of late suggests. All groups with a signal are
-        trained on, also where the last round brought more than batch_size of them.
-        """
-        config, size = self.config, self.config.group_size
-        samples: list[Sample] = []
-        metrics: dict[str, float] = {}
-        drawn = with_signal = 0
-        while drawn < len(problems) and (drawn == 0 or with_signal < config.batch_size):
-            count = len(problems)
-            if config.dynamic_sampling != "off":
-                count = math.ceil((config.batch_size - with_signal) / max(self.signal_share, 1 / MAX_DRAWN))
-            chunk = problems[drawn : drawn + count]
-            more, sums = self._sample_and_reward(chunk, stream + drawn)
-            samples += more
-            for name, value in sums.items():
-                metrics[name] = metrics.get(name, 0) + value
-            drawn += len(chunk)
-            groups = [more[i : i + size] for i in range(0, len(more), size)]
-            with_signal += sum(can_train(group, config.dynamic_sampling) for group in groups)
-        self.signal_share += SIGNAL_SHARE_WEIGHT * (with_signal / drawn - self.signal_share)
-        return samples, metrics
 
     def _compute_log_probs(self, batch: RolloutBatch, index: int) -> dict[str, float]:
         """Compute what the updates need besides their own forward passes. Returns metrics of it."""
@@ -510,8 +477,10 @@ class GSPOTrainer:
         metrics["log_prob_s"] = time.perf_counter() - started
         return metrics
 
-    def _sample_and_reward(self, problems: Sequence, stream: int) -> tuple[list[Sample], dict]:
-        """Rewarded samples, and the time they took.
+    def _sample_and_reward(
+        self, problems: Sequence, stream: int, num_samples: int, temperature: float
+    ) -> tuple[list[Sample], dict]:
+        """num_samples rewarded samples of each problem, and the time they took.
 
         stream + i seeds problem i, so that the samples do not depend on the number of processes.
         """
@@ -521,11 +490,11 @@ class GSPOTrainer:
             assert config.max_new_tokens is not None  # resolve() has decided it
             prompts = [encode_prompt(self.tokenizer, problem.prompt) for problem in own]
             seed = stream + first
-            sampling = Sampling(config.max_new_tokens, config.temperature, config.max_length, seed)
+            sampling = Sampling(config.max_new_tokens, temperature, config.max_length, seed)
             with self.forward.compute_type():
-                return self.engine.generate(prompts, config.group_size, sampling)
+                return self.engine.generate(prompts, num_samples, sampling)
 
-        return sample_and_reward(problems, config.group_size, generate, self.reward_fn, self.processes)
+        return sample_and_reward(problems, num_samples, generate, self.reward_fn, self.processes)
 
     def _null_clip_fraction(self, minibatches: Sequence[Sequence[Sample]]) -> float:
         """The share of a minibatch's tokens outside the clip range if computed again: pure noise."""
@@ -660,10 +629,14 @@ class GSPOTrainer:
     # ---- evaluation
 
     def evaluate(self, problems: Sequence) -> dict:
-        """Sample group_size responses to each problem, from random streams that are the same every time.
+        """Sample eval_samples responses to each problem, from random streams that are the same every time.
+
+        The streams do not depend on the seed, and training's temperature and group size do not matter here.
 
         Returns: what evaluation_metrics() makes of them.
         """
+        num_samples, temperature = self.config.eval_samples, self.config.eval_temperature
+        assert num_samples is not None  # resolve() has decided it
         samples: list[Sample] = []
         starts = range(0, len(problems), EVALUATION_CHUNK)
         bar = progress_bar(
@@ -672,8 +645,9 @@ class GSPOTrainer:
         for start in bar:
             self.stop.check()
             chunk = problems[start : start + EVALUATION_CHUNK]
-            samples += self._sample_and_reward(chunk, EVALUATION_STREAM + start)[0]
-        return evaluation_metrics(samples, self.config.group_size)
+            stream = EVALUATION_STREAM + start
+            samples += self._sample_and_reward(chunk, stream, num_samples, temperature)[0]
+        return evaluation_metrics(samples, num_samples)
 
     # ---- the state
 
@@ -686,7 +660,7 @@ class GSPOTrainer:
         return {
             "step": self.step,
             "halvings": self.forward.halvings,
-            "signal_share": self.signal_share,
+            "signal_share": self.query_draw.signal_share,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }
@@ -694,7 +668,7 @@ class GSPOTrainer:
     def load_state_dict(self, state: dict) -> None:
         """Take up the state of state_dict(); the weights are loaded by the caller."""
         self.step, self.forward.halvings = state["step"], state["halvings"]
-        self.signal_share = state["signal_share"]
+        self.query_draw.signal_share = state["signal_share"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
 

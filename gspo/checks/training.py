@@ -35,7 +35,7 @@ from gspo.policy.log_probs import token_log_probs
 from gspo.policy.model_loader import load_model
 from gspo.policy.rollout import Sampling, TransformersEngine, encode_prompt
 from gspo.training.alarms import stop_reason, warnings_of
-from gspo.training.intervals import paired_interval
+from gspo.training.intervals import interval_text, paired_interval
 from gspo_implementation import GSPOConfig, GSPOTrainer
 
 PAPER_CLIP_FRACTIONS = {"gspo": 0.15, "grpo": 0.0013}  # of tokens, figure 2
@@ -305,7 +305,7 @@ def _lower_end(
 ) -> Check:
     """A check that the lower end of a gain's interval is above the bound, or that it is not."""
     mean, low, high = interval
-    measured = f"{mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
+    measured = f"{mean:+.3f} ({interval_text(low, high)})"
     where = "above" if above else "not above"
     return Check(name, (low > bound) == above, measured, f"lower end {where} {bound:+g}", fault)
 
@@ -322,7 +322,8 @@ def performance_table(evaluations: dict[str, Sequence[dict]]) -> list[dict]:
 
 def gain_columns(before: Sequence[dict], after: Sequence[dict]) -> dict:
     mean, low, high = gain(before, after)
-    return {"gain": f"{mean:+.3f}", "95 % interval": f"{low:+.3f} to {high:+.3f}"}
+    interval = f"{low:+.3f} to {high:+.3f}" if low < high else "none"
+    return {"gain": f"{mean:+.3f}", "95 % interval": interval}
 
 
 # ---------------------------------------------------------------------------------------- part 4: clip ranges

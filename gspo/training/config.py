@@ -77,6 +77,7 @@ class GSPOConfig:
     num_eval_samples: int = flag(
         50, "data", "number of held-out problems, disjoint from training", at_least=1
     )
+    data_seed: int = flag(0, "data", "decides which problems are drawn for training and held out", at_least=0)
 
     algorithm: str = flag("gspo", "objective", "importance ratio, loss and clip ranges as one preset")
     left_clip_range: float | None = flag(
@@ -115,7 +116,7 @@ class GSPOConfig:
     micro_batch_tokens: int = flag(
         4096, "training", "tokens per forward pass; changes memory, not results", at_least=1
     )
-    seed: int = flag(0, "training", "seed of the problems, their order and the sampling", at_least=0)
+    seed: int = flag(0, "training", "seed of the training order and of the sampling", at_least=0)
 
     max_length: int = flag(512, "sampling", "prompt plus response tokens", at_least=2)
     max_new_tokens: int | None = flag(None, "sampling", "response tokens (default: by data set)", at_least=1)
@@ -125,6 +126,12 @@ class GSPOConfig:
         "sampling temperature; log-probabilities use the same",
         at_least=LOWEST_TEMPERATURE,
         positive=True,
+    )
+    eval_temperature: float = flag(
+        1.0, "sampling", "temperature of evaluations", at_least=LOWEST_TEMPERATURE, positive=True
+    )
+    eval_samples: int | None = flag(
+        None, "sampling", "responses per held-out problem (default: group_size)", at_least=1
     )
     rollout_engine: str = flag("transformers", "sampling", "engine that samples", ("transformers", "vllm"))
 
@@ -165,6 +172,16 @@ class GSPOConfig:
     @property
     def updates_per_rollout_batch(self) -> int:
         return self.batch_size // self.mini_batch_size
+
+    def count_updates(self, num_problems: int) -> tuple[int, int]:
+        """Rollout batches and optimizer updates of all epochs over num_problems training problems.
+
+        The last rollout batch of an epoch has the problems that remain, and may make fewer updates.
+        """
+        whole_batches, remaining = divmod(num_problems, self.batch_size)
+        num_batches = whole_batches + (remaining > 0)
+        num_updates = whole_batches * self.updates_per_rollout_batch + -(-remaining // self.mini_batch_size)
+        return self.num_epochs * num_batches, self.num_epochs * num_updates
 
 
 def _check_type(name: str, value: Any, kinds: tuple[type, ...]) -> None:

@@ -92,10 +92,17 @@ SECONDS = ("generation_s", "reward_s", "log_prob_s", "update_s", "tokens_per_s",
 # Metrics that some lines lack.
 OPTIONAL = ("kl", "code_timeouts", "null_clip_fraction")
 # What every line of a file holds besides the step: each a number, or a list of numbers.
-LISTS = ("clip_fraction_by_minibatch", "interval_95", "pass_by_problem")
+LISTS = ("clip_fraction_by_minibatch", "interval_95", "pass_by_problem", "reward_by_problem")
 FIELDS = {
     "metrics": tuple(name for name in GLOSSARY if name not in OPTIONAL),
-    "eval": ("pass_at_1", "interval_95", "reward_mean", "response_tokens_mean", "pass_by_problem"),
+    "eval": (
+        "pass_at_1",
+        "interval_95",
+        "reward_mean",
+        "response_tokens_mean",
+        "pass_by_problem",
+        "reward_by_problem",
+    ),
     "samples": (),
 }
 

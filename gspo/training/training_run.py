@@ -22,13 +22,14 @@ from gspo.policy.rollout import encode_prompt
 from gspo.training.alarms import EmergencyStop, gibberish_reason, non_finite_weights, stop_if
 from gspo.training.checkpoints import STATE_FILE, STATE_FORMAT, random_states, read_state, set_random_states
 from gspo.training.config import GSPOConfig
+from gspo.training.dynamic_sampling import MAX_DRAWN
 from gspo.training.processes import Processes
 from gspo.training.progress import progress_bar
 from gspo.training.record import Record
 from gspo.training.resume import OpenRun, open_run
 from gspo.training.rollout_batch import RolloutBatch
 from gspo.training.run_folder import RunFolder
-from gspo.training.sampling import MAX_DRAWN
+from gspo.training.sampling import standing
 from gspo.training.stopping import Interrupted, StopRequest
 from gspo.training.whole_folders import CannotSave, remove
 
@@ -104,8 +105,6 @@ class TrainingRun:
             if self.processes.is_main:
                 self.close()
             raise
-        evaluations = self._evaluations()
-        self.best_pass_rate = max((line["pass_at_1"] for line in evaluations), default=-1.0)
 
     def train(self) -> dict:
         """Train to the end of the last epoch, or until a stop is requested (trainer.stop).
@@ -113,7 +112,8 @@ class TrainingRun:
         However it ends, the state after the last whole update is on disk, if its weights are finite.
 
         Returns:
-            The evaluations "before" and "after" (None: there was none yet), and whether it is "finished".
+            The evaluations "before" and "after", and the "best" one, whose weights are in best_model (None:
+            there was none yet); and whether it is "finished".
 
         Raises:
             EmergencyStop: the update in progress must not reach the weights; the evidence is in emergency/.
@@ -148,8 +148,11 @@ class TrainingRun:
             recorded = self._evaluations()
         if isinstance(end, EmergencyStop):
             raise end
-        before, after = (recorded[0], recorded[-1]) if recorded else (None, None)
-        return {"before": before, "after": after, "finished": end is None}
+        result: dict[str, Any] = {"before": None, "after": None, "best": None}
+        if recorded:
+            # Of equally good evaluations max() takes the first, as best_model does.
+            result = {"before": recorded[0], "after": recorded[-1], "best": max(recorded, key=standing)}
+        return result | {"finished": end is None}
 
     def close(self) -> None:
         """Close the record and unlock the folder; on the main process."""
@@ -243,12 +246,11 @@ class TrainingRun:
 
     def _evaluate(self) -> None:
         """Evaluate once per step. best_model is written before the line that says so."""
-        step = self.trainer.step
-        if any(recorded["step"] == step for recorded in self._evaluations()):
+        step, recorded = self.trainer.step, self._evaluations()
+        if any(earlier["step"] == step for earlier in recorded):
             return
         metrics = self.trainer.evaluate(self.eval_problems)
-        if metrics["pass_at_1"] > self.best_pass_rate:
-            self.best_pass_rate = metrics["pass_at_1"]
+        if all(standing(metrics) > standing(earlier) for earlier in recorded):
             self.processes.on_main(self._save_model, "best_model")
         self.processes.on_main(lambda: self.record.add_evaluation(step, metrics))
 

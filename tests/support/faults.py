@@ -331,7 +331,7 @@ FAULTS = {
     "trainer samples at another temperature": Fault(
         "gspo_implementation",
         "GSPOTrainer._sample_and_reward",
-        "Sampling(config.max_new_tokens, config.temperature, config.max_length, seed)",
+        "Sampling(config.max_new_tokens, temperature, config.max_length, seed)",
         "Sampling(config.max_new_tokens, 1.0, config.max_length, seed)",
         "trainer_updates",
         "four updates",

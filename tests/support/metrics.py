@@ -16,5 +16,5 @@ GOOD = {
 
 EVALUATION = {
     "step": 0, "pass_at_1": 0.5, "interval_95": [0.1, 0.9], "reward_mean": 0.5, "response_tokens_mean": 9.0,
-    "pass_by_problem": [0.25, 0.75],
+    "pass_by_problem": [0.25, 0.75], "reward_by_problem": [0.25, 0.75],
 }  # fmt: skip

@@ -262,13 +262,37 @@ def test_a_resumed_run_knows_the_best_evaluation_so_far(tmp_path):
     """best_model must not be replaced by a model that is worse than one evaluated before the resume."""
     seed_everything()
     new_trainer(tmp_path, num_epochs=1).train(TRAIN, EVAL)
-    best = max(line["pass_at_1"] for line in lines_of(tmp_path / "run" / "eval.jsonl"))
+    best = max(lines_of(tmp_path / "run" / "eval.jsonl"), key=pass_rate_and_reward)
     kept = contents(tmp_path / "run" / "best_model")
     run = TrainingRun(new_trainer(tmp_path, resume="latest"), TRAIN, EVAL)
-    assert run.best_pass_rate == best
-    run.trainer.evaluate = lambda _: EVALUATION | {"pass_at_1": best}
-    run.train()
+    run.trainer.evaluate = lambda _: without_step(best)
+    result = run.train()
     assert contents(tmp_path / "run" / "best_model") == kept
+    assert result["best"] == best and result["after"]["step"] > best["step"]  # the first of equally good ones
+
+
+def test_the_best_model_goes_by_pass_rate_and_then_by_mean_reward(tmp_path):
+    """With a dense reward no evaluation has a pass, and the mean reward decides."""
+    found = iter([(0.0, 0.3), (0.0, 0.5), (0.0, 0.4), (0.25, 0.1), (0.25, 0.1)])
+    run = TrainingRun(new_trainer(tmp_path, eval_frequency=1, num_epochs=1), problems(16), EVAL)
+    saved = []
+
+    def evaluate(_):
+        return without_step(EVALUATION) | dict(zip(("pass_at_1", "reward_mean"), next(found), strict=True))
+
+    run.trainer.evaluate = evaluate
+    run._save_model = lambda name: saved.append((name, run.trainer.step))
+    result = run.train()
+    assert saved == [("best_model", 0), ("best_model", 1), ("best_model", 3), ("final_model", 4)]
+    assert [result[name]["step"] for name in ("before", "best", "after")] == [0, 3, 4]
+
+
+def pass_rate_and_reward(line):
+    return line["pass_at_1"], line["reward_mean"]
+
+
+def without_step(line):
+    return {name: value for name, value in line.items() if name != "step"}
 
 
 def test_progress_in_a_log_file_is_whole_lines(capsys):
