@@ -16,8 +16,8 @@ Where this departs from the paper:
     1. std is unbiased and has 1e-6 added to it (the paper gives no constant).
     2. log-ratios are bounded by MAX_LOG_RATIO before exp(), far outside any clip range.
     3. the gradient norm is clipped (--max_grad_norm), and a learning rate may be warmed up.
-    4. a group whose rewards are all equal stays out of the updates and their means. The groups that have a
-       signal are dealt evenly over the updates, and an update that would get none is not made: AdamW's
+    4. a group whose rewards are all equal stays out of the updates and their means, and the groups that have
+       a signal are dealt evenly over the updates. An update without a gradient is not made, since AdamW's
        momentum would move the weights nearly as far as a step that teaches.
     5. a response that could not be judged has no advantage and stays out of its group's mean and std.
 
@@ -547,14 +547,16 @@ class GSPOTrainer:
         else:
             parts = [part | {"eligible_tokens": 0} for part in parts]
         metrics = pool_metrics(parts, len(samples), num_tokens)
-        metrics |= {"grad_norm": grad_norm.item(), "learning_rate": self.schedule.get_last_lr()[0]}
+        norm = grad_norm.item()
+        metrics |= {"grad_norm": norm, "learning_rate": self.schedule.get_last_lr()[0]}
         stop_if(stop_reason(without_sums(metrics)), batch.metrics | without_sums(metrics))
         if _lacks_pi_old(samples):
             for row, values in self.processes.gather(log_probs):
                 samples[row].old_log_probs = values
         self._in_optimizer_step = True
-        self.optimizer.step()
-        self.schedule.step()
+        if norm > 0:  # 0: every response is clipped
+            self.optimizer.step()
+            self.schedule.step()
         batch.updates.append(metrics | {"seconds": time.perf_counter() - started})
         self._in_optimizer_step = False
 

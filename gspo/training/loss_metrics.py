@@ -58,7 +58,8 @@ def _with_averages(
     mean_deviation = sums["ratio_deviations"] / max(sums["ratios"], 1)
     mean_square = sums["ratio_deviations_squared"] / max(sums["ratios"], 1)
     left, right = sums["clipped_left_tokens"], sums["clipped_right_tokens"]
-    tokens, eligible = max(num_tokens or sums["tokens"], 1), max(sums["eligible_tokens"], 1)
+    tokens = max(num_tokens or sums["tokens"], 1)
+    eligible = max(sums["eligible_tokens"], 1)
     return {
         **sums,
         "clip_fraction": (left + right) / tokens,

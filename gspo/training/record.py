@@ -39,7 +39,7 @@ GLOSSARY = {
     ),
     "updates_without_signal": (
         "count",
-        "optimizer updates that were not made, since no group with a signal was left for them",
+        "optimizer updates not made: no group with a signal was left, or every response was clipped",
     ),
     "null_clip_fraction": (
         "share",

@@ -127,7 +127,7 @@ class RolloutBatch:
             **without_sums(pool_metrics(self.updates, len(self.samples), num_tokens)),
             "clip_fraction_by_minibatch": [update["clip_fraction"] for update in self.updates],
             "ratio_spread": float(np.median(spreads)) if spreads else 0.0,
-            "updates_without_signal": self.planned_updates - len(self.updates),
+            "updates_without_signal": self.planned_updates - sum(norm > 0 for norm in grad_norms),
             "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0,
             "update_s": sum(update["seconds"] for update in self.updates),
         }
