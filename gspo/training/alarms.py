@@ -168,14 +168,15 @@ def _clip_range_warnings(history: Sequence[dict], clips_per_token: bool) -> dict
     shares = [batch["clip_fraction_eligible"] for batch in history[-CLIP_WINDOW:]]
     if len(shares) == CLIP_WINDOW and min(shares) > 0.6:
         warnings["clips most"] = (
-            f"in {CLIP_WINDOW} rollout batches more than 60 % of the tokens that can clip are clipped, the "
+            f"in {CLIP_WINDOW} rollout batches more than 60 % of the tokens that can clip were clipped, the "
             f"last time {shares[-1]:.0%}: most responses teach nothing after the first update; lower "
             "--learning_rate or widen the clip range"
         )
     if len(shares) == CLIP_WINDOW and max(shares) < 0.01 and not clips_per_token:
         warnings["clips nothing"] = (
-            f"in {CLIP_WINDOW} rollout batches less than 1 % of the tokens that can clip are clipped: the "
-            "clip range has no effect; raise --learning_rate or narrow the clip range"
+            f"in {CLIP_WINDOW} rollout batches less than 1 % of the tokens that can clip were clipped, the "
+            f"last time {shares[-1]:.1%}: the clip range has no effect; raise --learning_rate or narrow the "
+            "clip range"
         )
     return warnings
 
