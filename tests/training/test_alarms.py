@@ -74,7 +74,7 @@ def test_warnings_look_at_the_history():
             "clips nothing",
             {"clip_fraction_eligible": 0.004},
             10,
-            "last time 0.4%: the clip range has no effect",
+            "0.4%: the clip range has no effect",
         ),
         ("entropy", {"entropy": 0.12}, 5, "entropy has fallen to 0.12 nats per token from 1.5 at the start"),
     ],
