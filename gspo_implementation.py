@@ -57,6 +57,8 @@ MAX_LOG_RATIO = 60.0
 # The random stream of evaluations is far from every training stream, and the same in every run, so that two
 # evaluations of the same problems are paired.
 EVALUATION_STREAM = 1 << 100
+# Models below this many parameters have a default learning rate of their own.
+SMALL_MODEL = 0.5e9
 # Problems per step of an evaluation and of its progress bar.
 EVALUATION_CHUNK = 16
 # The response length for which the paper's clip range of GSPO is assumed to be right. The paper gives no
@@ -344,7 +346,7 @@ def resolve(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
         raise ValueError(f"--algorithm {config.algorithm}: choose one of {', '.join(ALGORITHMS)}")
     algorithm = ALGORITHMS[config.algorithm]
     device = choose_device(config.device)
-    default_rate = 1e-5 if num_parameters < 0.5e9 else 1e-6
+    default_rate = 1e-5 if num_parameters < SMALL_MODEL else 1e-6
     return replace(
         config,
         left_clip_range=config.left_clip_range or algorithm.left_clip_range,

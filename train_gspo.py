@@ -170,8 +170,11 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     if difficulty == "auto":
         difficulty = difficulty_for(num_parameters)
     source = "file" if dataset_path else dataset
+    left, right = default_clip_range(config, num_parameters)
     config_of_task = replace(
         config,
+        left_clip_range=left,
+        right_clip_range=right,
         model_name=model_name,
         dataset=dataset,
         dataset_path=dataset_path,
@@ -187,16 +190,38 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     return resolved
 
 
+def default_clip_range(config: GSPOConfig, num_parameters: int) -> tuple[float | None, float | None]:
+    """The clip range, left and right, as it is given or by default; None: the algorithm's own.
+
+    Small models learn at ten times the rate of others by default, and s moves ten times as far in a rollout
+    batch. So their range for responses is ten times as wide as the paper's (docs/defaults.md).
+    """
+    from gspo_implementation import ALGORITHMS, SMALL_MODEL
+
+    given = config.left_clip_range, config.right_clip_range
+    algorithm = ALGORITHMS.get(config.algorithm)
+    if any(given) or algorithm is None or algorithm.clip_unit == "token" or num_parameters >= SMALL_MODEL:
+        return given
+    return round(10 * algorithm.left_clip_range, 9), round(10 * algorithm.right_clip_range, 9)
+
+
 def describe_objective(config: GSPOConfig) -> str:
     """The objective of a resolved configuration in a paragraph: what is maximised, how often, what can clip.
 
     The counts are those with num_train_samples problems. A file may have fewer.
     """
+    from gspo.training.dynamic_sampling import MAX_DRAWN
     from gspo_implementation import ALGORITHMS
 
     algorithm = ALGORITHMS[config.algorithm]
     kl = f", minus {config.kl_coef} x KL to the starting model" if config.kl_coef else ", no KL term"
     num_batches, num_updates = config.count_updates(config.num_train_samples)
+    batches = f"{counted(num_batches, 'rollout batch', 'rollout batches')}"
+    if config.dynamic_sampling != "off":
+        batches = (
+            f"a rollout batch draws queries until {counted(config.batch_size, 'group')} with a signal are "
+            f"found, at most {MAX_DRAWN * config.batch_size}; at most {batches}"
+        )
     queries = min(config.batch_size, config.num_train_samples)  # of the largest rollout batch
     updates = -(-queries // config.mini_batch_size)
     update_queries = min(config.mini_batch_size, queries)
@@ -210,8 +235,8 @@ def describe_objective(config: GSPOConfig) -> str:
         f"1 + {config.right_clip_range:g}] per {algorithm.clip_unit}; mean over each response's tokens, then "
         f"over responses{kl}.",
         f"{counted(config.num_train_samples, 'problem')} x {counted(config.num_epochs, 'epoch')}: "
-        f"{counted(num_batches, 'rollout batch', 'rollout batches')}, at most "
-        f"{counted(num_updates, 'optimizer update')} (one without a signal is skipped).",
+        f"{batches}, at most {counted(num_updates, 'optimizer update')} "
+        "(one without a gradient is not made).",
         f"{counted(queries, 'query', 'queries')} x {config.group_size} responses per rollout batch, "
         f"{counted(updates, 'optimizer update')} of {update_queries} x {config.group_size} responses each; "
         f"pi_old is refreshed every {every}.",

@@ -27,6 +27,7 @@ from support.commands import TINY, command, environment, exit_code_of, forked, r
 from support.models import make_model
 from train_gspo import (
     algorithm_names,
+    default_clip_range,
     describe_objective,
     difficulty_for,
     parse,
@@ -39,7 +40,7 @@ def test_a_run_from_the_command_line(tmp_path):
     done = run(*TINY, "--output_dir", tmp_path, "--run_name", "r", "--batch_size", 3, "--use_wandb")
     assert done.returncode == 0, done.stderr
     for said in (
-        "clipped to [1 - 0.0003, 1 + 0.0004]",
+        "clipped to [1 - 0.003, 1 + 0.004]",
         "3 optimizer updates",
         "held-out pass@1 before",
         "gain in pass@1, paired by problem: ",
@@ -146,7 +147,13 @@ def objective(**settings):
 @pytest.mark.parametrize(
     "settings, said",
     [
-        ({}, "100 problems x 3 epochs: 75 rollout batches, at most 300 optimizer updates (one without a"),
+        ({}, "100 problems x 1 epoch: 25 rollout batches, at most 100 optimizer updates (one without a"),
+        ({"num_epochs": 3}, "100 problems x 3 epochs: 75 rollout batches, at most 300 optimizer updates"),
+        (
+            {"dynamic_sampling": "pass"},
+            "100 problems x 1 epoch: a rollout batch draws queries until 4 groups with a signal are found, "
+            "at most 32; at most 25 rollout batches, at most 100 optimizer updates",
+        ),
         (
             {},
             "4 queries x 4 responses per rollout batch, 4 optimizer updates of 1 x 4 responses each; ",
@@ -155,8 +162,8 @@ def objective(**settings):
         ({"update_frequency": 3}, "pi_old is refreshed every 3 rollout batches. The first"),
         (
             {"num_train_samples": 1, "num_epochs": 1, "mini_batch_size": 2},
-            "1 problem x 1 epoch: 1 rollout batch, at most 1 optimizer update (one without a signal is "
-            "skipped). 1 query x 4 responses per rollout batch, 1 optimizer update of 1 x 4 responses each",
+            "1 problem x 1 epoch: 1 rollout batch, at most 1 optimizer update (one without a gradient is "
+            "not made). 1 query x 4 responses per rollout batch, 1 optimizer update of 1 x 4 responses each",
         ),
     ],
 )
@@ -335,14 +342,38 @@ def test_commands_that_people_type_parse(line):
 def test_flags_resolve_by_model_size_and_data():
     config = resolve_for_machine(parse(["--model_name", "smollm2-135m", "--dataset", "math"]))
     assert (config.difficulty, config.learning_rate, config.max_new_tokens) == ("easy", 1e-5, 32)
-    assert (config.left_clip_range, config.right_clip_range) == (3e-4, 4e-4)
+    assert (config.left_clip_range, config.right_clip_range) == (3e-3, 4e-3)
     config = resolve_for_machine(
         parse(["--model_name", "tiny", "--dataset_path", "x.jsonl", "--algorithm", "grpo"])
     )
     assert (config.dataset, config.max_new_tokens) == ("file", config.max_length)
     assert (config.left_clip_range, config.right_clip_range) == (0.2, 0.27)
-    assert resolve(GSPOConfig(model_name="x"), 7_000_000_000).learning_rate == 1e-6
+    large = resolve(GSPOConfig(model_name="x"), 7_000_000_000)
+    assert (large.learning_rate, large.left_clip_range, large.right_clip_range) == (1e-6, 3e-4, 4e-4)
     assert [difficulty_for(n * 1e9) for n in (0.135, 1.5, 7)] == ["easy", "medium", "hard"]
+
+
+@pytest.mark.parametrize(
+    "settings, parameters, ranges",
+    [
+        ({}, 0.135e9, (3e-3, 4e-3)),
+        ({"algorithm": "gspo_token"}, 0.49e9, (3e-3, 4e-3)),
+        ({}, 0.5e9, (None, None)),
+        ({"algorithm": "grpo"}, 0.135e9, (None, None)),
+        ({"left_clip_range": 3e-4, "right_clip_range": 4e-4}, 0.135e9, (3e-4, 4e-4)),  # as typed
+        ({"left_clip_range": 3e-4}, 0.135e9, (3e-4, None)),  # the other side is then the paper's, too
+    ],
+)
+def test_the_default_clip_range(settings, parameters, ranges):
+    assert default_clip_range(GSPOConfig(**settings), parameters) == ranges
+
+
+@pytest.mark.parametrize(
+    "flags, mode", [([], "off"), (["--dynamic_sampling"], "reward"), (["--dynamic_sampling", "pass"], "pass")]
+)
+def test_dynamic_sampling_as_it_is_typed(flags, mode):
+    assert parse(flags).dynamic_sampling == mode
+    assert parse([*flags, "--batch_size", "8"]).batch_size == 8
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded():

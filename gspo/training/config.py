@@ -81,16 +81,22 @@ class GSPOConfig:
 
     algorithm: str = flag("gspo", "objective", "importance ratio, loss and clip ranges as one preset")
     left_clip_range: float | None = flag(
-        None, "objective", "clip ratios below 1 - this (default: the algorithm's)", positive=True
+        None,
+        "objective",
+        "clip ratios below 1 - this (default: the algorithm's; GSPO below 0.5B parameters: ten times it)",
+        positive=True,
     )
     right_clip_range: float | None = flag(
-        None, "objective", "clip ratios above 1 + this (default: the algorithm's)", positive=True
+        None,
+        "objective",
+        "clip ratios above 1 + this (default: the algorithm's; GSPO below 0.5B parameters: ten times it)",
+        positive=True,
     )
     kl_coef: float = flag(
         0.0, "objective", "weight of a KL penalty to the starting model; the paper has none", at_least=0
     )
 
-    num_epochs: int = flag(3, "training", "passes over the training problems", at_least=1)
+    num_epochs: int = flag(1, "training", "passes over the training problems", at_least=1)
     batch_size: int = flag(4, "training", "queries per rollout batch", at_least=1)
     mini_batch_size: int = flag(
         1, "training", "queries per optimizer update; batch_size must be a multiple of it", at_least=1
