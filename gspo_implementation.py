@@ -285,6 +285,7 @@ class Algorithm:
     ratio, clip_unit: its ratio, and what one clip decision covers, in the words that a run prints.
     left_clip_range, right_clip_range: its default clip ranges.
     reference: the name of the same loss as a float64 loop in gspo/checks/float64_reference.py.
+    small_model_factor: how many times as wide train_gspo.py makes them for a model below SMALL_MODEL.
     """
 
     loss: Callable[..., tuple[torch.Tensor, dict[str, float]]]
@@ -293,6 +294,7 @@ class Algorithm:
     left_clip_range: float
     right_clip_range: float
     reference: str
+    small_model_factor: float = 1.0
 
 
 # Clip ranges of section 5.1: a sequence ratio is a mean over tokens and moves a thousand times less than a
@@ -305,6 +307,7 @@ ALGORITHMS = {
         left_clip_range=3e-4,
         right_clip_range=4e-4,
         reference="gspo",
+        small_model_factor=10.0,
     ),
     "gspo_token": Algorithm(
         loss=gspo_token_loss,
@@ -313,6 +316,7 @@ ALGORITHMS = {
         left_clip_range=3e-4,
         right_clip_range=4e-4,
         reference="gspo_token",
+        small_model_factor=10.0,
     ),
     "grpo": Algorithm(
         loss=grpo_loss,

@@ -194,15 +194,16 @@ def default_clip_range(config: GSPOConfig, num_parameters: int) -> tuple[float |
     """The clip range, left and right, as it is given or by default; None: the algorithm's own.
 
     Small models learn at ten times the rate of others by default, and s moves ten times as far in a rollout
-    batch. So their range for responses is ten times as wide as the paper's (docs/defaults.md).
+    batch. So GSPO's range is ten times as wide for them as the paper's (docs/defaults.md).
     """
     from gspo_implementation import ALGORITHMS, SMALL_MODEL
 
     given = config.left_clip_range, config.right_clip_range
     algorithm = ALGORITHMS.get(config.algorithm)
-    if any(given) or algorithm is None or algorithm.clip_unit == "token" or num_parameters >= SMALL_MODEL:
+    if any(given) or algorithm is None or num_parameters >= SMALL_MODEL:
         return given
-    return round(10 * algorithm.left_clip_range, 9), round(10 * algorithm.right_clip_range, 9)
+    factor = algorithm.small_model_factor
+    return round(factor * algorithm.left_clip_range, 9), round(factor * algorithm.right_clip_range, 9)
 
 
 def describe_objective(config: GSPOConfig) -> str:

@@ -359,7 +359,7 @@ def test_flags_resolve_by_model_size_and_data():
         ({}, 0.135e9, (3e-3, 4e-3)),
         ({"algorithm": "gspo_token"}, 0.49e9, (3e-3, 4e-3)),
         ({}, 0.5e9, (None, None)),
-        ({"algorithm": "grpo"}, 0.135e9, (None, None)),
+        ({"algorithm": "grpo"}, 0.135e9, (0.2, 0.27)),
         ({"left_clip_range": 3e-4, "right_clip_range": 4e-4}, 0.135e9, (3e-4, 4e-4)),  # as typed
         ({"left_clip_range": 3e-4}, 0.135e9, (3e-4, None)),  # the other side is then the paper's, too
     ],
