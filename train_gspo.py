@@ -259,19 +259,20 @@ def describe_objective(config: GSPOConfig) -> str:
 
 
 def clip_range_advice(config: GSPOConfig) -> list[str]:
-    """A sentence for responses so short that their clip range is under half of the suggested one; or none."""
-    from gspo_implementation import suggested_clip_range
+    """What the paper's clip range would be, for responses so short that it is twice as wide; or nothing."""
+    from gspo_implementation import ALGORITHMS, suggested_clip_range
 
-    tokens = config.max_new_tokens
-    assert tokens and config.left_clip_range and config.right_clip_range  # resolve() decided them
+    paper, tokens = ALGORITHMS["gspo"], config.max_new_tokens
+    assert tokens is not None  # resolve() has decided it
     left, right = suggested_clip_range(tokens)
-    if config.left_clip_range >= left / 2 and config.right_clip_range >= right / 2:
+    if left < 2 * paper.left_clip_range:
         return []
     return [
-        "The mean of the log-ratios over a response of 10 tokens moves about ten times as far as over one of "
-        "1,000 (random parts average out as the square root), and the paper's range belongs to answers of "
-        f"thousands of tokens; for responses of at most {tokens} tokens the range scaled by the square root "
-        f"would be about {left:.2g} left, {right:.2g} right (--left_clip_range, --right_clip_range)."
+        f"The paper's clip range, {paper.left_clip_range:g} left and {paper.right_clip_range:g} right, belongs "
+        "to answers of thousands of tokens. The mean of the log-ratios over a response of 10 tokens moves about "
+        "ten times as far as over one of 1,000 (random parts average out as the square root): scaled to "
+        f"responses of at most {tokens} tokens the paper's would be about {left:.2g} left, {right:.2g} right "
+        "(--left_clip_range, --right_clip_range)."
     ]
 
 
