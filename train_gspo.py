@@ -268,11 +268,11 @@ def clip_range_advice(config: GSPOConfig) -> list[str]:
     if left < 2 * paper.left_clip_range:
         return []
     return [
-        f"The paper's clip range, {paper.left_clip_range:g} left and {paper.right_clip_range:g} right, belongs "
-        "to answers of thousands of tokens. The mean of the log-ratios over a response of 10 tokens moves about "
-        "ten times as far as over one of 1,000 (random parts average out as the square root): scaled to "
-        f"responses of at most {tokens} tokens the paper's would be about {left:.2g} left, {right:.2g} right "
-        "(--left_clip_range, --right_clip_range)."
+        f"The paper's clip range, {paper.left_clip_range:g} left and {paper.right_clip_range:g} right, "
+        "belongs to answers of thousands of tokens. The mean of the log-ratios over a response of 10 tokens "
+        "moves about ten times as far as over one of 1,000 (random parts average out as the square root): "
+        f"scaled to responses of at most {tokens} tokens the paper's would be about {left:.2g} left, "
+        f"{right:.2g} right (--left_clip_range, --right_clip_range)."
     ]
 
 
