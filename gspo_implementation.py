@@ -307,7 +307,7 @@ ALGORITHMS = {
         left_clip_range=3e-4,
         right_clip_range=4e-4,
         reference="gspo",
-        small_model_factor=10.0,
+        small_model_factor=20.0,
     ),
     "gspo_token": Algorithm(
         loss=gspo_token_loss,
@@ -316,7 +316,7 @@ ALGORITHMS = {
         left_clip_range=3e-4,
         right_clip_range=4e-4,
         reference="gspo_token",
-        small_model_factor=10.0,
+        small_model_factor=20.0,
     ),
     "grpo": Algorithm(
         loss=grpo_loss,

@@ -193,8 +193,8 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
 def default_clip_range(config: GSPOConfig, num_parameters: int) -> tuple[float | None, float | None]:
     """The clip range, left and right, as it is given or by default; None: the algorithm's own.
 
-    Small models learn at ten times the rate of others by default, and s moves ten times as far in a rollout
-    batch. So GSPO's range is ten times as wide for them as the paper's (docs/defaults.md).
+    Small models learn at ten times the rate of others by default, on short answers, and s moves further in a
+    rollout batch. So GSPO's range is wider for them than the paper's (docs/defaults.md).
     """
     from gspo_implementation import ALGORITHMS, SMALL_MODEL
 

@@ -40,7 +40,7 @@ def test_a_run_from_the_command_line(tmp_path):
     done = run(*TINY, "--output_dir", tmp_path, "--run_name", "r", "--batch_size", 3, "--use_wandb")
     assert done.returncode == 0, done.stderr
     for said in (
-        "clipped to [1 - 0.003, 1 + 0.004]",
+        "clipped to [1 - 0.006, 1 + 0.008]",
         "3 optimizer updates",
         "held-out pass@1 before",
         "gain in pass@1, paired by problem: ",
@@ -156,14 +156,14 @@ def objective(**settings):
         ),
         (
             {},
-            "4 queries x 4 responses per rollout batch, 4 optimizer updates of 1 x 4 responses each; ",
+            "4 queries x 8 responses per rollout batch, 4 optimizer updates of 1 x 8 responses each; ",
         ),
         ({}, "pi_old is refreshed every rollout batch. The first"),
         ({"update_frequency": 3}, "pi_old is refreshed every 3 rollout batches. The first"),
         (
             {"num_train_samples": 1, "num_epochs": 1, "mini_batch_size": 2},
             "1 problem x 1 epoch: 1 rollout batch, at most 1 optimizer update (one without a gradient is "
-            "not made). 1 query x 4 responses per rollout batch, 1 optimizer update of 1 x 4 responses each",
+            "not made). 1 query x 8 responses per rollout batch, 1 optimizer update of 1 x 8 responses each",
         ),
     ],
 )
@@ -194,7 +194,7 @@ def test_the_objective_says_what_can_clip(num_problems, num_epochs, update_frequ
 def test_the_suggested_clip_range_by_hand():
     # 2,000 tokens are 4, 100 and 200 times as many: the range is 2, 10 and sqrt(200) = 14.14 times as wide
     assert suggested_clip_range(500) == pytest.approx((6e-4, 8e-4))
-    assert suggested_clip_range(20) == pytest.approx((3e-3, 4e-3))
+    assert suggested_clip_range(20) == pytest.approx((6e-3, 8e-3))
     assert suggested_clip_range(10) == pytest.approx((4.243e-3, 5.657e-3), rel=1e-3)
     assert suggested_clip_range(2000) == suggested_clip_range(8000) == (3e-4, 4e-4)
 
@@ -337,7 +337,7 @@ def test_commands_that_people_type_parse(line):
 def test_flags_resolve_by_model_size_and_data():
     config = resolve_for_machine(parse(["--model_name", "smollm2-135m", "--dataset", "math"]))
     assert (config.difficulty, config.learning_rate, config.max_new_tokens) == ("easy", 1e-5, 32)
-    assert (config.left_clip_range, config.right_clip_range) == (3e-3, 4e-3)
+    assert (config.left_clip_range, config.right_clip_range) == (6e-3, 8e-3)
     config = resolve_for_machine(
         parse(["--model_name", "tiny", "--dataset_path", "x.jsonl", "--algorithm", "grpo"])
     )
@@ -351,8 +351,8 @@ def test_flags_resolve_by_model_size_and_data():
 @pytest.mark.parametrize(
     "settings, parameters, ranges",
     [
-        ({}, 0.135e9, (3e-3, 4e-3)),
-        ({"algorithm": "gspo_token"}, 0.49e9, (3e-3, 4e-3)),
+        ({}, 0.135e9, (6e-3, 8e-3)),
+        ({"algorithm": "gspo_token"}, 0.49e9, (6e-3, 8e-3)),
         ({}, 0.5e9, (None, None)),
         ({"algorithm": "grpo"}, 0.135e9, (0.2, 0.27)),
         ({"left_clip_range": 3e-4, "right_clip_range": 4e-4}, 0.135e9, (3e-4, 4e-4)),  # as typed

@@ -83,13 +83,13 @@ class GSPOConfig:
     left_clip_range: float | None = flag(
         None,
         "objective",
-        "clip ratios below 1 - this (default: the algorithm's; GSPO below 0.5B parameters: ten times it)",
+        "clip ratios below 1 - this (default: the algorithm's; GSPO below 0.5B parameters: 20 times it)",
         positive=True,
     )
     right_clip_range: float | None = flag(
         None,
         "objective",
-        "clip ratios above 1 + this (default: the algorithm's; GSPO below 0.5B parameters: ten times it)",
+        "clip ratios above 1 + this (default: the algorithm's; GSPO below 0.5B parameters: 20 times it)",
         positive=True,
     )
     kl_coef: float = flag(
@@ -101,7 +101,7 @@ class GSPOConfig:
     mini_batch_size: int = flag(
         1, "training", "queries per optimizer update; batch_size must be a multiple of it", at_least=1
     )
-    group_size: int = flag(4, "training", "responses per query", at_least=2)
+    group_size: int = flag(8, "training", "responses per query", at_least=2)
     dynamic_sampling: str = flag(
         "off",
         "training",
