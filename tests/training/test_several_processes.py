@@ -54,7 +54,7 @@ def wait_for_line(metrics, count, process):
 DYNAMIC = ["--dynamic_sampling", "--batch_size", "2", "--mini_batch_size", "1", "--group_size", "2"]
 
 
-@pytest.mark.parametrize("more", [[], DYNAMIC])
+@pytest.mark.parametrize("more", [[], DYNAMIC], ids=["fixed", "dynamic"])
 def test_two_processes_train_as_one_does(tmp_path, more):
     flags = [*FLAGS, *more, "--output_dir", tmp_path, "--run_name"]
     one = run_here(*flags, "one")

@@ -50,7 +50,9 @@ def stop_at_the_third_place(t):
 
 
 @pytest.mark.parametrize(
-    "name, settings", [(1, {}), (3, {"update_frequency": 3}), ("dynamic", DYNAMIC)], ids=str
+    "name, settings",
+    [(1, {}), (3, {"update_frequency": 3}), ("dynamic", DYNAMIC)],
+    ids=["K=1", "K=3", "dynamic"],
 )
 def test_stops_at_any_place_change_nothing(uninterrupted, tmp_path, name, settings):
     """Every third place at which the run can stop: evaluations, between sampled batches, between updates."""
