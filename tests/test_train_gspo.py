@@ -194,7 +194,7 @@ def test_the_objective_says_what_can_clip(num_problems, num_epochs, update_frequ
 def test_the_suggested_clip_range_by_hand():
     # 2,000 tokens are 4, 100 and 200 times as many: the range is 2, 10 and sqrt(200) = 14.14 times as wide
     assert suggested_clip_range(500) == pytest.approx((6e-4, 8e-4))
-    assert suggested_clip_range(20) == pytest.approx((6e-3, 8e-3))
+    assert suggested_clip_range(20) == pytest.approx((3e-3, 4e-3))
     assert suggested_clip_range(10) == pytest.approx((4.243e-3, 5.657e-3), rel=1e-3)
     assert suggested_clip_range(2000) == suggested_clip_range(8000) == (3e-4, 4e-4)
 
