@@ -16,7 +16,9 @@ Where this departs from the paper:
     1. std is unbiased and has 1e-6 added to it (the paper gives no constant).
     2. log-ratios are bounded by MAX_LOG_RATIO before exp(), far outside any clip range.
     3. the gradient norm is clipped (--max_grad_norm), and a learning rate may be warmed up.
-    4. a minibatch whose groups are all tied still makes an AdamW step, whose momentum moves the weights.
+    4. a group whose rewards are all equal stays out of the updates and their means, and the groups that have
+       a signal are dealt evenly over the updates. An update without a gradient is not made, since AdamW's
+       momentum would move the weights nearly as far as a step that teaches.
     5. a response that could not be judged has no advantage and stays out of its group's mean and std.
 
 Shapes: Q queries, G group size, B = Q * G sequences (groups contiguous), T response positions.
@@ -29,6 +31,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -36,6 +39,7 @@ from gspo.policy.gradient_checkpointing import enable_gradient_checkpointing
 from gspo.policy.rollout import Rollout, Sampling, TransformersEngine, encode_prompt
 from gspo.training.alarms import EmergencyStop, non_finite_weights, stop_if, stop_reason
 from gspo.training.config import GSPOConfig
+from gspo.training.dynamic_sampling import QueryDraw, keeps
 from gspo.training.forward_passes import ForwardPasses
 from gspo.training.hardware import choose_device, choose_dtype
 from gspo.training.loss_metrics import loss_metrics, pool_metrics, without_sums
@@ -53,8 +57,13 @@ MAX_LOG_RATIO = 60.0
 # The random stream of evaluations is far from every training stream, and the same in every run, so that two
 # evaluations of the same problems are paired.
 EVALUATION_STREAM = 1 << 100
+# Models below this many parameters have a default learning rate of their own.
+SMALL_MODEL = 0.5e9
 # Problems per step of an evaluation and of its progress bar.
 EVALUATION_CHUNK = 16
+# The response length for which the paper's clip range of GSPO is assumed to be right. The paper gives no
+# length. It says only that it trains for competition mathematics and code, where answers are long.
+PAPER_RESPONSE_TOKENS = 2000
 
 
 # ----------------------------------------------------------------------------------------------- the losses
@@ -121,8 +130,10 @@ def gspo_loss(
 
     Returns:
         The scalar loss to minimise, and metrics as floats: clip_fraction (of tokens, the paper's unit),
-        clip_fraction_sequences, importance_ratio_mean, _std, _min, _max (over sequences), and the sums from
-        which pool_metrics() makes the same averages over several calls.
+        clip_fraction_eligible (of the tokens with an advantage), and the parts of it that are clipped below
+        and above the range, clip_fraction_left and _right; clip_fraction_sequences; importance_ratio_mean,
+        _std, _min, _max (over sequences); and the sums from which pool_metrics() makes the same averages
+        over several calls.
 
     Raises:
         ValueError: shapes do not agree, or a clip range is not positive.
@@ -234,8 +245,13 @@ def _clipped_loss(
     loss = -objective / (denominator or len(mask))
     # A token is clipped if the clipped branch is in force, so that no gradient flows. A ratio outside the
     # range is not enough: on the other side min() takes the unclipped branch.
-    clipped = ((advantages > 0) & (ratio > 1 + right)) | ((advantages < 0) & (ratio < 1 - left))
-    return loss, loss_metrics(reported_ratio.detach(), clipped & mask, mask)
+    clipped_left = (advantages < 0) & (ratio < 1 - left)
+    clipped_right = (advantages > 0) & (ratio > 1 + right)
+    eligible = advantages != 0
+    metrics = loss_metrics(
+        reported_ratio.detach(), clipped_left & mask, clipped_right & mask, eligible & mask, mask
+    )
+    return loss, metrics
 
 
 def _check_shapes(
@@ -269,6 +285,7 @@ class Algorithm:
     ratio, clip_unit: its ratio, and what one clip decision covers, in the words that a run prints.
     left_clip_range, right_clip_range: its default clip ranges.
     reference: the name of the same loss as a float64 loop in gspo/checks/float64_reference.py.
+    small_model_factor: how many times as wide train_gspo.py makes them for a model below SMALL_MODEL.
     """
 
     loss: Callable[..., tuple[torch.Tensor, dict[str, float]]]
@@ -277,6 +294,7 @@ class Algorithm:
     left_clip_range: float
     right_clip_range: float
     reference: str
+    small_model_factor: float = 1.0
 
 
 # Clip ranges of section 5.1: a sequence ratio is a mean over tokens and moves a thousand times less than a
@@ -289,6 +307,7 @@ ALGORITHMS = {
         left_clip_range=3e-4,
         right_clip_range=4e-4,
         reference="gspo",
+        small_model_factor=20.0,
     ),
     "gspo_token": Algorithm(
         loss=gspo_token_loss,
@@ -297,6 +316,7 @@ ALGORITHMS = {
         left_clip_range=3e-4,
         right_clip_range=4e-4,
         reference="gspo_token",
+        small_model_factor=20.0,
     ),
     "grpo": Algorithm(
         loss=grpo_loss,
@@ -309,6 +329,17 @@ ALGORITHMS = {
 }
 
 
+def suggested_clip_range(tokens: int) -> tuple[float, float]:
+    """The paper's clip range of GSPO, left and right, scaled to responses of this many tokens.
+
+    s is exp of a mean over tokens. If their log-ratios are independent, the mean spreads as 1 / sqrt(tokens),
+    and the range with it. It is never narrower than the paper's.
+    """
+    paper = ALGORITHMS["gspo"]
+    scale = max(1.0, math.sqrt(PAPER_RESPONSE_TOKENS / tokens))
+    return scale * paper.left_clip_range, scale * paper.right_clip_range
+
+
 def resolve(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
     """A copy in which every None that depends on the algorithm, the model's size or the machine is decided.
 
@@ -319,40 +350,16 @@ def resolve(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
         raise ValueError(f"--algorithm {config.algorithm}: choose one of {', '.join(ALGORITHMS)}")
     algorithm = ALGORITHMS[config.algorithm]
     device = choose_device(config.device)
-    default_rate = 1e-5 if num_parameters < 0.5e9 else 1e-6
+    default_rate = 1e-5 if num_parameters < SMALL_MODEL else 1e-6
     return replace(
         config,
         left_clip_range=config.left_clip_range or algorithm.left_clip_range,
         right_clip_range=config.right_clip_range or algorithm.right_clip_range,
         learning_rate=config.learning_rate or default_rate,
         max_new_tokens=config.max_new_tokens or config.max_length,
+        eval_samples=config.eval_samples or config.group_size,
         device=device,
         dtype=choose_dtype(device, num_parameters)[0] if config.dtype == "auto" else config.dtype,
-    )
-
-
-def describe_objective(config: GSPOConfig) -> str:
-    """The objective of a resolved configuration in a paragraph: what is maximised, and what can clip."""
-    algorithm = ALGORITHMS[config.algorithm]
-    updates, frequency = config.updates_per_rollout_batch, config.update_frequency
-    kl = f", minus {config.kl_coef} x KL to the starting model" if config.kl_coef else ", no KL term"
-    if updates * frequency == 1:
-        clipping = (
-            "With one optimizer update per rollout batch the ratio is 1 by construction: nothing can clip, "
-            "and every algorithm here is the same. Lower --mini_batch_size for more updates."
-        )
-    else:
-        clipping = (
-            f"The first update sees a ratio of exactly 1 and cannot clip; the other "
-            f"{updates * frequency - 1} before pi_old is refreshed can."
-        )
-    return (
-        f"{config.algorithm}: {algorithm.ratio}, clipped to [1 - {config.left_clip_range:g}, "
-        f"1 + {config.right_clip_range:g}] per {algorithm.clip_unit}; mean over each response's tokens, then "
-        f"over responses{kl}. {config.batch_size} queries x {config.group_size} responses per rollout batch, "
-        f"{updates} optimizer update{'s' * (updates != 1)} of {config.mini_batch_size} x {config.group_size} "
-        f"responses each; pi_old is refreshed every {frequency} rollout batch{'es' * (frequency != 1)}. "
-        f"{clipping}"
     )
 
 
@@ -400,6 +407,7 @@ class GSPOTrainer:
             self.optimizer, lambda update: min(1.0, (update + 1) / max(1, config.warmup_steps))
         )
         self.step = 0
+        self.query_draw = QueryDraw(config.dynamic_sampling, config.batch_size, config.group_size)
         self._in_optimizer_step = False
 
     def train(self, train_problems: Sequence, eval_problems: Sequence) -> dict:
@@ -409,8 +417,15 @@ class GSPOTrainer:
         """
         return TrainingRun(self, train_problems, eval_problems).train()
 
+    @property
+    def clips_per_token(self) -> bool:
+        return self.algorithm.clip_unit == "token"
+
     def train_step(self, problems: Sequence) -> dict:
-        """One rollout batch on these problems: sample, reward, update. Returns its metrics."""
+        """One rollout batch on these problems: sample, reward, update. Returns its metrics.
+
+        With dynamic sampling, as many of them are drawn as it takes (collect).
+        """
         metrics = self.update(self.collect(problems, self.step))
         self.finish_batch()
         return metrics
@@ -420,29 +435,41 @@ class GSPOTrainer:
     def collect(self, problems: Sequence, index: int) -> RolloutBatch:
         """Sample and reward rollout batch number index under the present policy, which is its pi_old.
 
+        It is made of all these problems, or with dynamic sampling of as many of them as it takes.
+
         K rollout batches (--update_frequency) are sampled before the first of their updates. The very first
         update sees the weights that sampled, so its own forward pass gives log pi_old for its minibatch. The
         other log-probabilities are computed here.
         """
         config = self.config
         stream = (config.seed << 64) + (index << 32)
-        samples, metrics = self._sample_and_reward(problems, stream)
+
+        def sample_groups(chunk: Sequence, drawn: int) -> tuple[list[Sample], dict]:
+            return self._sample_and_reward(chunk, stream + drawn, config.group_size, config.temperature)
+
+        samples, metrics = self.query_draw.draw(problems, sample_groups)
         if all(sample.reward is None for sample in samples):
             raise EmergencyStop("no response of the rollout batch could be judged")
         rewards = [math.nan if sample.reward is None else sample.reward for sample in samples]
         advantages = group_advantages(torch.tensor(rewards), config.group_size)  # (B,)
         for sample, advantage in zip(samples, advantages.tolist(), strict=True):
             sample.advantage = advantage
-            sample.has_signal = advantage != 0 or config.kl_coef > 0
-        batch = RolloutBatch(samples, config.group_size, self.schedule.last_epoch)
+        queries = min(len(samples) // config.group_size, config.batch_size)
+        updates = -(-queries // config.mini_batch_size)
+        batch = RolloutBatch(samples, config.group_size, updates, self.schedule.last_epoch)
+        for group in batch.groups():
+            trained = keeps(group, config.dynamic_sampling)
+            for sample in group:
+                sample.has_signal = trained and (sample.advantage != 0 or config.kl_coef > 0)
         batch.metrics = metrics | batch.statistics() | self._compute_log_probs(batch, index)
+        batch.metrics["learning_rate"] = self.schedule.get_last_lr()[0]
         return batch
 
     def _compute_log_probs(self, batch: RolloutBatch, index: int) -> dict[str, float]:
         """Compute what the updates need besides their own forward passes. Returns metrics of it."""
         config, metrics = self.config, {}
         started = time.perf_counter()
-        minibatches = batch.minibatches(config.mini_batch_size)
+        minibatches = batch.minibatches()
         measures_noise = index == 0 or is_due(index, config.eval_frequency)
         updated_first = index % config.update_frequency == 0
         needed = minibatches[1:] if updated_first and not measures_noise else minibatches
@@ -456,8 +483,10 @@ class GSPOTrainer:
         metrics["log_prob_s"] = time.perf_counter() - started
         return metrics
 
-    def _sample_and_reward(self, problems: Sequence, stream: int) -> tuple[list[Sample], dict]:
-        """Rewarded samples, and the time they took.
+    def _sample_and_reward(
+        self, problems: Sequence, stream: int, num_samples: int, temperature: float
+    ) -> tuple[list[Sample], dict]:
+        """num_samples rewarded samples of each problem, and the time they took.
 
         stream + i seeds problem i, so that the samples do not depend on the number of processes.
         """
@@ -467,16 +496,15 @@ class GSPOTrainer:
             assert config.max_new_tokens is not None  # resolve() has decided it
             prompts = [encode_prompt(self.tokenizer, problem.prompt) for problem in own]
             seed = stream + first
-            sampling = Sampling(config.max_new_tokens, config.temperature, config.max_length, seed)
+            sampling = Sampling(config.max_new_tokens, temperature, config.max_length, seed)
             with self.forward.compute_type():
-                return self.engine.generate(prompts, config.group_size, sampling)
+                return self.engine.generate(prompts, num_samples, sampling)
 
-        return sample_and_reward(problems, config.group_size, generate, self.reward_fn, self.processes)
+        return sample_and_reward(problems, num_samples, generate, self.reward_fn, self.processes)
 
     def _null_clip_fraction(self, minibatches: Sequence[Sequence[Sample]]) -> float:
         """The share of a minibatch's tokens outside the clip range if computed again: pure noise."""
-        with_signal = [samples for samples in minibatches if any(sample.has_signal for sample in samples)]
-        pairs = self.forward.all_log_probs(self.model, with_signal[:1])
+        pairs = self.forward.all_log_probs(self.model, minibatches[:1])
         if not pairs:
             return 0.0
         samples, again = [sample for sample, _ in pairs], [log_probs for _, log_probs in pairs]
@@ -497,7 +525,7 @@ class GSPOTrainer:
         if _lacks_pi_old(batch.samples) and self.schedule.last_epoch != batch.updates_before:
             raise ValueError("the policy was updated between collect() and update() of this rollout batch")
         stop_if(stop_reason(batch.metrics), batch.metrics)
-        for samples in batch.minibatches(self.config.mini_batch_size)[len(batch.updates) :]:
+        for samples in batch.minibatches()[len(batch.updates) :]:
             self._update_minibatch(batch, samples)
             self.stop.check()
         self.optimizer.zero_grad()  # sampling needs the gradients' memory
@@ -510,6 +538,7 @@ class GSPOTrainer:
     def _update_minibatch(self, batch: RolloutBatch, samples: Sequence[Sample]) -> None:
         """One optimizer update on these samples. The batch then has its metrics."""
         started = time.perf_counter()
+        can_clip = self.schedule.last_epoch > batch.updates_before  # else the policy still is pi_old
         parts, log_probs = self.forward.retry(lambda: self._backward(samples), batch.samples)
         self.processes.sum_gradients(self.model)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
@@ -518,17 +547,38 @@ class GSPOTrainer:
                 self.model.parameters(), self.config.max_grad_norm, grad_norm
             )
         num_tokens = sum(sample.num_tokens for sample in samples)
-        metrics = pool_metrics(self.processes.gather(parts), len(samples), num_tokens)
-        metrics |= {"grad_norm": grad_norm.item(), "learning_rate": self.schedule.get_last_lr()[0]}
+        parts = self.processes.gather(parts)
+        if can_clip:
+            self._note_ratios(samples, self.processes.gather(log_probs))
+        else:
+            parts = [part | {"eligible_tokens": 0} for part in parts]
+        metrics = pool_metrics(parts, len(samples), num_tokens)
+        norm = grad_norm.item()
+        metrics |= {"grad_norm": norm, "learning_rate": self.schedule.get_last_lr()[0]}
         stop_if(stop_reason(without_sums(metrics)), batch.metrics | without_sums(metrics))
         if _lacks_pi_old(samples):
             for row, values in self.processes.gather(log_probs):
                 samples[row].old_log_probs = values
         self._in_optimizer_step = True
-        self.optimizer.step()
-        self.schedule.step()
+        if norm > 0:  # 0: every response is clipped
+            self.optimizer.step()
+            self.schedule.step()
         batch.updates.append(metrics | {"seconds": time.perf_counter() - started})
         self._in_optimizer_step = False
+
+    def _note_ratios(self, samples: Sequence[Sample], log_probs: Sequence[tuple[int, torch.Tensor]]) -> None:
+        """Set ratio_spread of the samples with an advantage from their present log-probabilities."""
+        config = self.config
+        assert config.left_clip_range is not None and config.right_clip_range is not None
+        mean_range = (config.left_clip_range + config.right_clip_range) / 2
+        for row, values in log_probs:
+            sample = samples[row]
+            if sample.advantage:
+                log_ratio = values - sample.old_log_probs  # (|y|,)
+                if not self.clips_per_token:
+                    log_ratio = log_ratio.mean(dim=0, keepdim=True)
+                deviations = (_bounded_exp(log_ratio) - 1).abs()
+                sample.ratio_spread = float(np.median(deviations.numpy())) / mean_range
 
     def _backward(self, samples: Sequence[Sample]) -> tuple[list[dict], list[tuple[int, torch.Tensor]]]:
         """Gradients of the loss of this process's share of the samples.
@@ -587,10 +637,14 @@ class GSPOTrainer:
     # ---- evaluation
 
     def evaluate(self, problems: Sequence) -> dict:
-        """Sample group_size responses to each problem, from random streams that are the same every time.
+        """Sample eval_samples responses to each problem, from random streams that are the same every time.
+
+        The streams do not depend on the seed, and training's temperature and group size do not matter here.
 
         Returns: what evaluation_metrics() makes of them.
         """
+        num_samples, temperature = self.config.eval_samples, self.config.eval_temperature
+        assert num_samples is not None  # resolve() has decided it
         samples: list[Sample] = []
         starts = range(0, len(problems), EVALUATION_CHUNK)
         bar = progress_bar(
@@ -599,8 +653,9 @@ class GSPOTrainer:
         for start in bar:
             self.stop.check()
             chunk = problems[start : start + EVALUATION_CHUNK]
-            samples += self._sample_and_reward(chunk, EVALUATION_STREAM + start)[0]
-        return evaluation_metrics(samples, self.config.group_size)
+            stream = EVALUATION_STREAM + start
+            samples += self._sample_and_reward(chunk, stream, num_samples, temperature)[0]
+        return evaluation_metrics(samples, num_samples)
 
     # ---- the state
 
@@ -613,6 +668,7 @@ class GSPOTrainer:
         return {
             "step": self.step,
             "halvings": self.forward.halvings,
+            "signal_share": self.query_draw.signal_share,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }
@@ -620,6 +676,7 @@ class GSPOTrainer:
     def load_state_dict(self, state: dict) -> None:
         """Take up the state of state_dict(); the weights are loaded by the caller."""
         self.step, self.forward.halvings = state["step"], state["halvings"]
+        self.query_draw.signal_share = state["signal_share"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
 

@@ -49,7 +49,6 @@ def train(config: GSPOConfig) -> int:
     from gspo.policy.cpu import keep_freed_memory
     from gspo.training.alarms import EmergencyStop
     from gspo.training.whole_folders import CannotSave
-    from gspo_implementation import describe_objective
 
     keep_freed_memory()
     try:
@@ -109,6 +108,8 @@ def parse(arguments: list[str] | None) -> GSPOConfig:
             options: dict[str, Any] = {"action": "store_true"}
         else:
             options = {"type": kind, "choices": choices_of.get(f.name, f.metadata["choices"])}
+            if f.metadata["bare"] is not None:
+                options |= {"nargs": "?", "const": f.metadata["bare"]}
             if f.default is not None:
                 help += f" (default: {f.default})"
         groups[group].add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **options)
@@ -169,8 +170,11 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     if difficulty == "auto":
         difficulty = difficulty_for(num_parameters)
     source = "file" if dataset_path else dataset
+    left, right = default_clip_range(config, num_parameters)
     config_of_task = replace(
         config,
+        left_clip_range=left,
+        right_clip_range=right,
         model_name=model_name,
         dataset=dataset,
         dataset_path=dataset_path,
@@ -184,6 +188,96 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     if config.dtype == "auto":
         print(f"dtype: {resolved.dtype} ({choose_dtype(str(resolved.device), num_parameters)[1]})")
     return resolved
+
+
+def default_clip_range(config: GSPOConfig, num_parameters: int) -> tuple[float | None, float | None]:
+    """The clip range, left and right, as it is given or by default; None: the algorithm's own.
+
+    Small models learn at ten times the rate of others by default, on short answers, and s moves further in a
+    rollout batch. So GSPO's range is wider for them than the paper's (docs/defaults.md).
+    """
+    from gspo_implementation import ALGORITHMS, SMALL_MODEL
+
+    given = config.left_clip_range, config.right_clip_range
+    algorithm = ALGORITHMS.get(config.algorithm)
+    if any(given) or algorithm is None or num_parameters >= SMALL_MODEL:
+        return given
+    factor = algorithm.small_model_factor
+    return round(factor * algorithm.left_clip_range, 9), round(factor * algorithm.right_clip_range, 9)
+
+
+def describe_objective(config: GSPOConfig) -> str:
+    """The objective of a resolved configuration in a paragraph: what is maximised, how often, what can clip.
+
+    The counts are those with num_train_samples problems. A file may have fewer.
+    """
+    from gspo.training.dynamic_sampling import MAX_DRAWN
+    from gspo_implementation import ALGORITHMS
+
+    algorithm = ALGORITHMS[config.algorithm]
+    kl = f", minus {config.kl_coef} x KL to the starting model" if config.kl_coef else ", no KL term"
+    num_batches, num_updates = config.count_updates(config.num_train_samples)
+    batches = f"{counted(num_batches, 'rollout batch', 'rollout batches')}"
+    if config.dynamic_sampling != "off":
+        batches = (
+            f"a rollout batch draws queries until {counted(config.batch_size, 'group')} with a signal are "
+            f"found, at most {MAX_DRAWN * config.batch_size}; at most {batches}"
+        )
+    queries = min(config.batch_size, config.num_train_samples)  # of the largest rollout batch
+    updates = -(-queries // config.mini_batch_size)
+    update_queries = min(config.mini_batch_size, queries)
+    # The first window of update_frequency rollout batches, which the run may not fill, has the most updates.
+    window = min(config.update_frequency, num_batches)
+    epochs, remaining = divmod(window, num_batches // config.num_epochs)
+    updates_per_pi_old = epochs * (num_updates // config.num_epochs) + remaining * updates
+    every = f"{config.update_frequency} rollout batches" if config.update_frequency > 1 else "rollout batch"
+    sentences = [
+        f"{config.algorithm}: {algorithm.ratio}, clipped to [1 - {config.left_clip_range:g}, "
+        f"1 + {config.right_clip_range:g}] per {algorithm.clip_unit}; mean over each response's tokens, then "
+        f"over responses{kl}.",
+        f"{counted(config.num_train_samples, 'problem')} x {counted(config.num_epochs, 'epoch')}: "
+        f"{batches}, at most {counted(num_updates, 'optimizer update')} "
+        "(one without a gradient is not made).",
+        f"{counted(queries, 'query', 'queries')} x {config.group_size} responses per rollout batch, "
+        f"{counted(updates, 'optimizer update')} of {update_queries} x {config.group_size} responses each; "
+        f"pi_old is refreshed every {every}.",
+    ]
+    if updates_per_pi_old == 1:
+        sentences.append(
+            "With one optimizer update before pi_old is refreshed, the ratio is 1 by construction: nothing "
+            "can clip, and every algorithm here is the same. A rollout batch of more queries than "
+            "--mini_batch_size makes more updates."
+        )
+    else:
+        sentences.append(
+            f"The first update sees a ratio of exactly 1 and cannot clip; the other {updates_per_pi_old - 1} "
+            "before pi_old is refreshed can."
+        )
+        if algorithm.clip_unit == "response":
+            sentences += clip_range_advice(config)
+    return " ".join(sentences)
+
+
+def clip_range_advice(config: GSPOConfig) -> list[str]:
+    """What the paper's clip range would be, for responses so short that it is twice as wide; or nothing."""
+    from gspo_implementation import ALGORITHMS, suggested_clip_range
+
+    paper, tokens = ALGORITHMS["gspo"], config.max_new_tokens
+    assert tokens is not None  # resolve() has decided it
+    left, right = suggested_clip_range(tokens)
+    if left < 2 * paper.left_clip_range:
+        return []
+    return [
+        f"The paper's clip range, {paper.left_clip_range:g} left and {paper.right_clip_range:g} right, "
+        "belongs to answers of thousands of tokens. The mean of the log-ratios over a response of 10 tokens "
+        "moves about ten times as far as over one of 1,000 (random parts average out as the square root): "
+        f"scaled to responses of at most {tokens} tokens the paper's would be about {left:.2g} left, "
+        f"{right:.2g} right (--left_clip_range, --right_clip_range)."
+    ]
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one}" if number == 1 else f"{number} {many or one + 's'}"
 
 
 def difficulty_for(num_parameters: int) -> str:
@@ -211,7 +305,7 @@ def prepare(config: GSPOConfig) -> "TrainingRun":
     splits = {"train": config.num_train_samples, "eval": config.num_eval_samples}
     problems = {
         split: load_problems(
-            config.dataset, split, count, config.seed, config.difficulty, config.dataset_path
+            config.dataset, split, count, config.data_seed, config.difficulty, config.dataset_path
         )
         for split, count in splits.items()
     }
@@ -238,27 +332,46 @@ def explain(stop: "EmergencyStop", run: "TrainingRun") -> str:
 
 
 def report(run: "TrainingRun", result: dict) -> None:
-    """Print pass@1 before and after, the paired gain, and where everything is."""
-    from gspo.training.intervals import paired_interval
+    """Print the held-out figures before and after, the gains, the best step, and where everything is."""
+    from gspo.training.intervals import describe_gain
 
-    before, after, folder = result["before"], result["after"], run.folder.path
+    before, after, best, folder = result["before"], result["after"], result["best"], run.folder.path
     if before is None:
         print(f"interrupted in the first evaluation; continue with --resume {folder}")
         return
-    evaluations = {"before": before}
-    if after["step"]:
-        evaluations[f"after {after['step']} rollout batches"] = after
-    for name, figures in evaluations.items():
+    # A reward of 0 or 1 has pass@1 as its mean, which is then printed once.
+    by_problem = {"pass@1": ("pass_by_problem", "+.3f"), "mean reward": ("reward_by_problem", "+.4g")}
+    if all(e["reward_by_problem"] == e["pass_by_problem"] for e in (before, after, best)):
+        del by_problem["mean reward"]
+
+    def mean_reward(figures: dict) -> str:
+        return f", mean reward {figures['reward_mean']:.4g}" if "mean reward" in by_problem else ""
+
+    for figures in [before, after] if after["step"] else [before]:
         low, high = figures["interval_95"]
-        print(f"held-out pass@1 {name}: {figures['pass_at_1']:.3f}  (95 % interval {low:.3f} to {high:.3f})")
-    if len(evaluations) > 1 and len(before["pass_by_problem"]) == len(after["pass_by_problem"]) > 1:
-        gain, low, high = paired_interval(before["pass_by_problem"], after["pass_by_problem"])
-        print(f"gain, paired by problem: {gain:+.3f}  (95 % interval {low:+.3f} to {high:+.3f})")
+        print(
+            f"held-out pass@1 {when(figures['step'])}: {figures['pass_at_1']:.3f}  "
+            f"(95 % interval {low:.3f} to {high:.3f}){mean_reward(figures)}"
+        )
+    if after["step"]:
+        for name, (key, form) in by_problem.items():
+            print(f"gain in {name}, paired by problem: {describe_gain(before[key], after[key], form)}")
+        print(
+            f"best evaluation: {when(best['step'])}, pass@1 {best['pass_at_1']:.3f}{mean_reward(best)}: "
+            f"{folder / 'best_model'}"
+        )
     print(f"run folder: {folder}  (metrics.jsonl, eval.jsonl, samples.jsonl, checkpoints, best_model)")
     if not result["finished"]:
         print(f"interrupted after rollout batch {run.trainer.step}; continue with --resume {folder}")
     else:
         print(f"trained model: {folder / 'final_model'}")
+
+
+def when(step: int) -> str:
+    """The time of an evaluation in words."""
+    if step == 0:
+        return "before training"
+    return f"after {counted(step, 'rollout batch', 'rollout batches')}"
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def outcome(arguments, monkeypatch, capsys):
 
     def finish_at_once(run):
         run.close()
-        return {"before": None, "after": None, "finished": True}
+        return {"before": None, "after": None, "best": None, "finished": True}
 
     monkeypatch.setattr(TrainingRun, "train", finish_at_once)
     monkeypatch.setattr(StopRequest, "on_signals", lambda _: None)

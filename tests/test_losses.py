@@ -45,6 +45,26 @@ def test_value_gradient_and_clip_fraction_match_the_loop(algorithm, seed):
     assert metrics["clip_fraction"] == pytest.approx(share, abs=1e-12)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_clip_fractions_by_side_and_of_what_can_clip(algorithm):
+    """By hand: 4 sequences of 2, 1, 3 and 2 tokens, which move by the same factor in all their tokens.
+
+    The first is clipped above its range and the third below. The second moved away from its advantage, and
+    the fourth has none: its two tokens can never clip.
+    """
+    factors = torch.tensor([1.5, 0.5, 0.5, 1.5], dtype=torch.float64)
+    advantages = torch.tensor([1.0, 1.0, -1.0, 0.0], dtype=torch.float64)
+    mask = torch.arange(3) < torch.tensor([2, 1, 3, 2])[:, None]
+    old = torch.full((4, 3), -1.0, dtype=torch.float64)
+    _, metrics = loss_of(algorithm)(old + factors.log()[:, None], old, advantages, mask)
+    assert metrics["clip_fraction"] == pytest.approx(5 / 8)
+    assert metrics["clip_fraction_eligible"] == pytest.approx(5 / 6)
+    assert metrics["clip_fraction_left"] == pytest.approx(3 / 6)
+    assert metrics["clip_fraction_right"] == pytest.approx(2 / 6)
+    assert metrics["eligible_fraction"] == pytest.approx(6 / 8)
+    assert metrics["clip_fraction_sequences"] == pytest.approx(2 / 4)
+
+
 @pytest.mark.parametrize("algorithm", ["gspo_token", "grpo"])
 def test_token_advantages_match_the_loop(algorithm):
     log_probs, old, _, mask = example(algorithm, 5)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gspo.training.intervals import paired_interval, wilson_interval
+from gspo.training.intervals import describe_gain, paired_interval, wilson_interval
 from gspo_implementation import (
     group_advantages,
     grpo_loss,
@@ -115,3 +115,14 @@ def test_intervals():
     assert paired_interval([0, 0, 0], [0, 1, 2]) == pytest.approx((1, 1 - 2.4843, 1 + 2.4843), abs=1e-3)
     # differences 0 .. 9: t(9) = 2.2622, standard error .9574
     assert paired_interval([0] * 10, range(10))[2] == pytest.approx(4.5 + 2.2622 * 0.9574, abs=2e-3)
+
+
+def test_a_gain_without_spread_has_no_interval():
+    assert describe_gain([0, 0, 0], [0, 1, 2]) == "+1.000  (95 % interval -1.484 to +3.484)"
+    same = "(no interval: every problem changed by the same amount)"
+    assert describe_gain([0.25, 0.5, 0], [0.25, 0.5, 0]) == f"+0.000  {same}"
+    assert describe_gain([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]) == f"+0.300  {same}"  # .3 but for rounding
+    assert describe_gain([0.25], [0.5]) == "+0.250  (no interval: only one problem)"
+    # rewards have any scale: .0001, .0001 and .0004 differ
+    small = describe_gain([0, 0, 0], [1e-4, 1e-4, 4e-4], "+.3g")
+    assert small == "+0.0002  (95 % interval -0.00023 to +0.00063)"

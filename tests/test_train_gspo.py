@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,21 +21,30 @@ from gspo.policy.model_loader import TRAINING_BYTES_PER_PARAMETER, check_memory
 from gspo.training.config import GSPOConfig
 from gspo.training.record import GLOSSARY, glossary_table
 from gspo.training.stopping import StopRequest
-from gspo_implementation import ALGORITHMS, resolve
+from gspo_implementation import ALGORITHMS, resolve, suggested_clip_range
 from support import ROOT
 from support.commands import TINY, command, environment, exit_code_of, forked, run, run_here, wait_for
 from support.models import make_model
-from train_gspo import algorithm_names, difficulty_for, parse, resolve_for_machine
+from train_gspo import (
+    algorithm_names,
+    default_clip_range,
+    describe_objective,
+    difficulty_for,
+    parse,
+    prepare,
+    resolve_for_machine,
+)
 
 
 def test_a_run_from_the_command_line(tmp_path):
     done = run(*TINY, "--output_dir", tmp_path, "--run_name", "r", "--batch_size", 3, "--use_wandb")
     assert done.returncode == 0, done.stderr
     for said in (
-        "clipped to [1 - 0.0003, 1 + 0.0004]",
+        "clipped to [1 - 0.006, 1 + 0.008]",
         "3 optimizer updates",
         "held-out pass@1 before",
-        "gain",
+        "gain in pass@1, paired by problem: ",
+        "best evaluation: ",
     ):
         assert said in done.stdout
     metrics = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
@@ -47,12 +57,163 @@ def test_a_run_from_the_command_line(tmp_path):
     assert list((tmp_path / "r" / "wandb").glob("offline-run-*"))
 
 
+def evaluation(step, passes, rewards):
+    """A line of eval.jsonl for problems with these pass rates and mean rewards."""
+    means = {"pass_at_1": np.mean(passes), "reward_mean": np.mean(rewards), "interval_95": [0.1, 0.9]}
+    return {"step": step, "pass_by_problem": passes, "reward_by_problem": rewards, **means}
+
+
+def reported(capsys, before, after, best, finished=True):
+    """The lines that a run prints at its end, without those that say where everything is."""
+    run = SimpleNamespace(folder=SimpleNamespace(path=Path("out/r")), trainer=SimpleNamespace(step=9))
+    train_gspo.report(run, {"before": before, "after": after, "best": best, "finished": finished})
+    lines = capsys.readouterr().out.splitlines()
+    return [line for line in lines if not line.startswith(("run folder", "trained model"))]
+
+
+def test_the_report_of_passes(capsys):
+    # differences .5, 0, .5: mean 1/3, t(2) = 4.303 times the standard error 1/6 is .717
+    before, after = evaluation(0, [0.0, 0.5, 0.0], [0.0, 0.5, 0.0]), evaluation(9, [0.5] * 3, [0.5] * 3)
+    assert reported(capsys, before, after, after) == [
+        "held-out pass@1 before training: 0.167  (95 % interval 0.100 to 0.900)",
+        "held-out pass@1 after 9 rollout batches: 0.500  (95 % interval 0.100 to 0.900)",
+        "gain in pass@1, paired by problem: +0.333  (95 % interval -0.384 to +1.050)",
+        "best evaluation: after 9 rollout batches, pass@1 0.500: out/r/best_model",
+    ]
+
+
+def test_the_report_of_a_dense_reward(capsys):
+    before, middle = evaluation(0, [0.0] * 3, [0.0] * 3), evaluation(1, [0.0] * 3, [4.0] * 3)
+    after = evaluation(2, [0.0] * 3, [1.0, 1.0, 2.0])
+    # differences 1, 1, 2: mean 4/3, and 4.303 times the standard error 1/3 is 1.434
+    assert reported(capsys, before, after, middle) == [
+        "held-out pass@1 before training: 0.000  (95 % interval 0.100 to 0.900), mean reward 0",
+        "held-out pass@1 after 2 rollout batches: 0.000  (95 % interval 0.100 to 0.900), mean reward 1.333",
+        "gain in pass@1, paired by problem: +0.000  (no interval: every problem changed by the same amount)",
+        "gain in mean reward, paired by problem: +1.333  (95 % interval -0.1009 to +2.768)",
+        "best evaluation: after 1 rollout batch, pass@1 0.000, mean reward 4: out/r/best_model",
+    ]
+
+
+def test_the_report_of_a_run_that_was_interrupted_before_training(capsys):
+    before = evaluation(0, [0.5], [0.5])
+    assert reported(capsys, before, before, before, finished=False) == [
+        "held-out pass@1 before training: 0.500  (95 % interval 0.100 to 0.900)",
+        "interrupted after rollout batch 9; continue with --resume out/r",
+    ]
+
+
 def test_dry_run_loads_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run_here("--model_name", "smollm2-135m", "--dry_run", "--mini_batch_size", 4)
     assert done.returncode == 0, done.stderr
     assert "ratio is 1 by construction" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--dataset", "math"]], ids=["sort", "math"])
+def test_the_data_seed_alone_decides_the_problems(flags, tmp_path):
+    digests = {}
+    for name, seeds in (("a", ["--seed", 0]), ("b", ["--seed", 1]), ("c", ["--data_seed", 1])):
+        config = resolve_for_machine(
+            parse([*TINY, *flags, *map(str, seeds), "--output_dir", str(tmp_path), "--run_name", name])
+        )
+        run = prepare(config)
+        run.close()
+        digests[name] = json.loads((tmp_path / name / "config.json").read_text())["problems"]
+    assert digests["a"] == digests["b"] != digests["c"]
+
+
+@pytest.mark.parametrize(
+    "num_problems, batch_size, mini_batch_size, num_epochs, batches, updates",
+    [
+        (100, 4, 1, 3, 75, 300),
+        (10, 4, 1, 2, 6, 20),  # rollout batches of 4, 4 and 2 problems
+        (11, 4, 2, 1, 3, 6),  # of 4, 4 and 3 problems, with 2 updates each
+        (9, 4, 2, 2, 6, 10),  # of 4, 4 and 1 problems, with 2, 2 and 1 updates
+        (1, 4, 1, 3, 3, 3),
+        (3, 8, 8, 2, 2, 2),
+    ],
+)
+def test_updates_are_counted(num_problems, batch_size, mini_batch_size, num_epochs, batches, updates):
+    config = GSPOConfig(batch_size=batch_size, mini_batch_size=mini_batch_size, num_epochs=num_epochs)
+    assert config.count_updates(num_problems) == (batches, updates)
+
+
+def objective(**settings):
+    return describe_objective(resolve(GSPOConfig(**{"device": "cpu", "max_new_tokens": 500, **settings}), 1))
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({}, "100 problems x 1 epoch: 25 rollout batches, at most 100 optimizer updates (one without a"),
+        ({"num_epochs": 3}, "100 problems x 3 epochs: 75 rollout batches, at most 300 optimizer updates"),
+        (
+            {"dynamic_sampling": "pass"},
+            "100 problems x 1 epoch: a rollout batch draws queries until 4 groups with a signal are found, "
+            "at most 32; at most 25 rollout batches, at most 100 optimizer updates",
+        ),
+        (
+            {},
+            "4 queries x 8 responses per rollout batch, 4 optimizer updates of 1 x 8 responses each; ",
+        ),
+        ({}, "pi_old is refreshed every rollout batch. The first"),
+        ({"update_frequency": 3}, "pi_old is refreshed every 3 rollout batches. The first"),
+        (
+            {"num_train_samples": 1, "num_epochs": 1, "mini_batch_size": 2},
+            "1 problem x 1 epoch: 1 rollout batch, at most 1 optimizer update (one without a gradient is "
+            "not made). 1 query x 8 responses per rollout batch, 1 optimizer update of 1 x 8 responses each",
+        ),
+    ],
+)
+def test_the_objective_in_counts(settings, said):
+    assert said in objective(**settings)
+
+
+@pytest.mark.parametrize(
+    "num_problems, num_epochs, update_frequency, can_clip",
+    [
+        (100, 3, 1, 3),
+        (100, 3, 3, 11),
+        (1, 3, 1, 0),  # one query and so one update per rollout batch
+        (1, 3, 2, 1),
+        (1, 1, 2, 0),  # the run ends before its window does
+        (5, 1, 2, 4),  # rollout batches of 4 and 1 problems
+        (10, 2, 3, 9),  # of 4, 4 and 2
+        (10, 2, 4, 13),  # of 4, 4, 2 and 4
+        (10, 1, 9, 9),
+    ],
+)
+def test_the_objective_says_what_can_clip(num_problems, num_epochs, update_frequency, can_clip):
+    said = objective(num_train_samples=num_problems, num_epochs=num_epochs, update_frequency=update_frequency)
+    assert ("nothing can clip" in said) == (can_clip == 0)
+    assert (f"the other {can_clip} before pi_old is refreshed can" in said) == (can_clip > 0)
+
+
+def test_the_suggested_clip_range_by_hand():
+    # 2,000 tokens are 4, 100 and 200 times as many: the range is 2, 10 and sqrt(200) = 14.14 times as wide
+    assert suggested_clip_range(500) == pytest.approx((6e-4, 8e-4))
+    assert suggested_clip_range(20) == pytest.approx((3e-3, 4e-3))
+    assert suggested_clip_range(10) == pytest.approx((4.243e-3, 5.657e-3), rel=1e-3)
+    assert suggested_clip_range(2000) == suggested_clip_range(8000) == (3e-4, 4e-4)
+
+
+@pytest.mark.parametrize(
+    "settings, is_suggested",
+    [
+        ({}, True),
+        ({"algorithm": "gspo_token"}, True),
+        ({"left_clip_range": 3e-3, "right_clip_range": 4e-3}, True),  # whatever the range in use
+        ({"max_new_tokens": 501}, False),
+        ({"algorithm": "grpo"}, False),  # clips each token by itself
+        ({"mini_batch_size": 4}, False),  # nothing can clip
+    ],
+)
+def test_the_objective_suggests_a_clip_range_for_short_responses(settings, is_suggested):
+    said = objective(**{"max_new_tokens": 20, **settings})
+    suggestion = "scaled to responses of at most 20 tokens the paper's would be about 0.003 left, 0.004 right"
+    assert (suggestion in said) == ("0.0003 left and 0.0004 right" in said) == is_suggested
 
 
 def test_file_dataset_and_resume(tmp_path):
@@ -176,14 +337,38 @@ def test_commands_that_people_type_parse(line):
 def test_flags_resolve_by_model_size_and_data():
     config = resolve_for_machine(parse(["--model_name", "smollm2-135m", "--dataset", "math"]))
     assert (config.difficulty, config.learning_rate, config.max_new_tokens) == ("easy", 1e-5, 32)
-    assert (config.left_clip_range, config.right_clip_range) == (3e-4, 4e-4)
+    assert (config.left_clip_range, config.right_clip_range) == (6e-3, 8e-3)
     config = resolve_for_machine(
         parse(["--model_name", "tiny", "--dataset_path", "x.jsonl", "--algorithm", "grpo"])
     )
     assert (config.dataset, config.max_new_tokens) == ("file", config.max_length)
     assert (config.left_clip_range, config.right_clip_range) == (0.2, 0.27)
-    assert resolve(GSPOConfig(model_name="x"), 7_000_000_000).learning_rate == 1e-6
+    large = resolve(GSPOConfig(model_name="x"), 7_000_000_000)
+    assert (large.learning_rate, large.left_clip_range, large.right_clip_range) == (1e-6, 3e-4, 4e-4)
     assert [difficulty_for(n * 1e9) for n in (0.135, 1.5, 7)] == ["easy", "medium", "hard"]
+
+
+@pytest.mark.parametrize(
+    "settings, parameters, ranges",
+    [
+        ({}, 0.135e9, (6e-3, 8e-3)),
+        ({"algorithm": "gspo_token"}, 0.49e9, (6e-3, 8e-3)),
+        ({}, 0.5e9, (None, None)),
+        ({"algorithm": "grpo"}, 0.135e9, (0.2, 0.27)),
+        ({"left_clip_range": 3e-4, "right_clip_range": 4e-4}, 0.135e9, (3e-4, 4e-4)),  # as typed
+        ({"left_clip_range": 3e-4}, 0.135e9, (3e-4, None)),  # the other side is then the paper's, too
+    ],
+)
+def test_the_default_clip_range(settings, parameters, ranges):
+    assert default_clip_range(GSPOConfig(**settings), parameters) == ranges
+
+
+@pytest.mark.parametrize(
+    "flags, mode", [([], "off"), (["--dynamic_sampling"], "reward"), (["--dynamic_sampling", "pass"], "pass")]
+)
+def test_dynamic_sampling_as_it_is_typed(flags, mode):
+    assert parse(flags).dynamic_sampling == mode
+    assert parse([*flags, "--batch_size", "8"]).batch_size == 8
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded():

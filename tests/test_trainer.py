@@ -11,9 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gspo.checks import float64_reference as reference
-from gspo.policy.rollout import Sampling, TransformersEngine, encode_prompt
+from gspo.policy.rollout import Rollout, Sampling, TransformersEngine, encode_prompt
 from gspo.training.alarms import EmergencyStop
 from gspo.training.record import GLOSSARY
+from gspo.training.rollout_batch import Sample
+from gspo.training.sampling import evaluation_metrics
 from gspo.training.training_run import drop_long_prompts
 from support.records import lines_of, without_seconds
 from support.sorting import Sort, problems, trainer, weights_of
@@ -141,7 +143,7 @@ def test_the_logged_loss_is_the_one_that_is_trained(monkeypatch):
 
 
 def test_a_policy_that_was_updated_in_between_is_not_taken_for_pi_old():
-    t = trainer(batch_size=2)
+    t = trainer(batch_size=2, group_size=8)
     first, second = t.collect(problems(2), 1), t.collect(problems(2, seed=1), 2)
     t.update(first)
     with pytest.raises(ValueError, match="updated between collect"):
@@ -212,6 +214,32 @@ def test_prompts_without_room_are_dropped_and_reported(capsys):
     assert "dropped 1 of 4" in capsys.readouterr().err
     with pytest.raises(ValueError, match="shorter than every training prompt"):
         drop_long_prompts([long], t, "training")
+
+
+def test_training_settings_do_not_change_an_evaluation():
+    asked = problems(20, seed=1)  # more than a chunk
+    first = trainer(eval_samples=3).evaluate(asked)
+    other = {"group_size": 6, "temperature": 0.5, "seed": 7, "batch_size": 2, "update_frequency": 2}
+    assert trainer(eval_samples=3, **other).evaluate(asked) == first
+    assert {round(3 * rate) / 3 for rate in first["pass_by_problem"]} == set(first["pass_by_problem"])
+
+
+def test_evaluation_has_settings_of_its_own():
+    """Cold samples are all alike: each problem passes with all of its samples or none."""
+    asked = problems(12, seed=1)
+    cold = trainer(eval_samples=3, eval_temperature=0.001).evaluate(asked)
+    assert 0 < cold["pass_at_1"] < 1 and set(cold["pass_by_problem"]) == {0, 1}
+    by_default = trainer(group_size=6).evaluate(asked)
+    assert by_default == trainer(eval_samples=6).evaluate(asked) != cold
+
+
+def test_an_evaluation_in_numbers():
+    """Two problems with three samples each; None was not judged and counts as 0."""
+    rollout = Rollout([1], [2, 3], [0.0, 0.0], "", True)
+    rewards = [1.0, 0.5, None, -2.0, 0.0, 2.0]
+    found = evaluation_metrics([Sample(None, rollout, reward) for reward in rewards], 3)
+    assert found["pass_by_problem"] == [1 / 3, 0] and found["reward_by_problem"] == [0.5, 0]
+    assert (found["pass_at_1"], found["reward_mean"]) == (1 / 6, 0.25)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,7 +124,8 @@ class Updates:
     model: torch.nn.Module  # after the updates, float64
     advantages: list[float]  # of each response
     old_log_probs: list[Tensor]  # (|y|,) for each response, before the first update
-    log_ratios: list[Tensor]  # (|y|,) log pi - log pi_old for each response, in its own update
+    log_ratios: list[Tensor]  # (|y|,) log pi - log pi_old for each response, in its own update; 0 if in none
+    can_clip: list[bool]  # for each response: it has an advantage, and is in an update after the first
     clip_fractions: list[float]  # share of tokens, for each update
     num_tokens: list[int]  # for each update
     grad_norms: list[float]  # for each update, before the gradient is clipped
@@ -143,8 +145,8 @@ def updates(
 ) -> Updates:
     """Make the optimizer updates of one rollout batch on a float64 copy of the model, with a fresh AdamW.
 
-    pairs: (prompt ids, response ids) of the B responses, groups contiguous. The updates take equal shares of
-    them, in order.
+    pairs: (prompt ids, response ids) of the B responses, groups contiguous. The groups with an advantage are
+    dealt evenly over the updates, in order; an update without a group or a gradient is not made.
     """
     model = deepcopy(model).double()
     # The other implementations of a mixture of experts have no float64.
@@ -153,24 +155,31 @@ def updates(
     with torch.no_grad():
         old = [token_log_probs(model, *pair, temperature) for pair in pairs]
     weights = torch.tensor(advantages(rewards, group_size), dtype=torch.float64)
-    result = Updates(model, weights.tolist(), old, [], [], [], [])
-    size = len(pairs) // num_updates
-    for start in range(0, len(pairs), size):
-        rows = range(start, start + size)
+    unmoved = [torch.zeros_like(row) for row in old]
+    result = Updates(model, weights.tolist(), old, unmoved, [False] * len(pairs), [], [], [])
+    starts = range(0, len(pairs), group_size)
+    with_signal = [start for start in starts if weights[start : start + group_size].any()]
+    for dealt in np.array_split(with_signal, num_updates):
+        rows = [start + i for start in map(int, dealt) for i in range(group_size)]
+        if not rows:
+            continue
         new = [token_log_probs(model, *pairs[i], temperature) for i in rows]
         width = max(len(row) for row in new)
         mask = torch.tensor([[t < len(row) for t in range(width)] for row in new])
         new_padded = _padded(new, width)
         old_padded = _padded([old[i] for i in rows], width)
-        value, clip_fraction = loss(new_padded, old_padded, weights[start : start + size], mask, *ranges)
+        value, clip_fraction = loss(new_padded, old_padded, weights[rows], mask, *ranges)
         optimizer.zero_grad()
         value.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-        optimizer.step()
+        if grad_norm > 0:
+            optimizer.step()
         result.grad_norms.append(grad_norm.item())
         result.clip_fractions.append(clip_fraction)
         result.num_tokens.append(int(mask.sum()))
-        result.log_ratios += [(row - old[i]).detach() for row, i in zip(new, rows, strict=True)]
+        for row, i in zip(new, rows, strict=True):
+            result.log_ratios[i] = (row - old[i]).detach()
+            result.can_clip[i] = weights[i].item() != 0 and len(result.grad_norms) > 1
     return result
 
 

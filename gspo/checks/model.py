@@ -89,6 +89,7 @@ class ModelChecks:
             self.random_streams,
             self.endings,
             *updates,
+            self.steps_without_gradient,
             self.micro_batches,
             *types,
             self.evaluation,
@@ -233,23 +234,34 @@ class ModelChecks:
         if metrics["zero_variance_groups"] > MAX_TIED_GROUPS:
             yield Check(name, None, TIED, "")
             return
-        made = len(metrics["clip_fraction_by_minibatch"])
-        fault = "GSPOTrainer: mini_batch_size"
-        yield exactly(f"{algorithm}: the trainer makes four updates", made, NUM_UPDATES, "updates", fault)
-        twin = self._float64_updates(start, algorithm, _last_rollouts(trainer))
+        rollouts = _last_rollouts(trainer)
+        twin = self._float64_updates(start, algorithm, rollouts)
+        made, expected = len(metrics["clip_fraction_by_minibatch"]), len(twin.clip_fractions)
+        fault = "GSPOTrainer: mini_batch_size; groups without a signal"
+        yield exactly(
+            f"{algorithm}: the trainer makes four updates, if four groups have a signal", made, expected,
+            "updates", fault,
+        )  # fmt: skip
         yield each_at_most(
             name, _update_errors(algorithm, trainer, start, metrics, twin), 4e-3, "error",
             "GSPOTrainer: advantages, pi_old (the policy before the first update, at the sampling "
             "temperature), clip ranges, the loss's denominator, AdamW and its settings",
         )  # fmt: skip
-        pooled = float(np.average(twin.clip_fractions, weights=twin.num_tokens))
-        expected = [*twin.clip_fractions, pooled]
-        fractions = [*metrics["clip_fraction_by_minibatch"], metrics["clip_fraction"]]
-        gap = max(abs(a - b) for a, b in zip(fractions, expected, strict=True))
         # A response at the very edge of the range may fall on either side.
-        one_response = max(map(len, twin.log_ratios)) / min(twin.num_tokens)
-        fault = "GSPOTrainer: clip_fraction, by minibatch and pooled"
-        yield at_most(f"{algorithm}: so do their clip fractions", gap, one_response, "difference", fault)
+        longest = max(map(len, twin.log_ratios))
+        fractions = metrics["clip_fraction_by_minibatch"]
+        gap = max(abs(a - b) for a, b in zip(fractions, twin.clip_fractions, strict=True))
+        yield at_most(
+            f"{algorithm}: so do the clip fractions of the updates", gap, longest / min(twin.num_tokens),
+            "difference", "GSPOTrainer: clip_fraction_by_minibatch",
+        )  # fmt: skip
+        expected_metrics, num_eligible = _clip_metrics(algorithm, twin)
+        yield each_at_most(
+            f"{algorithm}: so do those of the batch, by side and of what can clip",
+            {name: abs(metrics[name] - value) for name, value in expected_metrics.items()},
+            longest / num_eligible if num_eligible else 0.0, "difference",
+            "training/loss_metrics.py: which tokens count, and over which the share is taken",
+        )  # fmt: skip
 
     def _float64_updates(
         self, start: torch.nn.Module, algorithm: str, rollouts: Sequence[Rollout]
@@ -267,6 +279,27 @@ class ModelChecks:
             max_grad_norm=1.0,
             temperature=UPDATE_TEMPERATURE,
         )
+
+    def steps_without_gradient(self) -> Checks:
+        """Give a trainer with momentum a batch whose responses all clip, and one with equal rewards."""
+        trainer = self._trainer(dtype="float32", learning_rate=UPDATE_RATE, warmup_steps=100)
+        trainer.train_step(self.problems)
+        clipped = trainer.collect(self.problems, 0)
+        for sample in clipped.samples:
+            if sample.advantage:
+                assert sample.old_log_probs is not None  # the noise is measured on batch 0
+                sample.old_log_probs -= math.copysign(0.1, sample.advantage)
+        trainer.reward_fn = lambda problems, responses: [1.0] * len(responses)
+        tied = trainer.collect(self.problems, 0)
+        before, updates_before = _weights(trainer.model), trainer.schedule.last_epoch
+        for name, batch in (("in which every response clips", clipped), ("in which all groups tie", tied)):
+            not_made = trainer.update(batch)["updates_without_signal"]
+            unmoved = torch.equal(before, _weights(trainer.model))
+            yield exactly(
+                f"a rollout batch {name} changes no weight",
+                unmoved and not_made == NUM_UPDATES and trainer.schedule.last_epoch == updates_before,
+                True, "so:", "GSPOTrainer.update: momentum moves the weights in a step without a gradient",
+            )  # fmt: skip
 
     def micro_batches(self) -> Checks:
         norms = []
@@ -288,9 +321,10 @@ class ModelChecks:
         before = _weights(trainer.model)
         metrics = trainer.train_step(self.problems)
         steps = (_weights(trainer.model) - before).abs()
+        first = metrics["clip_fraction_by_minibatch"][:1]
         yield exactly(
-            f"{dtype}: the first minibatch never clips", metrics["clip_fraction_by_minibatch"][0], 0.0,
-            "clip fraction", "GSPOTrainer: pi_old comes from the same forward passes that the updates make",
+            f"{dtype}: the first minibatch never clips", max(first, default=0.0), 0.0, "clip fraction",
+             "GSPOTrainer: pi_old comes from the same forward passes that the updates make",
         )  # fmt: skip
         yield at_most(
             f"{dtype}: log-probs taken twice without an update, nothing clips",
@@ -379,18 +413,51 @@ def _update_errors(
     moved, expected = _weights(trainer.model) - _weights(start), _weights(twin.model) - _weights(start)
     norm = np.mean(twin.grad_norms)
     # The metrics' ratios are those of responses with an advantage: of their tokens, or one for each response.
-    log_ratios = [row for row, a in zip(twin.log_ratios, twin.advantages, strict=True) if a]
-    if ALGORITHMS[algorithm].clip_unit != "token":
-        log_ratios = [row.mean()[None] for row in log_ratios]
-    ratios = torch.cat(log_ratios).exp()
+    by_response = _clip_ratios(algorithm, twin)
+    ratios = torch.cat([row for row, a in zip(by_response, twin.advantages, strict=True) if a])
     lowest, highest = ratios.min().item(), ratios.max().item()
+    spreads = [
+        np.median((row - 1).abs()) / np.mean(ranges_of(algorithm))
+        for row, can_clip in zip(by_response, twin.can_clip, strict=True)
+        if can_clip
+    ]
+    spread = float(np.median(spreads)) if spreads else 0.0
     gap = max(abs(metrics["importance_ratio_min"] - lowest), abs(metrics["importance_ratio_max"] - highest))
     return {
         "sampler": _largest_gap([torch.tensor(r.log_probs) for r in rollouts], twin.old_log_probs),
         "gradient norm": abs(metrics["grad_norm"] / norm - 1),
         "weights": relative_error(moved, expected),
         "ratios": gap / max(abs(lowest - 1), abs(highest - 1)),
+        "ratio spread": abs(metrics["ratio_spread"] - spread) / max(spread, 1e-6),
     }
+
+
+def _clip_ratios(algorithm: str, twin: reference.Updates) -> list[Tensor]:
+    """What is compared with the clip range, per response: (1,) its ratio, or (|y|,) those of its tokens."""
+    per_token = ALGORITHMS[algorithm].clip_unit == "token"
+    return [(row if per_token else row.mean()[None]).exp() for row in twin.log_ratios]
+
+
+def _clip_metrics(algorithm: str, twin: reference.Updates) -> tuple[dict[str, float], int]:
+    """The shares of clipped tokens in a rollout batch, and the number of tokens that can clip."""
+    left, right = ranges_of(algorithm)
+    num_left = num_right = num_eligible = 0.0
+    rows = zip(_clip_ratios(algorithm, twin), twin.log_ratios, twin.advantages, twin.can_clip, strict=True)
+    for ratios, log_ratios, advantage, can_clip in rows:
+        if can_clip:
+            num_tokens = len(log_ratios)
+            num_eligible += num_tokens
+            num_left += num_tokens * (ratios < 1 - left).double().mean().item() * (advantage < 0)
+            num_right += num_tokens * (ratios > 1 + right).double().mean().item() * (advantage > 0)
+    num_tokens, eligible = sum(map(len, twin.log_ratios)), max(num_eligible, 1)
+    shares = {
+        "clip_fraction": (num_left + num_right) / num_tokens,
+        "clip_fraction_eligible": (num_left + num_right) / eligible,
+        "clip_fraction_left": num_left / eligible,
+        "clip_fraction_right": num_right / eligible,
+        "eligible_fraction": num_eligible / num_tokens,
+    }
+    return shares, int(num_eligible)
 
 
 def _last_rollouts(trainer: gspo.GSPOTrainer) -> list[Rollout]:

@@ -6,9 +6,10 @@ A check that raises has failed. Nothing here decides what is checked.
 import json
 import math
 import traceback
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 NAME_WIDTH = 64
@@ -151,6 +152,15 @@ def write_metrics(folder: Path, runs: Iterable[tuple[str, list[dict]]]) -> None:
                 file.write(json.dumps({"run": name, "step": step, **line}) + "\n")
 
 
+def mean_by_minibatch(metrics: Sequence[dict]) -> list[float]:
+    """The clip fraction of each update of a rollout batch, averaged over the rollout batches that made it."""
+    means = []
+    for place in range(max(len(m["clip_fraction_by_minibatch"]) for m in metrics)):
+        made = [m["clip_fraction_by_minibatch"][place : place + 1] for m in metrics]
+        means.append(fmean(fraction for fractions in made for fraction in fractions))
+    return means
+
+
 def draw_dynamics(path: Path, runs: dict[str, list[dict]], paper: dict[str, float]) -> None:
     """Draw reward, clip fraction by minibatch and spread of ratios of some runs.
 
@@ -168,8 +178,7 @@ def draw_dynamics(path: Path, runs: dict[str, list[dict]], paper: dict[str, floa
         rewards.plot(steps, [m["reward_mean"] for m in metrics], label=name, color=colour)
         if name not in paper:
             continue
-        by_minibatch = zip(*(m["clip_fraction_by_minibatch"] for m in metrics), strict=True)
-        means = [sum(fractions) / len(metrics) for fractions in by_minibatch]
+        means = mean_by_minibatch(metrics)
         clipping.plot(range(1, len(means) + 1), means, "o-", label=name, color=colour)
         clipping.axhline(paper[name], color=colour, linestyle=":", label=f"{name} in the paper, pooled")
         low = [m["importance_ratio_min"] for m in metrics]

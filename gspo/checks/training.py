@@ -29,13 +29,13 @@ from gspo.checks.model import (
     checksum_reward,
     largest_null_clip_fraction,
 )
-from gspo.checks.report import Check, Checks, at_most, between, each_at_most, exactly
+from gspo.checks.report import Check, Checks, at_most, between, each_at_most, exactly, mean_by_minibatch
 from gspo.checks.worker import start_worker
 from gspo.policy.log_probs import token_log_probs
 from gspo.policy.model_loader import load_model
 from gspo.policy.rollout import Sampling, TransformersEngine, encode_prompt
 from gspo.training.alarms import stop_reason, warnings_of
-from gspo.training.intervals import paired_interval
+from gspo.training.intervals import interval_text, paired_interval
 from gspo_implementation import GSPOConfig, GSPOTrainer
 
 PAPER_CLIP_FRACTIONS = {"gspo": 0.15, "grpo": 0.0013}  # of tokens, figure 2
@@ -181,16 +181,10 @@ class Runs:
 # ------------------------------------------------------------------------------------------- part 2: dynamics
 
 
-def mean_by_minibatch(metrics: Sequence[dict]) -> list[float]:
-    """The clip fraction of each minibatch of a rollout batch, averaged over the rollout batches."""
-    by_minibatch = zip(*(m["clip_fraction_by_minibatch"] for m in metrics), strict=True)
-    return [fmean(fractions) for fractions in by_minibatch]
-
-
 def movement_checks(gspo: Sequence[dict], grpo: Sequence[dict]) -> Checks:
     """Check how the ratios move in two runs from the same start, given one dict per rollout batch."""
     both = [*gspo, *grpo]
-    first = max(m["clip_fraction_by_minibatch"][0] for m in both)
+    first = max(fraction for m in both for fraction in m["clip_fraction_by_minibatch"][:1])
     yield exactly(
         "the first minibatch never clips, in either algorithm", first, 0.0, "largest clip fraction",
         "pi_old: the policy before the first update, by the forward passes that the update makes",
@@ -311,7 +305,7 @@ def _lower_end(
 ) -> Check:
     """A check that the lower end of a gain's interval is above the bound, or that it is not."""
     mean, low, high = interval
-    measured = f"{mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
+    measured = f"{mean:+.3f} ({interval_text(low, high)})"
     where = "above" if above else "not above"
     return Check(name, (low > bound) == above, measured, f"lower end {where} {bound:+g}", fault)
 
@@ -328,7 +322,8 @@ def performance_table(evaluations: dict[str, Sequence[dict]]) -> list[dict]:
 
 def gain_columns(before: Sequence[dict], after: Sequence[dict]) -> dict:
     mean, low, high = gain(before, after)
-    return {"gain": f"{mean:+.3f}", "95 % interval": f"{low:+.3f} to {high:+.3f}"}
+    interval = f"{low:+.3f} to {high:+.3f}" if low < high else "none"
+    return {"gain": f"{mean:+.3f}", "95 % interval": interval}
 
 
 # ---------------------------------------------------------------------------------------- part 4: clip ranges

@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-# The rules on text and ties look at this many rollout batches in a row.
+# The rules on text, ties, ratio spread and entropy look at this many rollout batches in a row.
 WINDOW = 5
+# The rules on the clip fraction look at this many in a row.
+CLIP_WINDOW = 10
 # Tokens of a sequence that counts as repeated when it occurs a second time.
 REPEATED_TOKENS = 4
 
@@ -100,8 +102,11 @@ def gibberish_reason(history: Sequence[dict]) -> str | None:
 # ---- warnings
 
 
-def warnings_of(history: Sequence[dict]) -> dict[str, str]:
-    """The warnings that the metrics so far call for (oldest first): kind to message."""
+def warnings_of(history: Sequence[dict], clips_per_token: bool = False) -> dict[str, str]:
+    """The warnings that the metrics so far call for (oldest first): kind to message.
+
+    clips_per_token: as in GRPO, where hardly any token clips in a healthy run.
+    """
     last, warnings = history[-1], {}
     lowest, highest = last["importance_ratio_min"], last["importance_ratio_max"]
     if highest > 10 or lowest < 0.1:
@@ -114,6 +119,8 @@ def warnings_of(history: Sequence[dict]) -> dict[str, str]:
             f"{last['clip_fraction']:.0%} of tokens are clipped: most of the batch has no gradient; "
             "lower --learning_rate or widen the clip range"
         )
+    could_clip = [batch for batch in history if batch["eligible_fraction"]]
+    warnings |= _clip_range_warnings(could_clip, clips_per_token)
     measured = (batch["null_clip_fraction"] for batch in reversed(history) if "null_clip_fraction" in batch)
     noise = next(measured, 0.0)
     if noise > 0.01:
@@ -132,11 +139,45 @@ def warnings_of(history: Sequence[dict]) -> dict[str, str]:
             f"no learning signal: in {WINDOW} rollout batches every group's rewards were equal; "
             "try an easier --difficulty, a larger --group_size or a stronger model"
         )
+    start, recent = _start(history), history[-WINDOW:]
+    if start and all(batch["entropy"] < 0.1 * _mean(start, "entropy") for batch in recent):
+        warnings["entropy"] = (
+            f"entropy has fallen to {_mean(recent, 'entropy'):.3g} nats per token from "
+            f"{_mean(start, 'entropy'):.3g} at the start: groups will tie and nothing new is tried; take "
+            "best_model and stop, lower --learning_rate, or use more or harder problems, not more epochs"
+        )
     if faults := _text_faults(history, reward_kept=1.0):
         warnings["text"] = f"the text gets worse: {'; '.join(faults)}; look at samples.jsonl"
     first, latest = _mean(history[:10], "loss"), _mean(history[-10:], "loss")
     if len(history) >= 30 and latest > first + 1:
         warnings["loss"] = f"the loss has risen from {first:.3g} to {latest:.3g}"
+    return warnings
+
+
+def _clip_range_warnings(history: Sequence[dict], clips_per_token: bool) -> dict[str, str]:
+    """Warnings about a clip range that clips nearly everything or nothing, from batches that could clip."""
+    warnings = {}
+    spreads = [batch["ratio_spread"] for batch in history[-WINDOW:]]
+    if len(spreads) == WINDOW and min(spreads) > 10:
+        spread = sum(spreads) / WINDOW
+        warnings["ratio spread"] = (
+            f"half of the responses that can clip are more than {spread:.3g} clip ranges from 1: the clip "
+            "range acts as zero at this learning rate and response length; lower --learning_rate, or widen "
+            f"--left_clip_range and --right_clip_range about {spread / 3:.0f} times"
+        )
+    shares = [batch["clip_fraction_eligible"] for batch in history[-CLIP_WINDOW:]]
+    if len(shares) == CLIP_WINDOW and min(shares) > 0.6:
+        warnings["clips most"] = (
+            f"in {CLIP_WINDOW} rollout batches more than 60 % of the tokens that can clip were clipped, the "
+            f"last time {shares[-1]:.0%}: most responses teach nothing after the first update; lower "
+            "--learning_rate or widen the clip range"
+        )
+    if len(shares) == CLIP_WINDOW and max(shares) < 0.01 and not clips_per_token:
+        warnings["clips nothing"] = (
+            f"in {CLIP_WINDOW} rollout batches less than 1 % of the tokens that can clip were clipped, the "
+            f"last time {shares[-1]:.1%}: the clip range has no effect; raise --learning_rate or narrow the "
+            "clip range"
+        )
     return warnings
 
 

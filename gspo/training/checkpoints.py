@@ -15,7 +15,7 @@ from gspo.training.whole_folders import damage
 
 STATE_FILE = "training_state.pt"
 # The version of what STATE_FILE holds. A checkpoint of another version is refused, not misread.
-STATE_FORMAT = 2
+STATE_FORMAT = 3
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -25,12 +25,14 @@ def flag(
     choices: Sequence[str] | None = None,
     at_least: float | None = None,
     positive: bool = False,
+    bare: Any = None,
 ) -> Any:
     """A field of the configuration, which is also a command-line flag.
 
-    at_least: the lowest value allowed. positive: the value must be greater than 0.
+    at_least: the lowest value allowed. positive: the value must be greater than 0. bare: what the flag means
+    if it is given without a value.
     """
-    bounds = {"choices": choices, "at_least": at_least, "positive": positive}
+    bounds = {"choices": choices, "at_least": at_least, "positive": positive, "bare": bare}
     return field(default=default, metadata={"group": group, "help": help, **bounds})
 
 
@@ -75,24 +77,39 @@ class GSPOConfig:
     num_eval_samples: int = flag(
         50, "data", "number of held-out problems, disjoint from training", at_least=1
     )
+    data_seed: int = flag(0, "data", "decides which problems are drawn for training and held out", at_least=0)
 
     algorithm: str = flag("gspo", "objective", "importance ratio, loss and clip ranges as one preset")
     left_clip_range: float | None = flag(
-        None, "objective", "clip ratios below 1 - this (default: the algorithm's)", positive=True
+        None,
+        "objective",
+        "clip ratios below 1 - this (default: the algorithm's; GSPO below 0.5B parameters: 20 times it)",
+        positive=True,
     )
     right_clip_range: float | None = flag(
-        None, "objective", "clip ratios above 1 + this (default: the algorithm's)", positive=True
+        None,
+        "objective",
+        "clip ratios above 1 + this (default: the algorithm's; GSPO below 0.5B parameters: 20 times it)",
+        positive=True,
     )
     kl_coef: float = flag(
         0.0, "objective", "weight of a KL penalty to the starting model; the paper has none", at_least=0
     )
 
-    num_epochs: int = flag(3, "training", "passes over the training problems", at_least=1)
+    num_epochs: int = flag(1, "training", "passes over the training problems", at_least=1)
     batch_size: int = flag(4, "training", "queries per rollout batch", at_least=1)
     mini_batch_size: int = flag(
         1, "training", "queries per optimizer update; batch_size must be a multiple of it", at_least=1
     )
-    group_size: int = flag(4, "training", "responses per query", at_least=2)
+    group_size: int = flag(8, "training", "responses per query", at_least=2)
+    dynamic_sampling: str = flag(
+        "off",
+        "training",
+        "draw queries until batch_size groups have a signal: rewards that differ, or some responses that "
+        "pass and some that do not; without a value: reward",
+        ("off", "reward", "pass"),
+        bare="reward",
+    )
     update_frequency: int = flag(
         1, "training", "K: refresh pi_old every K rollout batches; a larger K makes pi_old older", at_least=1
     )
@@ -105,7 +122,7 @@ class GSPOConfig:
     micro_batch_tokens: int = flag(
         4096, "training", "tokens per forward pass; changes memory, not results", at_least=1
     )
-    seed: int = flag(0, "training", "seed of the problems, their order and the sampling", at_least=0)
+    seed: int = flag(0, "training", "seed of the training order and of the sampling", at_least=0)
 
     max_length: int = flag(512, "sampling", "prompt plus response tokens", at_least=2)
     max_new_tokens: int | None = flag(None, "sampling", "response tokens (default: by data set)", at_least=1)
@@ -115,6 +132,12 @@ class GSPOConfig:
         "sampling temperature; log-probabilities use the same",
         at_least=LOWEST_TEMPERATURE,
         positive=True,
+    )
+    eval_temperature: float = flag(
+        1.0, "sampling", "temperature of evaluations", at_least=LOWEST_TEMPERATURE, positive=True
+    )
+    eval_samples: int | None = flag(
+        None, "sampling", "responses per held-out problem (default: group_size)", at_least=1
     )
     rollout_engine: str = flag("transformers", "sampling", "engine that samples", ("transformers", "vllm"))
 
@@ -155,6 +178,16 @@ class GSPOConfig:
     @property
     def updates_per_rollout_batch(self) -> int:
         return self.batch_size // self.mini_batch_size
+
+    def count_updates(self, num_problems: int) -> tuple[int, int]:
+        """Rollout batches and optimizer updates of all epochs over num_problems training problems.
+
+        The last rollout batch of an epoch has the problems that remain, and may make fewer updates.
+        """
+        whole_batches, remaining = divmod(num_problems, self.batch_size)
+        num_batches = whole_batches + (remaining > 0)
+        num_updates = whole_batches * self.updates_per_rollout_batch + -(-remaining // self.mini_batch_size)
+        return self.num_epochs * num_batches, self.num_epochs * num_updates
 
 
 def _check_type(name: str, value: Any, kinds: tuple[type, ...]) -> None:

@@ -21,6 +21,9 @@ def wilson_interval(rate: float, trials: int) -> tuple[float, float]:
 def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
     """Mean of after - before over the same problems, and its Student-t interval: (mean, low, high).
 
+    Where every problem changed by the same amount, low and high are that amount. This is no certainty: the
+    differences have no spread to tell how far another sample of problems could lie. See interval_text().
+
     Raises:
         ValueError: under two pairs, or lengths that differ.
     """
@@ -28,8 +31,25 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[fl
     if len(differences) < 2:
         raise ValueError(f"an interval needs at least two pairs, got {len(differences)}")
     mean = fmean(differences)
+    if math.isclose(min(differences), max(differences), rel_tol=1e-9, abs_tol=1e-12):  # but for rounding
+        return mean, mean, mean
     half = _student_t_975(len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
     return mean, mean - half, mean + half
+
+
+def interval_text(low: float, high: float, form: str = "+.3f") -> str:
+    """The interval of a paired gain in words, which say so where there is none; form: a format of numbers."""
+    if low == high:
+        return "no interval: every problem changed by the same amount"
+    return f"95 % interval {low:{form}} to {high:{form}}"
+
+
+def describe_gain(before: Sequence[float], after: Sequence[float], form: str = "+.3f") -> str:
+    """The mean of after - before over the same problems, with its 95 % interval if there is one."""
+    if len(before) == len(after) == 1:
+        return f"{after[0] - before[0]:{form}}  (no interval: only one problem)"
+    mean, low, high = paired_interval(before, after)
+    return f"{mean:{form}}  ({interval_text(low, high, form)})"
 
 
 def _student_t_975(degrees: int) -> float:

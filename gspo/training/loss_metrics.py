@@ -7,15 +7,23 @@ import torch
 
 # What a loss counts, or the trainer beside it. Sums add up over micro-batches, updates and processes.
 METRIC_SUMS = (
-    "sequences", "clipped_sequences", "tokens", "clipped_tokens",
+    "sequences", "clipped_sequences",
+    "tokens", "clipped_left_tokens", "clipped_right_tokens", "eligible_tokens",
     "ratios", "ratio_deviations", "ratio_deviations_squared", "loss_sum", "kl_sum", "sampler_gap_sum",
 )  # fmt: skip
 
 
-def loss_metrics(ratio: torch.Tensor, clipped: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
+def loss_metrics(
+    ratio: torch.Tensor,
+    clipped_left: torch.Tensor,
+    clipped_right: torch.Tensor,
+    eligible: torch.Tensor,
+    mask: torch.Tensor,
+) -> dict[str, float]:
     """The metrics of one call of a loss: sums, and their averages.
 
-    ratio: (B, 1) per sequence or (B, T) per token; clipped, mask: (B, T) bool.
+    ratio: (B, 1) per sequence or (B, T) per token. The others are (B, T) bool: tokens clipped below and above
+    the range, tokens that can clip since they have an advantage, and all tokens.
     """
     has_tokens = mask.any(1)
     # float64, since the square of a ratio overflows float32.
@@ -24,9 +32,11 @@ def loss_metrics(ratio: torch.Tensor, clipped: torch.Tensor, mask: torch.Tensor)
     extremes = ratios if len(ratios) else ratios.new_ones(1)
     sums = {
         "sequences": has_tokens.sum(),
-        "clipped_sequences": clipped.any(1).sum(),
+        "clipped_sequences": (clipped_left | clipped_right).any(1).sum(),
         "tokens": mask.sum(),
-        "clipped_tokens": clipped.sum(),
+        "clipped_left_tokens": clipped_left.sum(),
+        "clipped_right_tokens": clipped_right.sum(),
+        "eligible_tokens": eligible.sum(),
         "ratio_deviations": deviations.sum(),
         "ratio_deviations_squared": deviations.square().sum(),
     }
@@ -47,9 +57,16 @@ def _with_averages(
     """The sums, and the averages that they give over so many sequences and tokens (by default their own)."""
     mean_deviation = sums["ratio_deviations"] / max(sums["ratios"], 1)
     mean_square = sums["ratio_deviations_squared"] / max(sums["ratios"], 1)
+    left, right = sums["clipped_left_tokens"], sums["clipped_right_tokens"]
+    tokens = max(num_tokens or sums["tokens"], 1)
+    eligible = max(sums["eligible_tokens"], 1)
     return {
         **sums,
-        "clip_fraction": sums["clipped_tokens"] / max(num_tokens or sums["tokens"], 1),
+        "clip_fraction": (left + right) / tokens,
+        "clip_fraction_eligible": (left + right) / eligible,
+        "clip_fraction_left": left / eligible,
+        "clip_fraction_right": right / eligible,
+        "eligible_fraction": sums["eligible_tokens"] / tokens,
         "clip_fraction_sequences": sums["clipped_sequences"] / max(num_sequences or sums["sequences"], 1),
         "importance_ratio_mean": 1 + mean_deviation,
         "importance_ratio_std": math.sqrt(max(mean_square - mean_deviation**2, 0.0)),

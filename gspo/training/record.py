@@ -20,10 +20,26 @@ from gspo.training.whole_folders import remove, saving, write_whole
 GLOSSARY = {
     "loss": ("-", "minus the objective, mean over all responses, each as its own update computed it"),
     "clip_fraction": ("share", "response tokens whose clipped branch is in force, of all in the batch"),
+    "clip_fraction_eligible": (
+        "share",
+        "the same, of the tokens that can clip: in responses with an advantage, after the first update",
+    ),
+    "clip_fraction_left": ("share", "the part of clip_fraction_eligible with a ratio below the clip range"),
+    "clip_fraction_right": ("share", "the part of clip_fraction_eligible with a ratio above the clip range"),
+    "eligible_fraction": ("share", "response tokens that can clip, of all in the batch"),
     "clip_fraction_sequences": ("share", "responses with a clipped token, of all responses in the batch"),
     "clip_fraction_by_minibatch": (
         "share",
-        "clip_fraction of each update; 0 for the first one after sampling",
+        "clip_fraction of each update that was made; 0 for the first one after sampling",
+    ),
+    "ratio_spread": (
+        "clip ranges",
+        "median |s - 1| of the responses that can clip, in units of the mean of the left and the right clip "
+        "range (GRPO: each response's median |w - 1|); 0 if none can",
+    ),
+    "updates_without_signal": (
+        "count",
+        "optimizer updates not made: no group with a signal was left, or every response was clipped",
     ),
     "null_clip_fraction": (
         "share",
@@ -39,6 +55,9 @@ GLOSSARY = {
     "importance_ratio_max": ("-", "largest of these ratios"),
     "reward_mean": ("reward", "mean over the judged responses of the batch"),
     "reward_std": ("reward", "standard deviation over the judged responses of the batch"),
+    "queries": ("count", "queries drawn; with dynamic sampling more than batch_size"),
+    "groups_all_right": ("share", "groups in which every judged response passed"),
+    "groups_all_wrong": ("share", "groups in which no judged response passed"),
     "zero_variance_groups": ("share", "groups whose rewards are all equal, so that they have no signal"),
     "unjudged_responses": ("count", "responses without a reward: they have no advantage and enter no mean"),
     "code_timeouts": ("count", "responses whose code ran out of time; logged by the toolkit's own rewards"),
@@ -73,10 +92,17 @@ SECONDS = ("generation_s", "reward_s", "log_prob_s", "update_s", "tokens_per_s",
 # Metrics that some lines lack.
 OPTIONAL = ("kl", "code_timeouts", "null_clip_fraction")
 # What every line of a file holds besides the step: each a number, or a list of numbers.
-LISTS = ("clip_fraction_by_minibatch", "interval_95", "pass_by_problem")
+LISTS = ("clip_fraction_by_minibatch", "interval_95", "pass_by_problem", "reward_by_problem")
 FIELDS = {
     "metrics": tuple(name for name in GLOSSARY if name not in OPTIONAL),
-    "eval": ("pass_at_1", "interval_95", "reward_mean", "response_tokens_mean", "pass_by_problem"),
+    "eval": (
+        "pass_at_1",
+        "interval_95",
+        "reward_mean",
+        "response_tokens_mean",
+        "pass_by_problem",
+        "reward_by_problem",
+    ),
     "samples": (),
 }
 
@@ -100,6 +126,7 @@ class Record:
     def __init__(self, folder: Path, sinks: Sequence[Sink] = ()):
         self.folder = folder
         self.sinks = list(sinks)
+        self.clips_per_token = False  # as in warnings_of()
         self.history: list[dict] = []  # the metrics of the rollout batches so far, for the alarms
         self._raised: set[str] = set()  # kinds of the warnings that the last rollout batch caused
 
@@ -108,7 +135,7 @@ class Record:
         self.history.append({"step": step, **metrics})
         self._write("metrics", step, metrics)
         before = self._raised
-        warnings = warnings_of(self.history)
+        warnings = warnings_of(self.history, self.clips_per_token)
         self._raised = set(warnings)
         return [message for kind, message in warnings.items() if kind not in before]
 
@@ -155,7 +182,7 @@ class Record:
             text = "".join(json.dumps(line) + "\n" for line in kept)
             write_whole(self.folder / f"{stream}.jsonl", text)
         self.history = kept_lines["metrics"]
-        self._raised = set(warnings_of(self.history)) if self.history else set()
+        self._raised = set(warnings_of(self.history, self.clips_per_token)) if self.history else set()
 
     def kept_lines(self, step: int, lines: dict[str, int]) -> dict[str, list[dict]]:
         """The lines of each file that a checkpoint follows.

@@ -45,14 +45,14 @@ class OpenRun:
             self.record.sinks.append(Wandb(self.folder.path, settings))
 
 
-def open_run(config: GSPOConfig, problems: str, num_batches: int) -> OpenRun:
+def open_run(config: GSPOConfig, problems: str, num_queries: int) -> OpenRun:
     """Make the run folder that the configuration names; with config.resume, check the one that it names.
 
     A run that is refused is left as it is, except that folders which a kill left half written are tidied.
 
     Args:
         problems: a digest of all problems, by which a resumed run recognises them.
-        num_batches: the rollout batches of the whole run.
+        num_queries: the queries of the whole run, over all epochs.
 
     Raises:
         ValueError: a folder that already holds a run, that another process works in, or that cannot be made;
@@ -67,14 +67,14 @@ def open_run(config: GSPOConfig, problems: str, num_batches: int) -> OpenRun:
     run = OpenRun(config, problems, RunFolder(path), Record(path))
     try:
         if config.resume is not None:
-            _find_checkpoint(run, num_batches)
+            _find_checkpoint(run, num_queries)
     except BaseException:
         run.folder.close()
         raise
     return run
 
 
-def _find_checkpoint(run: OpenRun, num_batches: int) -> None:
+def _find_checkpoint(run: OpenRun, num_queries: int) -> None:
     """Find the checkpoint to resume from, and check that these settings and problems continue it."""
     config, folder, settings = run.config, run.folder, asdict(run.config)
     saved = settings_of(folder.path) or {}
@@ -91,11 +91,10 @@ def _find_checkpoint(run: OpenRun, num_batches: int) -> None:
         return
     state = read_state(checkpoint, lazily=True)
     refuse_other_settings(checkpoint, state["settings"], settings)
-    sampled = state["step"] + len(state["pending"])
-    if sampled > num_batches:
+    if state["sampled"] > num_queries:
         raise ValueError(
-            f"--num_epochs {config.num_epochs}: that is {num_batches} rollout batches, the run has come "
-            f"further, to {sampled}"
+            f"--num_epochs {config.num_epochs}: that is {num_queries} queries, the run has come further, to "
+            f"{state['sampled']}"
         )
     run.record.kept_lines(state["step"], state["lines"])  # refuses a damaged record
     run.checkpoint, run.step, run.lines = checkpoint, state["step"], state["lines"]

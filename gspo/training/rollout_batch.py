@@ -23,6 +23,8 @@ class Sample:
     has_signal: False if no gradient comes from it, so that nothing more needs to be computed.
     old_log_probs: (|y|,) float32 on the CPU, log pi_old of the response's tokens; None until it is computed.
     reference_log_probs: (|y|,) the same under the starting model; None without a KL penalty.
+    ratio_spread: |s - 1| in its update, in units of the mean clip range (GRPO: the median over its tokens);
+        None if it has no advantage, or if the policy still was pi_old.
 
     Example, of a response of three tokens in a group of four with rewards 1, 0, 0, 0:
 
@@ -37,6 +39,11 @@ class Sample:
     has_signal: bool = False
     old_log_probs: torch.Tensor | None = None
     reference_log_probs: torch.Tensor | None = None
+    ratio_spread: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.reward == 1.0
 
     @property
     def num_tokens(self) -> int:
@@ -59,6 +66,7 @@ class RolloutBatch:
     """What one rollout batch is trained on, from its sampling to its last update.
 
     samples: (Q * G,) groups contiguous.
+    planned_updates: optimizer updates if every group has a signal.
     updates_before: optimizer updates made before it was sampled.
     metrics: what is known before the updates.
     updates: the metrics of each optimizer update so far.
@@ -66,6 +74,7 @@ class RolloutBatch:
 
     samples: list[Sample]
     group_size: int
+    planned_updates: int
     updates_before: int
     metrics: dict = field(default_factory=dict)
     updates: list[dict] = field(default_factory=list)
@@ -74,20 +83,32 @@ class RolloutBatch:
         size = self.group_size
         return [self.samples[i : i + size] for i in range(0, len(self.samples), size)]
 
-    def minibatches(self, num_queries: int) -> list[list[Sample]]:
-        """The samples of each optimizer update: whole groups, in order; the last may be smaller."""
-        size = num_queries * self.group_size
-        return [self.samples[i : i + size] for i in range(0, len(self.samples), size)]
+    @property
+    def num_queries(self) -> int:
+        return len(self.samples) // self.group_size
+
+    def minibatches(self) -> list[list[Sample]]:
+        """The samples of each optimizer update: the groups that have a signal, in order and dealt evenly.
+
+        An update for which no group is left is not made.
+        """
+        groups = [group for group in self.groups() if any(sample.has_signal for sample in group)]
+        dealt = np.array_split(np.arange(len(groups)), self.planned_updates)
+        return [[sample for i in part for sample in groups[i]] for part in dealt if len(part)]
 
     def statistics(self) -> dict[str, float]:
         """What the rewards and the text of the batch are like (record.GLOSSARY)."""
         rewards = torch.tensor([s.reward for s in self.samples if s.reward is not None])
         tied = [all(sample.advantage == 0 for sample in group) for group in self.groups()]
+        passes_by_group = [{s.passed for s in group if s.reward is not None} for group in self.groups()]
         rollouts = [sample.rollout for sample in self.samples]
         return {
             "reward_mean": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
+            "queries": self.num_queries,
             "zero_variance_groups": float(np.mean(tied)),
+            "groups_all_right": float(np.mean([passes == {True} for passes in passes_by_group])),
+            "groups_all_wrong": float(np.mean([passes == {False} for passes in passes_by_group])),
             "unjudged_responses": len(self.samples) - len(rewards),
             "response_tokens_mean": float(np.mean([sample.num_tokens for sample in self.samples])),
             "entropy": -float(np.mean([x for rollout in rollouts for x in rollout.log_probs])),
@@ -99,14 +120,19 @@ class RolloutBatch:
     def final_metrics(self) -> dict:
         """The metrics of the batch after its last update (record.GLOSSARY)."""
         num_tokens = sum(sample.num_tokens for sample in self.samples)
+        spreads = [sample.ratio_spread for sample in self.samples if sample.ratio_spread is not None]
+        grad_norms = [update["grad_norm"] for update in self.updates]
         metrics = {
+            **self.metrics,
             **without_sums(pool_metrics(self.updates, len(self.samples), num_tokens)),
             "clip_fraction_by_minibatch": [update["clip_fraction"] for update in self.updates],
-            "grad_norm": float(np.mean([update["grad_norm"] for update in self.updates])),
-            "learning_rate": self.updates[-1]["learning_rate"],
-            **self.metrics,
+            "ratio_spread": float(np.median(spreads)) if spreads else 0.0,
+            "updates_without_signal": self.planned_updates - sum(norm > 0 for norm in grad_norms),
+            "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0,
             "update_s": sum(update["seconds"] for update in self.updates),
         }
+        if self.updates:
+            metrics["learning_rate"] = self.updates[-1]["learning_rate"]
         seconds = sum(metrics[name] for name in ("generation_s", "reward_s", "log_prob_s", "update_s"))
         return {**metrics, "tokens_per_s": num_tokens / seconds, "peak_memory_gb": peak_memory_gb()}
 

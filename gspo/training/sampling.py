@@ -58,16 +58,28 @@ def evaluation_metrics(samples: Sequence[Sample], group_size: int) -> dict:
 
     Returns:
         pass_at_1: share of responses with reward 1, and interval_95 of it (Wilson's, over problems);
-        reward_mean; response_tokens_mean; pass_by_problem: the share of each problem, for paired comparisons.
-        A response that could not be judged counts as not passed.
+        reward_mean; response_tokens_mean; pass_by_problem and reward_by_problem: the share and the mean
+        reward of each problem, for paired comparisons. A response that could not be judged counts as not
+        passed, with reward 0.
     """
-    passed = np.array([sample.reward == 1.0 for sample in samples])
-    pass_by_problem = passed.reshape(-1, group_size).mean(1)  # (Q,)
-    pass_at_1 = float(pass_by_problem.mean())
+    passed = np.array([sample.passed for sample in samples])  # (Q * G,)
+    rewards = np.array([sample.reward or 0.0 for sample in samples])
+    # Of all responses at once: the mean of the problems' means could differ from it in the last bit, and
+    # evaluations that are equally good must compare as equal.
+    pass_at_1 = float(passed.mean())
     return {
         "pass_at_1": pass_at_1,
-        "interval_95": list(wilson_interval(pass_at_1, len(pass_by_problem))),
-        "reward_mean": float(np.mean([sample.reward or 0.0 for sample in samples])),
+        "interval_95": list(wilson_interval(pass_at_1, len(samples) // group_size)),
+        "reward_mean": float(rewards.mean()),
         "response_tokens_mean": float(np.mean([sample.num_tokens for sample in samples])),
-        "pass_by_problem": pass_by_problem.tolist(),
+        "pass_by_problem": passed.reshape(-1, group_size).mean(1).tolist(),
+        "reward_by_problem": rewards.reshape(-1, group_size).mean(1).tolist(),
     }
+
+
+def standing(evaluation: dict) -> tuple[float, float]:
+    """What evaluations are compared by: pass@1, and the mean reward where pass@1 is the same.
+
+    So the mean reward decides with a dense reward, which is never exactly 1.
+    """
+    return evaluation["pass_at_1"], evaluation["reward_mean"]

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +22,14 @@ from gspo.policy.rollout import encode_prompt
 from gspo.training.alarms import EmergencyStop, gibberish_reason, non_finite_weights, stop_if
 from gspo.training.checkpoints import STATE_FILE, STATE_FORMAT, random_states, read_state, set_random_states
 from gspo.training.config import GSPOConfig
+from gspo.training.dynamic_sampling import MAX_DRAWN
 from gspo.training.processes import Processes
 from gspo.training.progress import progress_bar
 from gspo.training.record import Record
 from gspo.training.resume import OpenRun, open_run
 from gspo.training.rollout_batch import RolloutBatch
 from gspo.training.run_folder import RunFolder
+from gspo.training.sampling import standing
 from gspo.training.stopping import Interrupted, StopRequest
 from gspo.training.whole_folders import CannotSave, remove
 
@@ -43,6 +46,9 @@ class Trainer(Protocol):
     processes: Processes
     stop: StopRequest
     step: int
+
+    @property
+    def clips_per_token(self) -> bool: ...
 
     def collect(self, problems: Sequence, index: int) -> RolloutBatch: ...
 
@@ -81,8 +87,8 @@ class TrainingRun:
         self.trainer, self.config, self.processes = trainer, trainer.config, trainer.processes
         self.train_problems = drop_long_prompts(train_problems, trainer, "training")
         self.eval_problems = drop_long_prompts(eval_problems, trainer, "evaluation")
-        batches_per_epoch = -(-len(self.train_problems) // self.config.batch_size)
-        self.num_batches = self.config.num_epochs * batches_per_epoch
+        self.num_queries = self.config.num_epochs * len(self.train_problems)
+        self.drawn = 0  # queries of the rollout batches trained on; those of the pending ones come next
         self.pending: list[RolloutBatch] = []  # sampled; the first may be part-way through its updates
         self._saved_progress: tuple | None = None  # what _progress() was at the last checkpoint
         if trainer.step and not self.config.resume:
@@ -99,8 +105,6 @@ class TrainingRun:
             if self.processes.is_main:
                 self.close()
             raise
-        evaluations = self._evaluations()
-        self.best_pass_rate = max((line["pass_at_1"] for line in evaluations), default=-1.0)
 
     def train(self) -> dict:
         """Train to the end of the last epoch, or until a stop is requested (trainer.stop).
@@ -108,7 +112,8 @@ class TrainingRun:
         However it ends, the state after the last whole update is on disk, if its weights are finite.
 
         Returns:
-            The evaluations "before" and "after" (None: there was none yet), and whether it is "finished".
+            The evaluations "before" and "after", and the "best" one, whose weights are in best_model (None:
+            there was none yet); and whether it is "finished".
 
         Raises:
             EmergencyStop: the update in progress must not reach the weights; the evidence is in emergency/.
@@ -120,10 +125,10 @@ class TrainingRun:
                 stack.callback(self.close)
             bar = progress_bar(
                 self.processes.is_main,
-                total=self.num_batches,
-                initial=self.trainer.step,
+                total=self.num_queries,
+                initial=self.drawn,
                 desc="training",
-                unit="batch",
+                unit="query",
             )
             stack.enter_context(bar)
             try:
@@ -143,8 +148,11 @@ class TrainingRun:
             recorded = self._evaluations()
         if isinstance(end, EmergencyStop):
             raise end
-        before, after = (recorded[0], recorded[-1]) if recorded else (None, None)
-        return {"before": before, "after": after, "finished": end is None}
+        result: dict[str, Any] = {"before": None, "after": None, "best": None}
+        if recorded:
+            # Of equally good evaluations max() takes the first, as best_model does.
+            result = {"before": recorded[0], "after": recorded[-1], "best": max(recorded, key=standing)}
+        return result | {"finished": end is None}
 
     def close(self) -> None:
         """Close the record and unlock the folder; on the main process."""
@@ -157,7 +165,7 @@ class TrainingRun:
         config, trainer = self.config, self.trainer
         while True:
             stop_if(non_finite_weights(trainer.model))
-            finished = trainer.step == self.num_batches
+            finished = self.drawn == self.num_queries
             if trainer.step == 0 or finished or is_due(trainer.step, config.eval_frequency):
                 self._evaluate()
             if finished:
@@ -173,26 +181,43 @@ class TrainingRun:
             # After the record: a batch whose record failed is recorded by the resumed run.
             trainer.finish_batch()
             self.pending.pop(0)
+            self.drawn += batch.num_queries
 
-    def _problems_of(self, index: int) -> list:
-        """The problems of rollout batch number index.
+    def _queries(self, start: int, count: int) -> list:
+        """The problems of queries start to start + count, or to the last query.
 
-        Each epoch has an order of its own, and its last batch has what remains. More epochs only add batches
-        at the end, so that a finished run can be continued.
+        Each epoch has an order of its own. More epochs only add queries at the end, so that a finished run
+        can be continued.
         """
-        config, problems = self.config, self.train_problems
-        epoch, place = divmod(index, self.num_batches // config.num_epochs)
-        order = np.random.default_rng([config.seed, epoch]).permutation(len(problems)).tolist()
-        start = place * config.batch_size
-        return [problems[i] for i in order[start : start + config.batch_size]]
+        problems = self.train_problems
+        chosen = []
+        for query in range(start, min(start + count, self.num_queries)):
+            epoch, place = divmod(query, len(problems))
+            chosen.append(problems[_epoch_order(self.config.seed, epoch, len(problems))[place]])
+        return chosen
+
+    def _next_queries(self, start: int) -> list:
+        """The problems from which the rollout batch that begins with this query is drawn.
+
+        Without dynamic sampling a rollout batch ends with the epoch, and its last one has what remains.
+        """
+        size = self.config.batch_size
+        if self.config.dynamic_sampling != "off":
+            return self._queries(start, MAX_DRAWN * size)
+        return self._queries(start, min(size, len(self.train_problems) - start % len(self.train_problems)))
 
     def _collect_window(self) -> None:
         """Sample all K rollout batches before the first of their updates: pi_old is the policy itself."""
         step, frequency = self.trainer.step, self.config.update_frequency
-        end = min(self.num_batches, step - step % frequency + frequency)
-        for index in range(step + len(self.pending), end):
-            self.pending.append(self.trainer.collect(self._problems_of(index), index))
+        for index in range(step + len(self.pending), step - step % frequency + frequency):
+            queries = self._next_queries(self._sampled())
+            if queries:
+                self.pending.append(self.trainer.collect(queries, index))
             self.trainer.stop.check()
+
+    def _sampled(self) -> int:
+        """Queries drawn so far, those of the pending rollout batches included."""
+        return self.drawn + sum(batch.num_queries for batch in self.pending)
 
     # ---- recording; on the main process, which alone has the record
 
@@ -206,7 +231,7 @@ class TrainingRun:
             clip=f"{metrics['clip_fraction']:.2f}",
             tok_s=f"{metrics['tokens_per_s']:.0f}",
         )
-        bar.update()
+        bar.update(batch.num_queries)
 
     def _gibberish_reason(self) -> str | None:
         return gibberish_reason([*self.record.history, self.pending[0].metrics])
@@ -221,12 +246,11 @@ class TrainingRun:
 
     def _evaluate(self) -> None:
         """Evaluate once per step. best_model is written before the line that says so."""
-        step = self.trainer.step
-        if any(recorded["step"] == step for recorded in self._evaluations()):
+        step, recorded = self.trainer.step, self._evaluations()
+        if any(earlier["step"] == step for earlier in recorded):
             return
         metrics = self.trainer.evaluate(self.eval_problems)
-        if metrics["pass_at_1"] > self.best_pass_rate:
-            self.best_pass_rate = metrics["pass_at_1"]
+        if all(standing(metrics) > standing(earlier) for earlier in recorded):
             self.processes.on_main(self._save_model, "best_model")
         self.processes.on_main(lambda: self.record.add_evaluation(step, metrics))
 
@@ -256,6 +280,7 @@ class TrainingRun:
                 "format": STATE_FORMAT,
                 **self.trainer.state_dict(),
                 "pending": [batch.state_dict() for batch in self.pending],
+                "sampled": self._sampled(),
                 "settings": asdict(self.config),
                 "lines": self.record.line_counts(self.trainer.step),
                 "random": random_states(),
@@ -281,8 +306,9 @@ class TrainingRun:
     def _open(self) -> Path | None:
         """Open the folder and the record. Returns the checkpoint to resume from, if there is one."""
         digest = problems_digest([*self.train_problems, *self.eval_problems])
-        self._opened = open_run(self.config, digest, self.num_batches)
+        self._opened = open_run(self.config, digest, self.num_queries)
         self.folder, self.record = self._opened.folder, self._opened.record
+        self.record.clips_per_token = self.trainer.clips_per_token
         return self._opened.checkpoint
 
     def _begin(self, resumed: bool) -> None:
@@ -297,10 +323,18 @@ class TrainingRun:
         saved = type(trainer.model).from_pretrained(checkpoint, dtype=torch.float32)
         trainer.model.load_state_dict(saved.state_dict())
         trainer.load_state_dict(state)
-        for i, batch in enumerate(state["pending"]):
-            problems = self._problems_of(trainer.step + i)
+        counts = [len(batch["samples"]) // batch["group_size"] for batch in state["pending"]]
+        self.drawn = state["sampled"] - sum(counts)
+        for batch, count in zip(state["pending"], counts, strict=True):
+            problems = self._queries(self._sampled(), count)
             self.pending.append(RolloutBatch.from_state_dict(batch, problems))
         set_random_states(state["random"])
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, count: int) -> list[int]:
+    """The order in which an epoch takes the problems."""
+    return np.random.default_rng([seed, epoch]).permutation(count).tolist()
 
 
 def is_due(step: int, frequency: int) -> bool:

@@ -170,6 +170,7 @@ def batch(**changes) -> dict:
         "clip_fraction_by_minibatch": [0.0, 0.25, 0.25, 0.3], "null_clip_fraction": 0.0, "grad_norm": 1.0,
         "importance_ratio_mean": 0.999, "importance_ratio_std": 0.003, "importance_ratio_min": 0.98,
         "importance_ratio_max": 1.02, "reward_mean": 0.4, "zero_variance_groups": 0.1, "sampler_gap": 1e-6,
+        "eligible_fraction": 0.7, "clip_fraction_eligible": 0.3, "ratio_spread": 3.0,
     } | changes  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from gspo.training.stopping import StopRequest
 from support import ROOT
 
 TINY = ["--model_name", "tiny", "--dataset", "sort", "--num_train_samples", "6", "--num_eval_samples", "4",
-        "--num_epochs", "1", "--max_new_tokens", "26", "--device", "cpu"]  # fmt: skip
+        "--num_epochs", "1", "--group_size", "4", "--max_new_tokens", "26", "--device", "cpu"]  # fmt: skip
 
 
 def command(*flags):

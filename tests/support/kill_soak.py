@@ -1,6 +1,8 @@
 """A run that is killed again and again at random moments and resumed, and one that is left alone.
 
-    python tests/support/kill_soak.py FOLDER KILLS    makes FOLDER/whole and FOLDER/killed, to be compared
+    python tests/support/kill_soak.py FOLDER KILLS [FLAG ...]
+
+It makes FOLDER/whole and FOLDER/killed, to be compared; the flags are train_gspo.py's.
 
 Every attempt is a process of its own, forked from one that has imported everything, which ends by SIGKILL at
 any moment. The run is short and saves often, so that most moments are delicate ones.
@@ -18,7 +20,7 @@ import train_gspo
 
 FLAGS = (
     "--model_name tiny --dataset sort --num_train_samples 12 --num_eval_samples 4 --num_epochs 4 "
-    "--max_new_tokens 26 --group_size 4 --update_frequency 2 --learning_rate 1e-3 --warmup_steps 5 "
+    "--max_new_tokens 26 --group_size 4 --learning_rate 1e-3 --warmup_steps 5 "
     "--device cpu --eval_frequency 2 --save_frequency 1"
 ).split()
 
@@ -83,4 +85,5 @@ def wait(process: int) -> int:
 
 
 if __name__ == "__main__":
+    FLAGS += sys.argv[3:]
     sys.exit(main(sys.argv[1], int(sys.argv[2])))

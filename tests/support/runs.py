@@ -16,10 +16,16 @@ def noisy(asked, responses):
     return [reward + noise for reward in shared_prefix(asked, responses)]
 
 
-def new_trainer(folder, **other):
+def tied_for_some(asked, responses):
+    """The same, but all responses to problems that begin with an even digit earn nothing."""
+    rewards = noisy(asked, responses)
+    return [r if int(p.id[0]) % 2 else 0.0 for p, r in zip(asked, rewards, strict=True)]
+
+
+def new_trainer(folder, reward_fn=noisy, **other):
     settings = {"num_epochs": 2, "eval_frequency": 2, "save_frequency": 2, "output_dir": str(folder)}
     settings |= {"run_name": "run", "learning_rate": 1e-3, "warmup_steps": 7, "kl_coef": 0.01}
-    return trainer(reward_fn=noisy, **(settings | other))
+    return trainer(reward_fn=reward_fn, **(settings | other))
 
 
 def seed_everything():

@@ -38,7 +38,13 @@ def shared_prefix(asked, responses):
 
 
 def trainer(name="tiny", reward_fn=shared_prefix, **settings):
-    settings = {"max_new_tokens": 20, "learning_rate": 2e-4, "device": "cpu", "dtype": "float32"} | settings
+    settings = {
+        "group_size": 4,
+        "max_new_tokens": 20,
+        "learning_rate": 2e-4,
+        "device": "cpu",
+        "dtype": "float32",
+    } | settings
     model, tokenizer = load_model(name, device="cpu")
     return GSPOTrainer(model, tokenizer, GSPOConfig(model_name=name, **settings), reward_fn)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from copy import deepcopy
 
 import pytest
@@ -62,6 +63,48 @@ def test_warnings_look_at_the_history():
     assert warnings_of([tied] * 4) == {}
     assert "no learning signal" in warnings_of([tied] * 5)["no signal"]
     assert "loss has risen" in warnings_of([GOOD] * 20 + [{**GOOD, "loss": 2.0}] * 10)["loss"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "batches", "message"),
+    [
+        ("ratio spread", {"ratio_spread": 24.0}, 5, "24 clip ranges from 1.*acts as zero.*about 8 times"),
+        ("clips most", {"clip_fraction_eligible": 0.7}, 10, "more than 60 % .* the last time 70%"),
+        (
+            "clips nothing",
+            {"clip_fraction_eligible": 0.004},
+            10,
+            "0.4%: the clip range has no effect",
+        ),
+        ("entropy", {"entropy": 0.12}, 5, "entropy has fallen to 0.12 nats per token from 1.5 at the start"),
+    ],
+)
+def test_warnings_about_clipping_and_entropy(kind, change, batches, message):
+    bad, cannot_clip = {**GOOD, **change}, {**GOOD, **change, "eligible_fraction": 0.0}
+    start = [GOOD] * 10
+    assert kind not in warnings_of([*start, *[bad] * (batches - 1)])
+    assert re.search(message, warnings_of([*start, *[bad] * batches])[kind])
+    if kind != "entropy":  # batches in which nothing could clip say nothing about the clip range
+        assert warnings_of([cannot_clip] * 20) == {}
+        assert kind in warnings_of([bad, cannot_clip] * batches)
+    # A token's ratio is far from GRPO's range in few tokens, in a healthy run.
+    assert (kind in warnings_of([*start, *[bad] * batches], clips_per_token=True)) == (
+        kind != "clips nothing"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "bound"),
+    [
+        ({"ratio_spread": 9.9}, {"ratio_spread": 10.1}),
+        ({"clip_fraction_eligible": 0.59}, {"clip_fraction_eligible": 0.61}),
+        ({"clip_fraction_eligible": 0.011}, {"clip_fraction_eligible": 0.009}),
+        ({"entropy": 0.16}, {"entropy": 0.14}),
+    ],
+)
+def test_where_these_warnings_begin(change, bound):
+    assert warnings_of([GOOD] * 10 + [{**GOOD, **change}] * 10) == {}
+    assert len(warnings_of([GOOD] * 10 + [{**GOOD, **bound}] * 10)) == 1
 
 
 @pytest.mark.parametrize(

@@ -51,16 +51,22 @@ def wait_for_line(metrics, count, process):
     pytest.fail("no rollout batch was trained on")
 
 
-def test_two_processes_train_as_one_does(tmp_path):
-    one = run_here(*FLAGS, "--output_dir", tmp_path, "--run_name", "one")
+DYNAMIC = ["--dynamic_sampling", "--batch_size", "2", "--mini_batch_size", "1", "--group_size", "2"]
+
+
+@pytest.mark.parametrize("more", [[], DYNAMIC], ids=["fixed", "dynamic"])
+def test_two_processes_train_as_one_does(tmp_path, more):
+    flags = [*FLAGS, *more, "--output_dir", tmp_path, "--run_name"]
+    one = run_here(*flags, "one")
     assert one.returncode == 0, one.stderr
     assert "processes: 1" in one.stdout
-    code, said = finish(start(tmp_path, *FLAGS, "--output_dir", tmp_path, "--run_name", "two"), tmp_path)
+    code, said = finish(start(tmp_path, *flags, "two"), tmp_path)
     assert code == 0, said
     assert said.count("processes: 2") == said.count("trained model: ") == 1  # only rank 0 prints
     assert json.loads((tmp_path / "two" / "config.json").read_text())["environment"]["processes"] == 2
     alone, together = record_of(tmp_path / "one"), record_of(tmp_path / "two")
-    assert len(alone["metrics.jsonl"]) == 2
+    queries = [line["queries"] for line in alone["metrics.jsonl"]]
+    assert sum(queries) == 8 and (queries == [4, 4] if not more else max(queries) > 2)
     assert together["eval.jsonl"] == alone["eval.jsonl"]
     for a, b in zip(alone["metrics.jsonl"], together["metrics.jsonl"], strict=True):
         assert a.keys() == b.keys()

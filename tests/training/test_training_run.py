@@ -21,19 +21,21 @@ from support import ROOT
 from support.commands import exit_code_of, forked, wait_for
 from support.metrics import EVALUATION
 from support.records import contents, lines_of, record_of, weights_of_run
-from support.runs import EVAL, TRAIN, new_trainer, seed_everything
+from support.runs import EVAL, TRAIN, new_trainer, seed_everything, tied_for_some
 from support.sorting import problems, trainer
+
+DYNAMIC = {"dynamic_sampling": "reward", "batch_size": 2, "reward_fn": tied_for_some, "update_frequency": 2}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """By update frequency, the folder of a run of six rollout batches."""
+    """The folder of a run, by update frequency, and of one with dynamic sampling."""
     runs = {}
-    for frequency in (1, 3):
+    for name, settings in ((1, {}), (3, {"update_frequency": 3}), ("dynamic", DYNAMIC)):
         folder = tmp_path_factory.mktemp("uninterrupted")
         seed_everything()
-        new_trainer(folder, update_frequency=frequency).train(TRAIN, EVAL)
-        runs[frequency] = folder / "run"
+        new_trainer(folder, **settings).train(TRAIN, EVAL)
+        runs[name] = folder / "run"
     return runs
 
 
@@ -47,22 +49,28 @@ def stop_at_the_third_place(t):
     t.stop.check = check_at_the_third_place
 
 
-@pytest.mark.parametrize("frequency", [1, 3])
-def test_stops_at_any_place_change_nothing(uninterrupted, tmp_path, frequency):
+@pytest.mark.parametrize(
+    "name, settings",
+    [(1, {}), (3, {"update_frequency": 3}), ("dynamic", DYNAMIC)],
+    ids=["K=1", "K=3", "dynamic"],
+)
+def test_stops_at_any_place_change_nothing(uninterrupted, tmp_path, name, settings):
     """Every third place at which the run can stop: evaluations, between sampled batches, between updates."""
     stops, resume = 0, None
     seed_everything()
     while True:
-        t = new_trainer(tmp_path, update_frequency=frequency, resume=resume)
+        t = new_trainer(tmp_path, resume=resume, **settings)
         stop_at_the_third_place(t)
         if t.train(TRAIN, EVAL)["finished"]:
             break
         stops, resume = stops + 1, str(tmp_path / "run")
         assert len(list((tmp_path / "run" / "checkpoints").iterdir())) <= 2
         seed_everything(), random.random()  # a new process has other random states
-    assert stops > 8
-    assert record_of(tmp_path / "run") == record_of(uninterrupted[frequency])
-    assert weights_of_run(tmp_path / "run") == weights_of_run(uninterrupted[frequency])
+    assert stops > (4 if name == "dynamic" else 8)
+    drawn = [line["queries"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")]
+    assert sum(drawn) == 20 and max(drawn) > 2 and (name == "dynamic" or max(drawn) == 4)
+    assert record_of(tmp_path / "run") == record_of(uninterrupted[name])
+    assert weights_of_run(tmp_path / "run") == weights_of_run(uninterrupted[name])
 
 
 def test_an_error_anywhere_is_resumed_from_the_last_whole_update(uninterrupted, tmp_path):
@@ -262,13 +270,37 @@ def test_a_resumed_run_knows_the_best_evaluation_so_far(tmp_path):
     """best_model must not be replaced by a model that is worse than one evaluated before the resume."""
     seed_everything()
     new_trainer(tmp_path, num_epochs=1).train(TRAIN, EVAL)
-    best = max(line["pass_at_1"] for line in lines_of(tmp_path / "run" / "eval.jsonl"))
+    best = max(lines_of(tmp_path / "run" / "eval.jsonl"), key=pass_rate_and_reward)
     kept = contents(tmp_path / "run" / "best_model")
     run = TrainingRun(new_trainer(tmp_path, resume="latest"), TRAIN, EVAL)
-    assert run.best_pass_rate == best
-    run.trainer.evaluate = lambda _: EVALUATION | {"pass_at_1": best}
-    run.train()
+    run.trainer.evaluate = lambda _: without_step(best)
+    result = run.train()
     assert contents(tmp_path / "run" / "best_model") == kept
+    assert result["best"] == best and result["after"]["step"] > best["step"]  # the first of equally good ones
+
+
+def test_the_best_model_goes_by_pass_rate_and_then_by_mean_reward(tmp_path):
+    """With a dense reward no evaluation has a pass, and the mean reward decides."""
+    found = iter([(0.0, 0.3), (0.0, 0.5), (0.0, 0.4), (0.25, 0.1), (0.25, 0.1)])
+    run = TrainingRun(new_trainer(tmp_path, eval_frequency=1, num_epochs=1), problems(16), EVAL)
+    saved = []
+
+    def evaluate(_):
+        return without_step(EVALUATION) | dict(zip(("pass_at_1", "reward_mean"), next(found), strict=True))
+
+    run.trainer.evaluate = evaluate
+    run._save_model = lambda name: saved.append((name, run.trainer.step))
+    result = run.train()
+    assert saved == [("best_model", 0), ("best_model", 1), ("best_model", 3), ("final_model", 4)]
+    assert [result[name]["step"] for name in ("before", "best", "after")] == [0, 3, 4]
+
+
+def pass_rate_and_reward(line):
+    return line["pass_at_1"], line["reward_mean"]
+
+
+def without_step(line):
+    return {name: value for name, value in line.items() if name != "step"}
 
 
 def test_progress_in_a_log_file_is_whole_lines(capsys):
@@ -283,12 +315,17 @@ def test_progress_in_a_log_file_is_whole_lines(capsys):
 
 
 @pytest.mark.slow
-def test_kills_at_random_times_change_nothing(tmp_path):
-    soak = [sys.executable, ROOT / "tests/support/kill_soak.py", tmp_path, "50"]
+@pytest.mark.parametrize(
+    "kills, flags",
+    [(50, ["--update_frequency", "2"]), (10, ["--dynamic_sampling"])],
+    ids=["batches", "dynamic"],
+)
+def test_kills_at_random_times_change_nothing(tmp_path, kills, flags):
+    soak = [sys.executable, ROOT / "tests/support/kill_soak.py", tmp_path, str(kills), *flags]
     done = subprocess.run(soak, capture_output=True, text=True, timeout=1500)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "50 kills" in done.stdout
+    assert f"{kills} kills" in done.stdout
     whole, *killed = sorted((p for p in tmp_path.iterdir() if p.is_dir()), key=lambda p: p.name != "whole")
     assert killed
     for run in killed:
