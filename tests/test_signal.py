@@ -154,3 +154,17 @@ def test_an_update_in_which_everything_is_clipped_is_not_made():
     assert_same_state(states[0], states[1])
     assert metrics["clip_fraction_by_minibatch"][1] == 1 and batch.updates[1]["grad_norm"] == 0
     assert metrics["updates_without_signal"] == 1 and t.schedule.last_epoch == step + len(minibatches) - 1
+
+
+def test_a_response_at_its_groups_mean_cannot_clip():
+    def reward(asked, responses):
+        return [(0.0, 0.5, 1.0)[i % 3] for i in range(len(asked))]
+
+    t = trainer(group_size=3, reward_fn=reward)
+    batch = t.collect(problems(4), 1)
+    metrics = t.update(batch)
+    can_clip = [sample.ratio_spread is not None for sample in batch.samples]
+    assert can_clip == [False] * 3 + [True, False, True] * 3  # the first update sees pi_old itself
+    tokens = [sample.num_tokens for sample in batch.samples]
+    expected = sum(n for n, can in zip(tokens, can_clip, strict=True) if can) / sum(tokens)
+    assert metrics["eligible_fraction"] == pytest.approx(expected)
