@@ -454,8 +454,7 @@ class GSPOTrainer:
         advantages = group_advantages(torch.tensor(rewards), config.group_size)  # (B,)
         for sample, advantage in zip(samples, advantages.tolist(), strict=True):
             sample.advantage = advantage
-        queries = min(len(samples) // config.group_size, config.batch_size)
-        updates = -(-queries // config.mini_batch_size)
+        updates = config.updates_for(len(samples) // config.group_size)
         batch = RolloutBatch(samples, config.group_size, updates, self.schedule.last_epoch)
         for group in batch.groups():
             trained = keeps(group, config.dynamic_sampling)

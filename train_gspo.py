@@ -217,14 +217,14 @@ def describe_objective(config: GSPOConfig) -> str:
     algorithm = ALGORITHMS[config.algorithm]
     kl = f", minus {config.kl_coef} x KL to the starting model" if config.kl_coef else ", no KL term"
     num_batches, num_updates = config.count_updates(config.num_train_samples)
-    batches = f"{counted(num_batches, 'rollout batch', 'rollout batches')}"
+    batches = counted(num_batches, "rollout batch", "rollout batches")
     if config.dynamic_sampling != "off":
         batches = (
             f"a rollout batch draws queries until {counted(config.batch_size, 'group')} with a signal are "
             f"found, at most {MAX_DRAWN * config.batch_size}; at most {batches}"
         )
     queries = min(config.batch_size, config.num_train_samples)  # of the largest rollout batch
-    updates = -(-queries // config.mini_batch_size)
+    updates = config.updates_for(queries)
     update_queries = min(config.mini_batch_size, queries)
     # The first window of update_frequency rollout batches, which the run may not fill, has the most updates.
     window = min(config.update_frequency, num_batches)

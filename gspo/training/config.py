@@ -175,9 +175,9 @@ class GSPOConfig:
         if self.rollout_engine == "vllm":
             raise ValueError("--rollout_engine vllm is not available yet; use transformers")
 
-    @property
-    def updates_per_rollout_batch(self) -> int:
-        return self.batch_size // self.mini_batch_size
+    def updates_for(self, num_queries: int) -> int:
+        """Optimizer updates of a rollout batch of so many queries, but at most those of batch_size."""
+        return -(-min(num_queries, self.batch_size) // self.mini_batch_size)
 
     def count_updates(self, num_problems: int) -> tuple[int, int]:
         """Rollout batches and optimizer updates of all epochs over num_problems training problems.
@@ -186,7 +186,7 @@ class GSPOConfig:
         """
         whole_batches, remaining = divmod(num_problems, self.batch_size)
         num_batches = whole_batches + (remaining > 0)
-        num_updates = whole_batches * self.updates_per_rollout_batch + -(-remaining // self.mini_batch_size)
+        num_updates = whole_batches * self.updates_for(self.batch_size) + self.updates_for(remaining)
         return self.num_epochs * num_batches, self.num_epochs * num_updates
 
 
