@@ -462,6 +462,7 @@ class GSPOTrainer:
                 sample.has_signal = trained and (sample.advantage != 0 or config.kl_coef > 0)
         batch.metrics = metrics | batch.statistics() | self._compute_log_probs(batch, index)
         batch.metrics["learning_rate"] = self.schedule.get_last_lr()[0]
+        self.query_draw.note(batch.groups())
         return batch
 
     def _compute_log_probs(self, batch: RolloutBatch, index: int) -> dict[str, float]:

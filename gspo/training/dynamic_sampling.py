@@ -61,5 +61,12 @@ class QueryDraw:
             drawn += len(chunk)
             groups = [more[i : i + self.group_size] for i in range(0, len(more), self.group_size)]
             kept += sum(keeps(group, self.mode) for group in groups)
-        self.signal_share += SIGNAL_SHARE_WEIGHT * (kept / drawn - self.signal_share)
         return samples, metrics
+
+    def note(self, groups: Sequence[Sequence[Sample]]) -> None:
+        """Take the groups of a rollout batch into the running share, once nothing can fail any more.
+
+        An error after the draw must leave the share as it was, so that a resumed run draws the same queries.
+        """
+        share = sum(keeps(group, self.mode) for group in groups) / len(groups)
+        self.signal_share += SIGNAL_SHARE_WEIGHT * (share - self.signal_share)

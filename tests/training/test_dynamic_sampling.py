@@ -46,6 +46,7 @@ def drawn_from(letters, draw):
         return [x for letter in chunk for x in group(*REWARDS[letter])], {"generation_s": 0.5}
 
     samples, metrics = draw.draw(letters, sample)
+    draw.note([samples[i : i + 2] for i in range(0, len(samples), 2)])
     assert len(samples) == 2 * sum(map(len, rounds)) and metrics == {"generation_s": 0.5 * len(rounds)}
     return rounds
 

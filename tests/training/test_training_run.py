@@ -73,6 +73,19 @@ def test_stops_at_any_place_change_nothing(uninterrupted, tmp_path, name, settin
     assert weights_of_run(tmp_path / "run") == weights_of_run(uninterrupted[name])
 
 
+def test_an_error_after_a_draw_leaves_the_next_draws_as_they_were(uninterrupted, tmp_path):
+    """The share of groups with a signal, by which draws are sized, belongs to batches that are whole."""
+    seed_everything()
+    t = new_trainer(tmp_path, **DYNAMIC)
+    compute, calls = t._compute_log_probs, iter(range(100))
+    t._compute_log_probs = lambda *args: 1 / 0 if next(calls) == 1 else compute(*args)
+    with pytest.raises(ZeroDivisionError):
+        t.train(TRAIN, EVAL)
+    new_trainer(tmp_path, resume="latest", **DYNAMIC).train(TRAIN, EVAL)
+    metrics = [record_of(run)["metrics.jsonl"] for run in (tmp_path / "run", uninterrupted["dynamic"])]
+    assert [line["queries"] for line in metrics[0]] == [line["queries"] for line in metrics[1]]
+
+
 def test_an_error_anywhere_is_resumed_from_the_last_whole_update(uninterrupted, tmp_path):
     seed_everything()
     t = new_trainer(tmp_path)
