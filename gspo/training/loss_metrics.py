@@ -81,7 +81,7 @@ def pool_metrics(parts: Iterable[dict[str, float]], num_sequences: int, num_toke
     Args:
         parts: what loss_metrics() returned for each, with loss_sum, sampler_gap_sum and perhaps kl_sum.
         num_sequences, num_tokens: those of the whole. It may have sequences without a signal, which are in no
-            part: they add 0 to the loss and cannot clip.
+            part: they add 0 to the loss and cannot clip. They have no KL either, and stay out of its mean.
     """
     parts = [part for part in parts if part["ratios"]]
     sums = {name: sum(part[name] for part in parts if name in part) for name in METRIC_SUMS}
@@ -94,7 +94,7 @@ def pool_metrics(parts: Iterable[dict[str, float]], num_sequences: int, num_toke
     metrics |= _with_averages(sums, lowest, highest, num_sequences, num_tokens)
     metrics["sampler_gap"] = sums["sampler_gap_sum"] / max(sums["sequences"], 1)
     if has_kl:
-        metrics["kl"] = sums["kl_sum"] / num_sequences
+        metrics["kl"] = sums["kl_sum"] / max(sums["sequences"], 1)
     return metrics
 
 

@@ -95,6 +95,25 @@ def test_tied_groups_are_counted_and_not_trained_on():
         assert metrics["updates_without_signal"] == 0 and metrics["grad_norm"] > 0
 
 
+def test_the_logged_kl_is_that_of_the_responses_that_have_one():
+    """A response that was drawn and not kept has no KL, and must not dilute the others'."""
+
+    def reward(asked, responses):
+        return [
+            r if int(p.id[0]) < 3 else 0.0
+            for p, r in zip(asked, shared_prefix(asked, responses), strict=True)
+        ]
+
+    t = trainer(batch_size=2, dynamic_sampling="reward", kl_coef=0.1, learning_rate=1e-3, reward_fn=reward)
+    t.train_step(problems(16))  # at the start the KL is 0
+    batch = t.collect(problems(16, seed=1), 1)
+    kl = t.update(batch)["kl"]
+    assert len(batch.samples) > sum(map(len, batch.minibatches())) > 0
+    sizes = [len(samples) for samples in batch.minibatches()]
+    mean = sum(n * update["kl"] for n, update in zip(sizes, batch.updates, strict=True)) / sum(sizes)
+    assert kl == pytest.approx(mean) and kl > 0
+
+
 @pytest.mark.parametrize("frequency", [1, 3])
 def test_each_epoch_still_takes_each_problem_once(tmp_path, frequency):
     asked = []
