@@ -16,9 +16,9 @@ Where this departs from the paper:
     1. std is unbiased and has 1e-6 added to it (the paper gives no constant).
     2. log-ratios are bounded by MAX_LOG_RATIO before exp(), far outside any clip range.
     3. the gradient norm is clipped (--max_grad_norm), and a learning rate may be warmed up.
-    4. a group whose rewards are all equal stays out of the updates and their means, and the groups that have
-       a signal are dealt evenly over the updates. An update without a gradient is not made, since AdamW's
-       momentum would move the weights nearly as far as a step that teaches.
+    4. a group whose rewards are all equal, and which no KL term moves, stays out of the updates and their
+       means. The other groups are dealt evenly over the updates. An update without a gradient is not made,
+       since AdamW's momentum would move the weights nearly as far as a step with one.
     5. a response that could not be judged has no advantage and stays out of its group's mean and std.
 
 Shapes: Q queries, G group size, B = Q * G sequences (groups contiguous), T response positions.
@@ -62,7 +62,7 @@ SMALL_MODEL = 0.5e9
 # Problems per step of an evaluation and of its progress bar.
 EVALUATION_CHUNK = 16
 # The response length for which the paper's clip range of GSPO is assumed to be right. The paper gives no
-# length. It says only that it trains for competition mathematics and code, where answers are long.
+# length. It says only that it trains on competition mathematics and code, where answers are long.
 PAPER_RESPONSE_TOKENS = 2000
 
 

@@ -259,7 +259,7 @@ def describe_objective(config: GSPOConfig) -> str:
 
 
 def clip_range_advice(config: GSPOConfig) -> list[str]:
-    """What the paper's clip range would be, for responses so short that it is twice as wide; or nothing."""
+    """The paper's clip range scaled to short responses, in a sentence or two; nothing for long ones."""
     from gspo_implementation import ALGORITHMS, suggested_clip_range
 
     paper, tokens = ALGORITHMS["gspo"], config.max_new_tokens

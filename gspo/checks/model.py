@@ -433,7 +433,7 @@ def _update_errors(
 
 
 def _clip_ratios(algorithm: str, twin: reference.Updates) -> list[Tensor]:
-    """What is compared with the clip range, per response: (1,) its ratio, or (|y|,) those of its tokens."""
+    """The ratios that may clip, for each response: (1,) its own, or (|y|,) those of its tokens."""
     per_token = ALGORITHMS[algorithm].clip_unit == "token"
     return [(row if per_token else row.mean()[None]).exp() for row in twin.log_ratios]
 

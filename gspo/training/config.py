@@ -83,13 +83,15 @@ class GSPOConfig:
     left_clip_range: float | None = flag(
         None,
         "objective",
-        "clip ratios below 1 - this (default: the algorithm's; GSPO below 0.5B parameters: 20 times it)",
+        "clip ratios below 1 - this (default: the algorithm's; if neither is given, GSPO takes 20 times "
+        "it for models under 0.5B)",
         positive=True,
     )
     right_clip_range: float | None = flag(
         None,
         "objective",
-        "clip ratios above 1 + this (default: the algorithm's; GSPO below 0.5B parameters: 20 times it)",
+        "clip ratios above 1 + this (default: the algorithm's; if neither is given, GSPO takes 20 times "
+        "it for models under 0.5B)",
         positive=True,
     )
     kl_coef: float = flag(

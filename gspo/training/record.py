@@ -30,7 +30,7 @@ GLOSSARY = {
     "clip_fraction_sequences": ("share", "responses with a clipped token, of all responses in the batch"),
     "clip_fraction_by_minibatch": (
         "share",
-        "clip_fraction of each update that was made; 0 for the first one after sampling",
+        "clip_fraction of each update that had a group with a signal; 0 for the first one after sampling",
     ),
     "ratio_spread": (
         "clip ranges",
@@ -58,7 +58,7 @@ GLOSSARY = {
     "queries": ("count", "queries drawn; with dynamic sampling more than batch_size"),
     "groups_all_right": ("share", "groups in which every judged response passed"),
     "groups_all_wrong": ("share", "groups in which no judged response passed"),
-    "zero_variance_groups": ("share", "groups whose rewards are all equal, so that they have no signal"),
+    "zero_variance_groups": ("share", "groups whose rewards are all equal"),
     "unjudged_responses": ("count", "responses without a reward: they have no advantage and enter no mean"),
     "code_timeouts": ("count", "responses whose code ran out of time; logged by the toolkit's own rewards"),
     "response_tokens_mean": ("tokens", "mean response length, end token included"),
@@ -75,7 +75,7 @@ GLOSSARY = {
         "that have a signal",
     ),
     "kl": ("nats per token", "estimated KL to the starting model; logged with a kl_coef"),
-    "grad_norm": ("-", "gradient norm before clipping, mean over the batch's optimizer updates"),
+    "grad_norm": ("-", "gradient norm before clipping, mean over the updates that had a group with a signal"),
     "learning_rate": ("-", "learning rate of the batch's last optimizer update"),
     "generation_s": ("s", "time to sample the responses"),
     "reward_s": ("s", "time to reward them"),

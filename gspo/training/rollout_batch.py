@@ -66,7 +66,7 @@ class RolloutBatch:
     """What one rollout batch is trained on, from its sampling to its last update.
 
     samples: (Q * G,) groups contiguous.
-    planned_updates: optimizer updates if every group has a signal.
+    planned_updates: optimizer updates to make, if there are as many groups with a signal.
     updates_before: optimizer updates made before it was sampled.
     metrics: what is known before the updates.
     updates: the metrics of each optimizer update so far.

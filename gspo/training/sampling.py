@@ -64,8 +64,8 @@ def evaluation_metrics(samples: Sequence[Sample], group_size: int) -> dict:
     """
     passed = np.array([sample.passed for sample in samples])  # (Q * G,)
     rewards = np.array([sample.reward or 0.0 for sample in samples])
-    # Of all responses at once: the mean of the problems' means could differ from it in the last bit, and
-    # evaluations that are equally good must compare as equal.
+    # The mean is taken over all responses at once. A mean of the problems' means could differ from it in the
+    # last bit, and evaluations that are equally good must compare as equal.
     pass_at_1 = float(passed.mean())
     return {
         "pass_at_1": pass_at_1,
@@ -78,8 +78,8 @@ def evaluation_metrics(samples: Sequence[Sample], group_size: int) -> dict:
 
 
 def standing(evaluation: dict) -> tuple[float, float]:
-    """What evaluations are compared by: pass@1, and the mean reward where pass@1 is the same.
+    """The figures by which evaluations are compared: pass@1, then the mean reward.
 
-    So the mean reward decides with a dense reward, which is never exactly 1.
+    The mean reward decides where pass@1 is the same, as with a dense reward that is never exactly 1.
     """
     return evaluation["pass_at_1"], evaluation["reward_mean"]

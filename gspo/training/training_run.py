@@ -150,7 +150,7 @@ class TrainingRun:
             raise end
         result: dict[str, Any] = {"before": None, "after": None, "best": None}
         if recorded:
-            # Of equally good evaluations max() takes the first, as best_model does.
+            # max() takes the first of equally good evaluations, as best_model does.
             result = {"before": recorded[0], "after": recorded[-1], "best": max(recorded, key=standing)}
         return result | {"finished": end is None}
 
