@@ -37,12 +37,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gspo.policy.gradient_checkpointing import enable_gradient_checkpointing
 from gspo.policy.rollout import Rollout, Sampling, TransformersEngine, encode_prompt
-from gspo.training.alarms import EmergencyStop, non_finite_weights, stop_if, stop_reason
+from gspo.training.alarms import non_finite_weights, stop_if, stop_reason, unjudged_reason
 from gspo.training.config import GSPOConfig
 from gspo.training.dynamic_sampling import QueryDraw, keeps
 from gspo.training.forward_passes import ForwardPasses
 from gspo.training.hardware import choose_device, choose_dtype
-from gspo.training.loss_metrics import loss_metrics, pool_metrics, without_sums
+from gspo.training.loss_metrics import loss_metrics, none_eligible, pool_metrics, without_sums
 from gspo.training.processes import Processes
 from gspo.training.progress import progress_bar
 from gspo.training.rollout_batch import RolloutBatch, Sample
@@ -61,9 +61,6 @@ EVALUATION_STREAM = 1 << 100
 SMALL_MODEL = 0.5e9
 # Problems per step of an evaluation and of its progress bar.
 EVALUATION_CHUNK = 16
-# The response length for which the paper's clip range of GSPO is assumed to be right. The paper gives no
-# length. It says only that it trains on competition mathematics and code, where answers are long.
-PAPER_RESPONSE_TOKENS = 2000
 
 
 # ----------------------------------------------------------------------------------------------- the losses
@@ -329,17 +326,6 @@ ALGORITHMS = {
 }
 
 
-def suggested_clip_range(tokens: int) -> tuple[float, float]:
-    """The paper's clip range of GSPO, left and right, scaled to responses of this many tokens.
-
-    s is exp of a mean over tokens. If their log-ratios are independent, the mean spreads as 1 / sqrt(tokens),
-    and the range with it. It is never narrower than the paper's.
-    """
-    paper = ALGORITHMS["gspo"]
-    scale = max(1.0, math.sqrt(PAPER_RESPONSE_TOKENS / tokens))
-    return scale * paper.left_clip_range, scale * paper.right_clip_range
-
-
 def resolve(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
     """A copy in which every None that depends on the algorithm, the model's size or the machine is decided.
 
@@ -425,8 +411,13 @@ class GSPOTrainer:
         """One rollout batch on these problems: sample, reward, update. Returns its metrics.
 
         With dynamic sampling, as many of them are drawn as it takes (collect).
+
+        Raises:
+            EmergencyStop: a figure is not finite, a ratio is out of bounds, or no response could be judged.
         """
-        metrics = self.update(self.collect(problems, self.step))
+        batch = self.collect(problems, self.step)
+        stop_if(unjudged_reason([batch.metrics]), batch.metrics)
+        metrics = self.update(batch)
         self.finish_batch()
         return metrics
 
@@ -445,13 +436,14 @@ class GSPOTrainer:
         stream = (config.seed << 64) + (index << 32)
 
         def sample_groups(chunk: Sequence, drawn: int) -> tuple[list[Sample], dict]:
+            if drawn:  # a later round of a draw; a resumed run begins the draw again
+                self.stop.check()
             return self._sample_and_reward(chunk, stream + drawn, config.group_size, config.temperature)
 
         samples, metrics = self.query_draw.draw(problems, sample_groups)
-        if all(sample.reward is None for sample in samples):
-            raise EmergencyStop("no response of the rollout batch could be judged")
         rewards = [math.nan if sample.reward is None else sample.reward for sample in samples]
-        advantages = group_advantages(torch.tensor(rewards), config.group_size)  # (B,)
+        # float64, so that two rewards that differ have a signal, however close they are.
+        advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), config.group_size)  # (B,)
         for sample, advantage in zip(samples, advantages.tolist(), strict=True):
             sample.advantage = advantage
         updates = config.updates_for(len(samples) // config.group_size)
@@ -478,7 +470,7 @@ class GSPOTrainer:
         if self.reference_model is not None:
             for sample, log_probs in self.forward.all_log_probs(self.reference_model, minibatches):
                 sample.reference_log_probs = log_probs
-        if measures_noise:
+        if measures_noise and minibatches:
             metrics["null_clip_fraction"] = self._null_clip_fraction(minibatches)
         metrics["log_prob_s"] = time.perf_counter() - started
         return metrics
@@ -551,7 +543,7 @@ class GSPOTrainer:
         if can_clip:
             self._note_ratios(samples, self.processes.gather(log_probs))
         else:
-            parts = [part | {"eligible_tokens": 0} for part in parts]
+            parts = [none_eligible(part) for part in parts]
         metrics = pool_metrics(parts, len(samples), num_tokens)
         norm = grad_norm.item()
         metrics |= {"grad_norm": norm, "learning_rate": self.schedule.get_last_lr()[0]}

@@ -14,6 +14,7 @@ Exit codes: 0 done; 1 failure; 2 bad input (one line: what, why, what to do); 3 
 import argparse
 import ast
 import json
+import math
 import os
 import sys
 from dataclasses import asdict, fields, replace
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from gspo.training.training_run import TrainingRun
 
 PROGRAM = "train_gspo.py"
+# The response length for which the paper's clip range of GSPO is assumed to be right. The paper gives no
+# length. It says only that it trains on competition mathematics and code, where answers are long.
+PAPER_RESPONSE_TOKENS = 2000
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -230,6 +234,10 @@ def describe_objective(config: GSPOConfig) -> str:
     window = min(config.update_frequency, num_batches)
     epochs, remaining = divmod(window, num_batches // config.num_epochs)
     updates_per_pi_old = epochs * (num_updates // config.num_epochs) + remaining * updates
+    if config.dynamic_sampling == "off":
+        trained_on = f"{counted(queries, 'query', 'queries')} x {config.group_size} responses"
+    else:  # the last round may bring more, the end of an epoch fewer
+        trained_on = f"about {counted(queries, 'group')} x {config.group_size} responses with a signal"
     every = f"{config.update_frequency} rollout batches" if config.update_frequency > 1 else "rollout batch"
     sentences = [
         f"{config.algorithm}: {algorithm.ratio}, clipped to [1 - {config.left_clip_range:g}, "
@@ -238,9 +246,8 @@ def describe_objective(config: GSPOConfig) -> str:
         f"{counted(config.num_train_samples, 'problem')} x {counted(config.num_epochs, 'epoch')}: "
         f"{batches}, at most {counted(num_updates, 'optimizer update')} "
         "(one without a gradient is not made).",
-        f"{counted(queries, 'query', 'queries')} x {config.group_size} responses per rollout batch, "
-        f"{counted(updates, 'optimizer update')} of {update_queries} x {config.group_size} responses each; "
-        f"pi_old is refreshed every {every}.",
+        f"{trained_on} per rollout batch, {counted(updates, 'optimizer update')} of "
+        f"{update_queries} x {config.group_size} responses each; pi_old is refreshed every {every}.",
     ]
     if updates_per_pi_old == 1:
         sentences.append(
@@ -260,7 +267,7 @@ def describe_objective(config: GSPOConfig) -> str:
 
 def clip_range_advice(config: GSPOConfig) -> list[str]:
     """The paper's clip range scaled to short responses, in a sentence or two; nothing for long ones."""
-    from gspo_implementation import ALGORITHMS, suggested_clip_range
+    from gspo_implementation import ALGORITHMS
 
     paper, tokens = ALGORITHMS["gspo"], config.max_new_tokens
     assert tokens is not None  # resolve() has decided it
@@ -274,6 +281,19 @@ def clip_range_advice(config: GSPOConfig) -> list[str]:
         f"scaled to responses of at most {tokens} tokens the paper's would be about {left:.2g} left, "
         f"{right:.2g} right (--left_clip_range, --right_clip_range)."
     ]
+
+
+def suggested_clip_range(tokens: int) -> tuple[float, float]:
+    """The paper's clip range of GSPO, left and right, scaled to responses of this many tokens.
+
+    s is exp of a mean over tokens. If their log-ratios are independent, the mean spreads as 1 / sqrt(tokens),
+    and the range with it. It is never narrower than the paper's.
+    """
+    from gspo_implementation import ALGORITHMS
+
+    paper = ALGORITHMS["gspo"]
+    scale = max(1.0, math.sqrt(PAPER_RESPONSE_TOKENS / tokens))
+    return scale * paper.left_clip_range, scale * paper.right_clip_range
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:

@@ -168,3 +168,24 @@ def test_a_response_at_its_groups_mean_cannot_clip():
     tokens = [sample.num_tokens for sample in batch.samples]
     expected = sum(n for n, can in zip(tokens, can_clip, strict=True) if can) / sum(tokens)
     assert metrics["eligible_fraction"] == pytest.approx(expected)
+
+
+def test_noise_in_the_first_update_is_not_clipping_of_what_can_clip():
+    """After a resume with other micro-batches, log pi_old comes from other kernels, and noise may clip."""
+    t = trainer(group_size=8, learning_rate=1e-12)
+    batch = t.collect(problems(4), 0)  # the first batch has all log-probabilities, as it measures their noise
+    first = batch.minibatches()[0]
+    for sample in first[: len(first) // 2]:
+        sample.old_log_probs = sample.old_log_probs - (0.1 if sample.advantage > 0 else -0.1)
+    metrics = t.update(batch)
+    assert metrics["clip_fraction_by_minibatch"][0] > 0.2 and metrics["clip_fraction"] > 0.05
+    names = ("clip_fraction_eligible", "clip_fraction_left", "clip_fraction_right")
+    assert [metrics[name] for name in names] == [0, 0, 0]
+    tokens = {id(s): s.num_tokens for s in batch.samples if s.advantage}
+    can_clip = sum(tokens.values()) - sum(tokens.get(id(s), 0) for s in first)
+    assert metrics["eligible_fraction"] == pytest.approx(can_clip / sum(s.num_tokens for s in batch.samples))
+
+
+def test_a_batch_without_a_signal_measures_no_noise():
+    t = trainer(reward_fn=tied)
+    assert "null_clip_fraction" not in t.train_step(problems(4))

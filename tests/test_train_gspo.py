@@ -21,7 +21,7 @@ from gspo.policy.model_loader import TRAINING_BYTES_PER_PARAMETER, check_memory
 from gspo.training.config import GSPOConfig
 from gspo.training.record import GLOSSARY, glossary_table
 from gspo.training.stopping import StopRequest
-from gspo_implementation import ALGORITHMS, resolve, suggested_clip_range
+from gspo_implementation import ALGORITHMS, resolve
 from support import ROOT
 from support.commands import TINY, command, environment, exit_code_of, forked, run, run_here, wait_for
 from support.models import make_model
@@ -33,6 +33,7 @@ from train_gspo import (
     parse,
     prepare,
     resolve_for_machine,
+    suggested_clip_range,
 )
 
 
@@ -157,6 +158,14 @@ def objective(**settings):
         (
             {},
             "4 queries x 8 responses per rollout batch, 4 optimizer updates of 1 x 8 responses each; ",
+        ),
+        (
+            {"dynamic_sampling": "reward", "mini_batch_size": 2},
+            "about 4 groups x 8 responses with a signal per rollout batch, 2 optimizer updates of 2 x 8",
+        ),
+        (
+            {"dynamic_sampling": "reward", "num_train_samples": 1, "num_epochs": 8},
+            "With one optimizer update before pi_old is refreshed",  # a rollout batch ends with the epoch
         ),
         ({}, "pi_old is refreshed every rollout batch. The first"),
         ({"update_frequency": 3}, "pi_old is refreshed every 3 rollout batches. The first"),

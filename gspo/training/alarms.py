@@ -99,6 +99,26 @@ def gibberish_reason(history: Sequence[dict]) -> str | None:
     return f"gibberish: {faults[0]}, and next to nothing was rewarded" if faults else None
 
 
+def unjudged_reason(history: Sequence[dict]) -> str | None:
+    """The reason why there is nothing to learn from, or None.
+
+    No response could be judged, from the first rollout batch to the last, or in WINDOW rollout batches in a
+    row. A few problems that the reward cannot judge do not end a run.
+    """
+    if all(map(_nothing_judged, history)) or all(map(_nothing_judged, history[-WINDOW:])):
+        batches = f"the last {WINDOW} rollout batches" if len(history) >= WINDOW else "the rollout batch"
+        return f"no response of {batches} could be judged"
+    return None
+
+
+def _nothing_judged(batch: dict) -> bool:
+    """True if no response of a rollout batch has a reward.
+
+    A group with a judged response is all right, all wrong, or not tied.
+    """
+    return batch["zero_variance_groups"] == 1 and batch["groups_all_right"] == batch["groups_all_wrong"] == 0
+
+
 # ---- warnings
 
 
@@ -134,12 +154,19 @@ def warnings_of(history: Sequence[dict], clips_per_token: bool = False) -> dict[
             f"the log-probabilities of sampler and trainer differ by {last['sampler_gap']:.3g} nats per "
             f"token, at the start by {first_gap:.3g}: does the sampler get the new weights?"
         )
-    if len(history) >= WINDOW and all(batch["zero_variance_groups"] == 1 for batch in history[-WINDOW:]):
+    recent = history[-WINDOW:]
+    if len(recent) == WINDOW and all(batch["zero_variance_groups"] == 1 for batch in recent):
         warnings["no signal"] = (
             f"no learning signal: in {WINDOW} rollout batches every group's rewards were equal; "
             "try an easier --difficulty, a larger --group_size or a stronger model"
         )
-    start, recent = _start(history), history[-WINDOW:]
+    elif len(recent) == WINDOW and all(batch["grad_norm"] == 0 for batch in recent):
+        warnings["no signal"] = (
+            f"no learning signal: in {WINDOW} rollout batches no update was made, although rewards differed; "
+            "with --dynamic_sampling pass, a group needs responses that pass and responses that do not: take "
+            "--dynamic_sampling reward"
+        )
+    start = _start(history)
     if start and all(batch["entropy"] < 0.1 * _mean(start, "entropy") for batch in recent):
         warnings["entropy"] = (
             f"entropy has fallen to {_mean(recent, 'entropy'):.3g} nats per token from "

@@ -43,9 +43,12 @@ class QueryDraw:
     def draw(self, problems: Sequence, sample: SampleFn) -> tuple[list[Sample], dict]:
         """Samples of all these problems, or with dynamic sampling of as many from the front as it takes.
 
-        Each round draws what the share of groups with a signal of late suggests. So the last round may bring
-        more than batch_size of them; all of them are trained on.
+        With dynamic sampling, at most MAX_DRAWN times batch_size are drawn. Each round draws what the share
+        of groups with a signal of late suggests. So the last round may bring more than batch_size of them,
+        and all of them are trained on.
         """
+        if self.mode != "off":
+            problems = problems[: MAX_DRAWN * self.batch_size]
         samples: list[Sample] = []
         metrics: dict[str, float] = {}
         drawn = kept = 0

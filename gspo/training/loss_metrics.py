@@ -8,7 +8,7 @@ import torch
 # What a loss counts, or the trainer beside it. Sums add up over micro-batches, updates and processes.
 METRIC_SUMS = (
     "sequences", "clipped_sequences",
-    "tokens", "clipped_left_tokens", "clipped_right_tokens", "eligible_tokens",
+    "tokens", "clipped_tokens", "eligible_tokens", "eligible_left_tokens", "eligible_right_tokens",
     "ratios", "ratio_deviations", "ratio_deviations_squared", "loss_sum", "kl_sum", "sampler_gap_sum",
 )  # fmt: skip
 
@@ -34,9 +34,10 @@ def loss_metrics(
         "sequences": has_tokens.sum(),
         "clipped_sequences": (clipped_left | clipped_right).any(1).sum(),
         "tokens": mask.sum(),
-        "clipped_left_tokens": clipped_left.sum(),
-        "clipped_right_tokens": clipped_right.sum(),
+        "clipped_tokens": (clipped_left | clipped_right).sum(),
         "eligible_tokens": eligible.sum(),
+        "eligible_left_tokens": clipped_left.sum(),
+        "eligible_right_tokens": clipped_right.sum(),
         "ratio_deviations": deviations.sum(),
         "ratio_deviations_squared": deviations.square().sum(),
     }
@@ -57,12 +58,12 @@ def _with_averages(
     """The sums, and the averages that they give over so many sequences and tokens (by default their own)."""
     mean_deviation = sums["ratio_deviations"] / max(sums["ratios"], 1)
     mean_square = sums["ratio_deviations_squared"] / max(sums["ratios"], 1)
-    left, right = sums["clipped_left_tokens"], sums["clipped_right_tokens"]
+    left, right = sums["eligible_left_tokens"], sums["eligible_right_tokens"]
     tokens = max(num_tokens or sums["tokens"], 1)
     eligible = max(sums["eligible_tokens"], 1)
     return {
         **sums,
-        "clip_fraction": (left + right) / tokens,
+        "clip_fraction": sums["clipped_tokens"] / tokens,
         "clip_fraction_eligible": (left + right) / eligible,
         "clip_fraction_left": left / eligible,
         "clip_fraction_right": right / eligible,
@@ -96,6 +97,15 @@ def pool_metrics(parts: Iterable[dict[str, float]], num_sequences: int, num_toke
     if has_kl:
         metrics["kl"] = sums["kl_sum"] / max(sums["sequences"], 1)
     return metrics
+
+
+def none_eligible(part: dict[str, float]) -> dict[str, float]:
+    """The metrics of a part of the first update after sampling.
+
+    Its ratios are 1 but for rounding. Tokens that rounding alone puts outside the clip range are in
+    clip_fraction, and not among those that can clip.
+    """
+    return part | {"eligible_tokens": 0, "eligible_left_tokens": 0, "eligible_right_tokens": 0}
 
 
 def without_sums(metrics: dict[str, float]) -> dict[str, float]:

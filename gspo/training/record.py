@@ -53,7 +53,7 @@ GLOSSARY = {
     "importance_ratio_std": ("-", "standard deviation of these ratios"),
     "importance_ratio_min": ("-", "smallest of these ratios"),
     "importance_ratio_max": ("-", "largest of these ratios"),
-    "reward_mean": ("reward", "mean over the judged responses of the batch"),
+    "reward_mean": ("reward", "mean over the judged responses of the batch; 0 if there is none"),
     "reward_std": ("reward", "standard deviation over the judged responses of the batch"),
     "queries": ("count", "queries drawn; with dynamic sampling more than batch_size"),
     "groups_all_right": ("share", "groups in which every judged response passed"),

@@ -98,7 +98,8 @@ class RolloutBatch:
 
     def statistics(self) -> dict[str, float]:
         """What the rewards and the text of the batch are like (record.GLOSSARY)."""
-        rewards = torch.tensor([s.reward for s in self.samples if s.reward is not None])
+        judged = [s.reward for s in self.samples if s.reward is not None]
+        rewards = torch.tensor(judged or [0.0])
         tied = [all(sample.advantage == 0 for sample in group) for group in self.groups()]
         passes_by_group = [{s.passed for s in group if s.reward is not None} for group in self.groups()]
         rollouts = [sample.rollout for sample in self.samples]
@@ -109,7 +110,7 @@ class RolloutBatch:
             "zero_variance_groups": float(np.mean(tied)),
             "groups_all_right": float(np.mean([passes == {True} for passes in passes_by_group])),
             "groups_all_wrong": float(np.mean([passes == {False} for passes in passes_by_group])),
-            "unjudged_responses": len(self.samples) - len(rewards),
+            "unjudged_responses": len(self.samples) - len(judged),
             "response_tokens_mean": float(np.mean([sample.num_tokens for sample in self.samples])),
             "entropy": -float(np.mean([x for rollout in rollouts for x in rollout.log_probs])),
             "truncated_fraction": float(np.mean([not rollout.finished for rollout in rollouts])),

@@ -19,7 +19,13 @@ import torch
 from tqdm import tqdm
 
 from gspo.policy.rollout import encode_prompt
-from gspo.training.alarms import EmergencyStop, gibberish_reason, non_finite_weights, stop_if
+from gspo.training.alarms import (
+    EmergencyStop,
+    gibberish_reason,
+    non_finite_weights,
+    stop_if,
+    unjudged_reason,
+)
 from gspo.training.checkpoints import STATE_FILE, STATE_FORMAT, random_states, read_state, set_random_states
 from gspo.training.config import GSPOConfig
 from gspo.training.dynamic_sampling import MAX_DRAWN
@@ -199,12 +205,10 @@ class TrainingRun:
     def _next_queries(self, start: int) -> list:
         """The problems from which the rollout batch that begins with this query is drawn.
 
-        Without dynamic sampling a rollout batch ends with the epoch, and its last one has what remains.
+        A rollout batch ends with the epoch: the last one of an epoch has what remains.
         """
-        size = self.config.batch_size
-        if self.config.dynamic_sampling != "off":
-            return self._queries(start, MAX_DRAWN * size)
-        return self._queries(start, min(size, len(self.train_problems) - start % len(self.train_problems)))
+        most = self.config.batch_size * (1 if self.config.dynamic_sampling == "off" else MAX_DRAWN)
+        return self._queries(start, min(most, len(self.train_problems) - start % len(self.train_problems)))
 
     def _collect_window(self) -> None:
         """Sample all K rollout batches before the first of their updates: pi_old is the policy itself."""
@@ -212,7 +216,10 @@ class TrainingRun:
         for index in range(step + len(self.pending), step - step % frequency + frequency):
             queries = self._next_queries(self._sampled())
             if queries:
-                self.pending.append(self.trainer.collect(queries, index))
+                batch = self.trainer.collect(queries, index)
+                # Before it is pending: with a reward that was mended, a resumed run samples it again.
+                stop_if(self.processes.on_main(self._unjudged_reason, batch), batch.metrics)
+                self.pending.append(batch)
             self.trainer.stop.check()
 
     def _sampled(self) -> int:
@@ -235,6 +242,10 @@ class TrainingRun:
 
     def _gibberish_reason(self) -> str | None:
         return gibberish_reason([*self.record.history, self.pending[0].metrics])
+
+    def _unjudged_reason(self, batch: RolloutBatch) -> str | None:
+        pending = [earlier.metrics for earlier in self.pending]
+        return unjudged_reason([*self.record.history, *pending, batch.metrics])
 
     def _keep_evidence(self, stop: EmergencyStop) -> None:
         try:

@@ -18,7 +18,15 @@ def noisy(asked, responses):
 
 def tied_for_some(asked, responses):
     """The same, but all responses to problems that begin with an even digit earn nothing."""
-    rewards = noisy(asked, responses)
+    return _tied(asked, noisy(asked, responses))
+
+
+def tied_by_problem(asked, responses):
+    """A reward that depends on nothing else, tied for the same problems."""
+    return _tied(asked, shared_prefix(asked, responses))
+
+
+def _tied(asked, rewards):
     return [r if int(p.id[0]) % 2 else 0.0 for p, r in zip(asked, rewards, strict=True)]
 
 

@@ -14,6 +14,7 @@ from gspo.training.alarms import (
     gibberish_reason,
     repetition,
     stop_reason,
+    unjudged_reason,
     unreadable_characters,
     warnings_of,
 )
@@ -61,8 +62,20 @@ def test_warnings_look_at_the_history():
     assert "null clip" not in warnings_of([noisy, GOOD, unmeasured])
     tied = {**GOOD, "zero_variance_groups": 1.0}
     assert warnings_of([tied] * 4) == {}
-    assert "no learning signal" in warnings_of([tied] * 5)["no signal"]
+    assert "every group's rewards were equal" in warnings_of([tied] * 5)["no signal"]
+    no_update = {**GOOD, "grad_norm": 0.0}  # rewards differ, and every group is filtered out
+    assert warnings_of([no_update] * 4) == warnings_of([no_update] * 4 + [GOOD]) == {}
+    assert "no update was made" in warnings_of([no_update] * 5)["no signal"]
     assert "loss has risen" in warnings_of([GOOD] * 20 + [{**GOOD, "loss": 2.0}] * 10)["loss"]
+
+
+def test_a_run_ends_where_nothing_can_be_judged_and_not_for_a_few_problems():
+    unjudged = {**GOOD, "zero_variance_groups": 1.0, "groups_all_right": 0.0, "groups_all_wrong": 0.0}
+    tied = {**GOOD, "zero_variance_groups": 1.0, "groups_all_right": 0.5, "groups_all_wrong": 0.5}
+    assert unjudged_reason([unjudged]) == "no response of the rollout batch could be judged"
+    assert unjudged_reason([tied]) is None
+    assert unjudged_reason([GOOD] + [unjudged] * 4) is None
+    assert "of the last 5 rollout batches" in unjudged_reason([GOOD] + [unjudged] * 5)
 
 
 @pytest.mark.parametrize(

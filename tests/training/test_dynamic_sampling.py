@@ -1,10 +1,12 @@
 """Dynamic sampling: how many queries are drawn, which groups are trained on, and what a run of it covers."""
 
+import numpy as np
 import pytest
 import torch
 
 from gspo.training.dynamic_sampling import MAX_DRAWN, QueryDraw, keeps
 from gspo.training.rollout_batch import Sample
+from gspo.training.stopping import Interrupted
 from gspo.training.training_run import TrainingRun
 from support.metrics import EVALUATION
 from support.records import lines_of
@@ -60,8 +62,30 @@ def test_a_draw_ends_with_batch_size_groups_that_have_a_signal():
     draw.signal_share = 0.5
     assert drawn_from("ssssssss", draw) == ["ssssssss"]  # more than asked for; all of them are trained on
     draw.signal_share = 0.01
-    assert drawn_from("w" * 4 * MAX_DRAWN, draw) == ["w" * 4 * MAX_DRAWN]  # no more than it was offered
+    assert drawn_from("w" * 100, draw) == ["w" * 4 * MAX_DRAWN]  # the cap
+    draw.signal_share = 1.0
+    assert sum(map(len, drawn_from("w" * 100, draw))) == 4 * MAX_DRAWN
     assert drawn_from("ws", draw) == ["ws"]  # the end of the data
+
+
+def test_rewards_that_differ_by_less_than_float32_sees_have_a_signal_everywhere():
+    t = trainer(batch_size=1, dynamic_sampling="reward", reward_fn=lambda asked, _: [1.0, 1 + 1e-12] * 2)
+    batch = t.collect(problems(8), 0)
+    assert batch.num_queries == 1 and all(s.advantage != 0 and s.has_signal for s in batch.samples)
+
+
+def test_a_stop_is_heard_between_the_rounds_of_a_draw():
+    asked = []
+
+    def tied(problems, responses):
+        asked.extend(responses)
+        t.stop.requested = True
+        return [0.0] * len(responses)
+
+    t = trainer(batch_size=2, dynamic_sampling="reward", reward_fn=tied)
+    with pytest.raises(Interrupted):
+        t.collect(problems(16), 0)
+    assert len(asked) == 2 * 4  # one round
 
 
 def test_without_dynamic_sampling_all_are_taken_at_once():
@@ -133,9 +157,11 @@ def test_each_epoch_still_takes_each_problem_once(tmp_path, frequency):
     ids = sorted(problem.id for problem in train)
     assert sorted(asked[:15]) == sorted(asked[15:]) == ids and asked[:15] != asked[15:]
     lines = lines_of(tmp_path / "run" / "metrics.jsonl")
-    assert sum(line["queries"] for line in lines) == 30
-    for line in lines[:-1]:  # the last one takes what is left
-        assert round(line["queries"] * (1 - line["zero_variance_groups"])) >= 2
+    drawn = np.cumsum([line["queries"] for line in lines])
+    assert 15 in drawn and drawn[-1] == 30
+    for line, end in zip(lines, drawn, strict=True):
+        if end not in (15, 30):  # the last rollout batch of an epoch takes what is left
+            assert round(line["queries"] * (1 - line["zero_variance_groups"])) >= 2
     assert any(line["queries"] > 2 for line in lines)
 
 

@@ -21,7 +21,7 @@ from support import ROOT
 from support.commands import exit_code_of, forked, wait_for
 from support.metrics import EVALUATION
 from support.records import contents, lines_of, record_of, weights_of_run
-from support.runs import EVAL, TRAIN, new_trainer, seed_everything, tied_for_some
+from support.runs import EVAL, TRAIN, new_trainer, seed_everything, tied_by_problem, tied_for_some
 from support.sorting import problems, trainer
 
 DYNAMIC = {"dynamic_sampling": "reward", "batch_size": 2, "reward_fn": tied_for_some, "update_frequency": 2}
@@ -117,6 +117,18 @@ def test_more_epochs_go_on_where_fewer_ended(uninterrupted, tmp_path):
     new_trainer(tmp_path, resume="latest", eval_frequency=5).train(TRAIN, EVAL)
     assert [line["step"] for line in lines_of(tmp_path / "run" / "eval.jsonl")] == [0, 3, 5, 6]
     assert len(lines_of(tmp_path / "run" / "metrics.jsonl")) == 6
+
+
+def test_more_epochs_of_dynamic_sampling_are_those_of_the_longer_run(tmp_path):
+    settings = {**DYNAMIC, "update_frequency": 1, "eval_frequency": 0, "reward_fn": tied_by_problem}
+    for folder, epochs in (("whole", [2]), ("continued", [1, 2])):
+        seed_everything()
+        for i, num_epochs in enumerate(epochs):
+            settings |= {"num_epochs": num_epochs, "resume": "latest" if i else None}
+            new_trainer(tmp_path / folder, **settings).train(TRAIN, EVAL)
+    whole, continued = (record_of(tmp_path / name / "run") for name in ("whole", "continued"))
+    assert whole["metrics.jsonl"] == continued["metrics.jsonl"]
+    assert weights_of_run(tmp_path / "whole" / "run") == weights_of_run(tmp_path / "continued" / "run")
 
 
 def test_what_cannot_be_continued_is_named_and_left_alone(tmp_path):
