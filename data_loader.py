@@ -1,23 +1,31 @@
 """The data sets that train_gspo.py and validate_gspo.py use, and the rule-based rewards of their problems.
 
     python data_loader.py    an example of each data set, then the rewards of right, wrong and tricky answers
+    python data_loader.py --dataset_path tasks.jsonl --reward my_rewards.py:score
+                             prompts of one task; what its reference answers earn, and empty ones
 
 DATASETS has one entry per data set, which says everything about it. A new data set is a function that returns
 problems and an entry in that table: docs/extending.md has an example. What a kind of problem pays for is
-decided by REWARDS in gspo/tasks/rewards.py.
+decided by REWARDS in gspo/tasks/rewards.py, or by a reward of one's own (reward_function).
 
 Train and eval never share a problem, whatever the counts and seeds: the side of a problem depends on its text
 alone. The same seed gives the same problems in the same order on every machine.
 """
 
+import argparse
+import math
 import random
+import re
 import sys
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-from gspo.tasks.files import load_gsm8k, load_jsonl
+from gspo.tasks.files import RowFormat, load_file, load_hub
 from gspo.tasks.generated import MAX_DRAWS, load_code, load_math, load_reasoning
+from gspo.tasks.generators import load_generator
+from gspo.tasks.own_reward import OwnReward
 from gspo.tasks.problem import Problem, shuffled, split_of
 from gspo.tasks.rewards import (  # noqa: F401  the rewards are part of this module's interface
     RewardFunction,
@@ -31,8 +39,13 @@ SPLITS = ("train", "eval")
 DIFFICULTIES = ("easy", "medium", "hard")
 MIXTURE = {"math": 2, "code": 2, "reasoning": 1}  # shares of the data set "mixed"
 
+# --dataset reasoning_gym:NAME and --dataset OWNER/NAME or OWNER/NAME:CONFIGURATION
+GENERATOR_PREFIX = "reasoning_gym:"
+QUESTION_AND_ANSWER = RowFormat()
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+
+RewardsOf = Callable[[list[Problem], list[str]], Sequence[float | dict[str, float] | None]]
 Load = Callable[[str, int, int, str], list[Problem]]  # (split, num_samples, seed, difficulty)
-LoadFile = Callable[[str, str, int, int], list[Problem]]  # (path, split, num_samples, seed)
 
 
 @dataclass(frozen=True)
@@ -40,17 +53,18 @@ class Dataset:
     """One data set.
 
     rewards: the kinds of its problems, keys of gspo.tasks.rewards.REWARDS. load: returns num_samples problems
-    of one split; None if the data set needs a path. load_file: does so with --dataset_path; None if the data
-    set takes no path. max_new_tokens: difficulty -> tokens of a response, where the prompt asks for the
-    answer alone; elsewhere a response may take what max_length leaves. needs_sandbox: what `load` returns
-    cannot be graded without the code sandbox. examples: the difficulties of which the self-check shows a
-    problem.
+    of one split; None if they come from elsewhere. takes_path: whether it goes with --dataset_path. hub: its
+    name on the hub, with the configuration. max_new_tokens: difficulty -> tokens of a response, where the
+    prompt asks for the answer alone; elsewhere a response may take what max_length leaves. needs_sandbox:
+    what `load` returns cannot be graded without the code sandbox. examples: the difficulties of which the
+    self-check shows a problem.
     """
 
     help: str
     rewards: tuple[str, ...]
     load: Load | None
-    load_file: LoadFile | None = None
+    takes_path: bool = False
+    hub: str | None = None
     max_new_tokens: dict[str, int] = field(default_factory=dict)
     needs_sandbox: bool = False
     examples: tuple[str, ...] = ("easy",)
@@ -85,7 +99,7 @@ DATASETS = {
         "40 % math, 40 % code, 20 % reasoning",
         rewards=("math", "code", "reasoning"),
         load=load_mixed,
-        load_file=load_jsonl,  # a path without --dataset is a file's
+        takes_path=True,  # a path without --dataset is a file's
         max_new_tokens={"easy": 128},
         needs_sandbox=True,
         examples=(),
@@ -101,7 +115,7 @@ DATASETS = {
         "generated Python functions to write, or a file of HumanEval or MBPP",
         rewards=("code",),
         load=load_code,
-        load_file=load_jsonl,
+        takes_path=True,
         max_new_tokens={"easy": 128},
         needs_sandbox=True,
         examples=DIFFICULTIES,
@@ -116,15 +130,16 @@ DATASETS = {
     "gsm8k": Dataset(
         "openai/gsm8k from the hub, or a file in its format",
         rewards=("math",),
-        load=load_gsm8k,
-        load_file=load_jsonl,
+        load=None,
+        takes_path=True,
+        hub="openai/gsm8k:main",
         examples=(),
     ),
     "file": Dataset(
-        "a jsonl file with question and answer (GSM8K's format), or one of HumanEval or MBPP",
-        rewards=("math", "code"),
+        "a jsonl, csv or parquet file with question and answer, or a jsonl file of HumanEval or MBPP",
+        rewards=("math", "text", "code"),
         load=None,
-        load_file=load_jsonl,
+        takes_path=True,
         examples=(),
     ),
     "sort": Dataset(
@@ -137,35 +152,78 @@ DATASETS = {
 
 
 def load_problems(
-    name: str, split: str, num_samples: int, seed: int = 0, difficulty: str = "easy", path: str | None = None
+    name: str,
+    split: str,
+    num_samples: int,
+    seed: int = 0,
+    difficulty: str = "easy",
+    path: str | None = None,
+    form: RowFormat = QUESTION_AND_ANSWER,
 ) -> list[Problem]:
     """num_samples problems of one side ("train" or "eval") of a data set. A path alone implies "file".
 
+    name: a key of DATASETS, OWNER/NAME of a data set on the hub, or reasoning_gym:NAME for one of its
+    generators. form: how the rows of a file or of the hub become problems.
+
     ValueError, one line: an unknown name, split or difficulty; a broken file; more generated problems than
-    exist. gsm8k and files give what they have, with a warning.
+    exist. The hub and files give what they have, with a warning.
     """
-    for what, given, known in (("data set", name, tuple(DATASETS)), ("split", split, SPLITS),
-                               ("difficulty", difficulty, DIFFICULTIES)):  # fmt: skip
+    dataset = dataset_named(name)
+    for what, given, known in (("split", split, SPLITS), ("difficulty", difficulty, DIFFICULTIES)):
         if given not in known:
             raise ValueError(f"unknown {what} {given!r}; choose one of {', '.join(known)}")
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
-    dataset = DATASETS[name]
     if path is not None:
-        if dataset.load_file is None:
+        if not dataset.takes_path:
             raise ValueError(f"--dataset_path goes with --dataset {_names_with_path()}, not {name}")
-        return dataset.load_file(path, split, num_samples, seed)
+        return load_file(path, split, num_samples, seed, form)
+    if dataset.hub is not None:
+        return load_hub(dataset.hub, split, num_samples, seed, form)
     if num_samples > MAX_DRAWS:
         raise ValueError(f"num_samples is {num_samples}; {MAX_DRAWS} are the most that are generated")
+    if name.startswith(GENERATOR_PREFIX):
+        generator = name.removeprefix(GENERATOR_PREFIX)
+        return load_generator(generator, split, num_samples, seed, form.suffix)
     if dataset.load is None:
         raise ValueError(f"the data set {name!r} needs --dataset_path PATH.jsonl")
+    if replace(form, own_reward=False) != QUESTION_AND_ANSWER:
+        raise ValueError(
+            "--prompt_column, --answer_column, --prompt_suffix and --eval_path go with data of your own, "
+            f"from --dataset_path or from the hub, not with --dataset {name}"
+        )
     if dataset.needs_sandbox:
         require_sandbox()
     return dataset.load(split, num_samples, seed, difficulty)
 
 
+def dataset_named(name: str) -> Dataset:
+    """The data set that a name stands for. ValueError: there is none."""
+    if name in DATASETS:
+        return DATASETS[name]
+    if name.startswith(GENERATOR_PREFIX):
+        return Dataset("one of reasoning-gym's generators", rewards=("generator",), load=None)
+    if HUB_NAME.fullmatch(name):
+        return Dataset("a data set on the hub", rewards=("math", "text", "code"), load=None, hub=name)
+    raise ValueError(
+        f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}, OWNER/NAME on the hub, or "
+        "reasoning_gym:NAME"
+    )
+
+
+def reward_function(own_reward: str | None = None, code_mode: str = "all") -> RewardsOf:
+    """What rewards responses to problems, for a trainer.
+
+    own_reward: FILE.py:FUNCTION, a reward of one's own (gspo/tasks/own_reward.py); None: that of each
+    problem's kind. code_mode: as RewardFunction's code_reward.
+
+    ValueError: the file or its function cannot be had.
+    """
+    return RewardFunction(code_mode) if own_reward is None else OwnReward(own_reward)
+
+
 def _names_with_path() -> str:
-    *names, last = [name for name, dataset in DATASETS.items() if dataset.load_file]
+    *names, last = [name for name, dataset in DATASETS.items() if dataset.takes_path]
     return f"{', '.join(names)} or {last}"
 
 
@@ -174,7 +232,9 @@ def default_max_new_tokens(name: str, difficulty: str) -> int | None:
     return DATASETS[name].max_new_tokens.get(difficulty) if name in DATASETS else None
 
 
-# Self-check
+# The commands
+
+NUM_SHOWN, NUM_REWARDED = 2, 20  # problems
 
 KNOWN_REWARDS = [  # (what it is, response, reference, reward)
     ("plain number", "17", "17", 1.0),
@@ -217,7 +277,87 @@ KNOWN_CODE_REWARDS = [  # (what it is, code of double(x), which should return 2 
 DOUBLE = {"entry_point": "double", "calls": [{"args": [x], "expected": 2 * x} for x in (0, 2, 21)]}
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    """The self-check, or with flags show_task(). Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python data_loader.py",
+        description="Without flags: an example of each data set, and the rewards of known answers. With "
+        "flags, which are those of train_gspo.py: the prompts of one task, and what it pays for.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--dataset", default="file")
+    parser.add_argument("--difficulty", default="easy")
+    parser.add_argument("--code_reward", default="all")
+    parser.add_argument("--data_seed", type=int, default=0)
+    for name in ("dataset_path", "reward", "prompt_column", "answer_column", "prompt_suffix", "eval_path",
+                 "system_prompt"):  # fmt: skip
+        parser.add_argument(f"--{name}")
+    flags = parser.parse_args(arguments)
+    if flags == parser.parse_args([]):
+        return check_rewards()
+    columns = flags.prompt_column, flags.answer_column, flags.prompt_suffix
+    form = RowFormat(*columns, flags.reward is not None, flags.eval_path)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # fewer problems than asked for
+            problems = load_problems(
+                flags.dataset,
+                "train",
+                NUM_REWARDED,
+                flags.data_seed,
+                flags.difficulty,
+                flags.dataset_path,
+                form,
+            )
+        return show_task(problems, reward_function(flags.reward, flags.code_reward), flags.system_prompt)
+    except (ValueError, OSError) as error:
+        print(f"data_loader.py: {error}", file=sys.stderr)
+        return 2
+
+
+def show_task(problems: list[Problem], rewards_of: RewardsOf, system_prompt: str | None) -> int:
+    """Print prompts of a task, and what its reference answers earn, an empty text and a copy of the prompt.
+
+    Returns 1 if a text that answers nothing earns as much as the reference answers, or if no reward tells.
+    """
+    for problem in problems[:NUM_SHOWN]:
+        _show_prompt(problem, system_prompt)
+    code = [f"```python\n{problem.answer}\n```" for problem in problems]
+    references = [c if p.kind == "code" else p.answer for p, c in zip(problems, code, strict=True)]
+    responses_by_kind = {
+        "the reference answer": references,
+        "an empty text": [""] * len(problems),
+        "a copy of the prompt": [problem.text for problem in problems],
+    }
+    print(f"Rewards of {len(problems)} problems {'mean':>13} {'lowest':>8} {'highest':>8} {'not judged':>11}")
+    means = []
+    for what, responses in responses_by_kind.items():
+        rewards = [
+            sum(earned.values()) if isinstance(earned, dict) else earned
+            for earned in rewards_of(problems, responses)
+        ]
+        judged = [reward for reward in rewards if reward is not None] or [math.nan]
+        means.append(sum(judged) / len(judged))
+        figures = " ".join(f"{figure:8.3f}" for figure in (means[-1], min(judged), max(judged)))
+        print(f"  {what:28} {figures} {rewards.count(None):11}")
+    if means[0] > max(means[1:]):  # False for NaN
+        return 0
+    print("The reference answers do not earn more than texts that answer nothing.")
+    return 1
+
+
+def _show_prompt(problem: Problem, system_prompt: str | None) -> None:
+    messages = [{"role": "user", "content": problem.text}]
+    if not isinstance(problem.prompt, str):
+        messages = problem.prompt
+    if system_prompt and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    print(f"{problem.id}\n")
+    for message in messages:
+        print(f"  {message['role']}\n{textwrap.indent(_indented(message['content']), '  ')}\n")
+    print(f"  reference answer\n{textwrap.indent(_indented(problem.answer), '  ')}\n")
+
+
+def check_rewards() -> int:
     """Print an example of each data set and a table of known rewards. Return 1 if a reward is off, else 0."""
     has_sandbox = True
     try:
@@ -231,7 +371,7 @@ def main() -> int:
             if dataset.needs_sandbox and not has_sandbox:
                 continue
             problem = load_problems(name, "train", 1, difficulty=difficulty)[0]
-            print(f"{name}, {difficulty}\n{_indented(problem.prompt)}\n  ->\n{_indented(problem.answer)}\n")
+            print(f"{name}, {difficulty}\n{_indented(problem.text)}\n  ->\n{_indented(problem.answer)}\n")
 
     problems = [Problem(what, "math", "", reference) for what, _, reference, _ in KNOWN_REWARDS]
     rewards = compute_rewards(problems, [response for _, response, _, _ in KNOWN_REWARDS])

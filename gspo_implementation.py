@@ -36,7 +36,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from gspo.policy.gradient_checkpointing import enable_gradient_checkpointing
-from gspo.policy.rollout import Rollout, Sampling, TransformersEngine, encode_prompt
+from gspo.policy.rollout import Rollout, Sampling, TransformersEngine
 from gspo.training.alarms import non_finite_weights, stop_if, stop_reason, unjudged_reason
 from gspo.training.config import GSPOConfig
 from gspo.training.dynamic_sampling import QueryDraw, keeps
@@ -46,7 +46,7 @@ from gspo.training.loss_metrics import loss_metrics, none_eligible, pool_metrics
 from gspo.training.processes import Processes
 from gspo.training.progress import progress_bar
 from gspo.training.rollout_batch import RolloutBatch, Sample
-from gspo.training.sampling import evaluation_metrics, sample_and_reward
+from gspo.training.sampling import encode_problem, evaluation_metrics, sample_and_reward
 from gspo.training.stopping import StopRequest
 from gspo.training.training_run import TrainingRun, is_due
 
@@ -358,9 +358,10 @@ class GSPOTrainer:
     Args:
         model, tokenizer: the policy. Its weights are kept in float32, whatever the compute type.
         config: a GSPOConfig.
-        reward_fn: (problems, responses) -> list of float, with None for a response that cannot be judged. A
-            problem is any object with a string .prompt; problems and responses are aligned. If reward_fn has
-            an attribute `metrics`, a dict of sums over the responses of its last call, those are logged too.
+        reward_fn: (problems, responses) -> for each response a float, a dict of named parts whose sum is the
+            reward, or None if it cannot be judged. A problem is any object with a .prompt, a string or chat
+            messages. If reward_fn has an attribute `metrics`, a dict of sums over the responses of its last
+            call, those are logged too.
         engine: samples the responses; by default the policy itself, in this process.
 
     Attributes:
@@ -402,6 +403,9 @@ class GSPOTrainer:
         Returns and raises what TrainingRun.train() does, and raises ValueError as TrainingRun does.
         """
         return TrainingRun(self, train_problems, eval_problems).train()
+
+    def encode(self, problem: Any) -> list[int]:
+        return encode_problem(self.tokenizer, problem, self.config)
 
     @property
     def clips_per_token(self) -> bool:
@@ -486,13 +490,15 @@ class GSPOTrainer:
 
         def generate(own: Sequence, first: int) -> list[Rollout]:
             assert config.max_new_tokens is not None  # resolve() has decided it
-            prompts = [encode_prompt(self.tokenizer, problem.prompt) for problem in own]
+            prompts = [self.encode(problem) for problem in own]
             seed = stream + first
             sampling = Sampling(config.max_new_tokens, temperature, config.max_length, seed)
             with self.forward.compute_type():
                 return self.engine.generate(prompts, num_samples, sampling)
 
-        return sample_and_reward(problems, num_samples, generate, self.reward_fn, self.processes)
+        return sample_and_reward(
+            problems, num_samples, generate, self.reward_fn, self.processes, config.pass_threshold
+        )
 
     def _null_clip_fraction(self, minibatches: Sequence[Sequence[Sample]]) -> float:
         """The share of a minibatch's tokens outside the clip range if computed again: pure noise."""

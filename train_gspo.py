@@ -22,7 +22,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from data_loader import DATASETS, RewardFunction, default_max_new_tokens, load_problems
+from data_loader import RowFormat, dataset_named, default_max_new_tokens, load_problems, reward_function
 from gspo.training.command_line import Parser, complain, interruptible, prepare_process
 from gspo.training.config import GSPOConfig
 from gspo.training.find_run import refuse_other_settings, resumed_folder, run_folder, settings_of
@@ -62,10 +62,13 @@ def train(config: GSPOConfig) -> int:
             folder = run_folder(settings)
             refuse_other_settings(folder, settings_of(folder) or {}, settings)
         print(json.dumps({k: v for k, v in settings.items() if v is not None}, indent=2))
-        print(f"\n{describe_objective(config)}\n")
+        run_folder(settings)
+        problems = load_task(config)
+        print(f"\n{describe_objective(replace(config, num_train_samples=len(problems[0])))}\n")
         if config.dry_run:
+            check_task(config, *problems)
             return 0
-        run = prepare(config)
+        run = prepare(config, *problems)
     except ValueError as error:
         complain(PROGRAM, error)
         return 2
@@ -99,7 +102,7 @@ def parse(arguments: list[str] | None) -> GSPOConfig:
     """
     parser = Parser(str(__doc__))
     types = get_type_hints(GSPOConfig)
-    choices_of = {"dataset": tuple(DATASETS), "algorithm": algorithm_names()}
+    choices_of = {"algorithm": algorithm_names()}
     groups: dict[str, Any] = {}
     for f in fields(GSPOConfig):
         group = f.metadata["group"]
@@ -120,7 +123,9 @@ def parse(arguments: list[str] | None) -> GSPOConfig:
     given = vars(parser.parse_args(arguments))
     if "resume" in given:
         given = with_settings_of_resumed_run(given)
-    return GSPOConfig(**given)
+    config = GSPOConfig(**given)
+    dataset_named(config.dataset)  # a ValueError if there is none
+    return config
 
 
 def algorithm_names() -> tuple[str, ...]:
@@ -174,6 +179,10 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     if difficulty == "auto":
         difficulty = difficulty_for(num_parameters)
     source = "file" if dataset_path else dataset
+    reward, eval_path = config.reward, config.eval_path
+    if reward:
+        path, _, function = reward.rpartition(":")
+        reward = f"{os.path.abspath(path)}:{function}"
     left, right = default_clip_range(config, num_parameters)
     config_of_task = replace(
         config,
@@ -182,6 +191,8 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
         model_name=model_name,
         dataset=dataset,
         dataset_path=dataset_path,
+        eval_path=os.path.abspath(eval_path) if eval_path else None,
+        reward=reward,
         difficulty=difficulty,
         max_new_tokens=config.max_new_tokens or default_max_new_tokens(source, difficulty),
     )
@@ -213,7 +224,7 @@ def default_clip_range(config: GSPOConfig, num_parameters: int) -> tuple[float |
 def describe_objective(config: GSPOConfig) -> str:
     """The objective of a resolved configuration in a paragraph: what is maximised, how often, what can clip.
 
-    The counts are those with num_train_samples problems. A file may have fewer.
+    The counts are those with num_train_samples problems.
     """
     from gspo.training.dynamic_sampling import MAX_DRAWN
     from gspo_implementation import ALGORITHMS
@@ -309,8 +320,8 @@ def difficulty_for(num_parameters: int) -> str:
     return "hard"
 
 
-def prepare(config: GSPOConfig) -> "TrainingRun":
-    """Problems, model, trainer and run folder. What is quick to check comes first.
+def prepare(config: GSPOConfig, train_problems: list, eval_problems: list) -> "TrainingRun":
+    """Reward, model, trainer and run folder. What is quick to check comes first.
 
     Raises:
         ValueError: the input cannot work.
@@ -321,20 +332,54 @@ def prepare(config: GSPOConfig) -> "TrainingRun":
     from gspo.training.training_run import TrainingRun
     from gspo_implementation import GSPOTrainer
 
-    run_folder(asdict(config))
-    splits = {"train": config.num_train_samples, "eval": config.num_eval_samples}
-    problems = {
-        split: load_problems(
-            config.dataset, split, count, config.data_seed, config.difficulty, config.dataset_path
-        )
-        for split, count in splits.items()
-    }
+    reward_fn = reward_function(config.reward, config.code_reward)
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading the weights
     # On the CPU first: each process then moves the model to its own GPU.
     model, tokenizer = load_model(config.model_name, device="cpu", trust_remote_code=config.trust_remote_code)
-    trainer = GSPOTrainer(model, tokenizer, config, RewardFunction(config.code_reward))
-    return TrainingRun(trainer, problems["train"], problems["eval"])
+    return TrainingRun(GSPOTrainer(model, tokenizer, config, reward_fn), train_problems, eval_problems)
+
+
+def load_task(config: GSPOConfig) -> tuple[list, list]:
+    """The problems to train on and those held out. Prints what is added to their questions.
+
+    Raises:
+        ValueError: they cannot be had.
+    """
+    form = RowFormat(
+        prompt_column=config.prompt_column,
+        answer_column=config.answer_column,
+        prompt_suffix=config.prompt_suffix,
+        own_reward=config.reward is not None,
+        eval_path=config.eval_path,
+    )
+    settings = config.data_seed, config.difficulty, config.dataset_path, form
+    train_problems = load_problems(config.dataset, "train", config.num_train_samples, *settings)
+    eval_problems = load_problems(config.dataset, "eval", config.num_eval_samples, *settings)
+    print(f"problems: {len(train_problems)} to train on, {len(eval_problems)} held out")
+    if form.suffix and any(problem.text.endswith(form.suffix) for problem in train_problems):
+        print(f"added to each question (--prompt_suffix): {form.suffix!r}")
+    return train_problems, eval_problems
+
+
+def check_task(config: GSPOConfig, train_problems: list, eval_problems: list) -> None:
+    """Load what a run needs besides the problems and the model's weights, and report what a run would.
+
+    Raises:
+        ValueError: the reward or the tokenizer cannot be had, or no prompt leaves room.
+    """
+    from gspo.policy.model_loader import load_tokenizer
+    from gspo.training.sampling import encode_problem
+    from gspo.training.training_run import drop_long_prompts
+
+    reward_function(config.reward, config.code_reward)
+    tokenizer = load_tokenizer(config.model_name, config.trust_remote_code)
+
+    def encode(problem: Any) -> list[int]:
+        return encode_problem(tokenizer, problem, config)
+
+    drop_long_prompts(train_problems, encode, config, "training")
+    drop_long_prompts(eval_problems, encode, config, "evaluation")
 
 
 # ---- after training

@@ -139,8 +139,11 @@ def test_file_split_is_disjoint_and_complete_and_shows_no_solution(tmp_path):
 @pytest.mark.parametrize("line, message", [
     ('{"question": "a", ', "line 2: not valid JSON"),
     ("[1, 2]", "line 2: list instead of an object"),
-    ('{"question": "a"}', "line 2: no field 'answer'"),
-    ('{"question": "a", "answer": 3}', "line 2: answer is int"),
+    ('{"question": "a"}', "line 2: no field 'answer' among 'question'; name .* --answer_col"),
+    ('{"query": "a", "answer": "3"}', "line 2: no field 'question' among .*; name .* --prompt_column"),
+    ('{"question": "a", "answer": [3]}', "line 2: answer is list"),
+    ('{"question": ["a"], "answer": "3"}', "line 2: question has a message that is not"),
+    ('{"question": [], "answer": "3"}', "line 2: question must end with a message"),
     ('{"question": " ", "answer": "3"}', "line 2: empty question"),
     ('{"question": "a", "answer": "long story #### "}', "line 2: empty reference"),
     ('{"question": "a", "answer": "Paris"}', "line 2: the reference answer 'Paris'"),
@@ -195,7 +198,7 @@ def test_more_problems_than_exist(monkeypatch):
 def test_every_kind_of_reward_that_a_data_set_names_exists():
     for name, dataset in DATASETS.items():
         assert dataset.help and dataset.rewards and set(dataset.rewards) <= set(rewards.REWARDS), name
-        assert dataset.load or dataset.load_file, name
+        assert dataset.load or dataset.hub or dataset.takes_path, name
     with pytest.raises(ValueError, match="problem p: unknown kind 'essay'"):
         compute_rewards([Problem("p", "essay", "", "")], ["x"])
     for name, difficulty in WITHOUT_CODE:

@@ -30,6 +30,7 @@ from train_gspo import (
     default_clip_range,
     describe_objective,
     difficulty_for,
+    load_task,
     parse,
     prepare,
     resolve_for_machine,
@@ -119,7 +120,7 @@ def test_the_data_seed_alone_decides_the_problems(flags, tmp_path):
         config = resolve_for_machine(
             parse([*TINY, *flags, *map(str, seeds), "--output_dir", str(tmp_path), "--run_name", name])
         )
-        run = prepare(config)
+        run = prepare(config, *load_task(config))
         run.close()
         digests[name] = json.loads((tmp_path / name / "config.json").read_text())["problems"]
     assert digests["a"] == digests["b"] != digests["c"]

@@ -109,8 +109,8 @@ def load_model(
     source, local_only = _locate(name)
     _check_causal(name, _read_config(name, source, local_only, trust_remote_code))
     access = {"local_files_only": local_only, "trust_remote_code": trust_remote_code}
+    tokenizer = _tokenizer(source, **access)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **access)
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **access
         )
@@ -120,12 +120,29 @@ def load_model(
     random_weights = sorted(info["missing_keys"]) + [key for key, *_ in info["mismatched_keys"]]
     if random_weights:
         raise ValueError(_damaged_message(source, f"no weights that fit {', '.join(random_weights[:3])}"))
+    return model.to(device), tokenizer  # from_pretrained has set evaluation mode
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that load_model() returns, without the weights. Raises ValueError as it does."""
+    name, _ = resolve_model_name(name)
+    if name in TINY_NAMES:
+        return tiny_tokenizer()
+    source, local_only = _locate(name)
+    return _tokenizer(source, local_files_only=local_only, trust_remote_code=trust_remote_code)
+
+
+def _tokenizer(source: str | Path, **access: bool) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **access)
+    except Exception as error:  # a damaged file can raise any exception in transformers' parsers
+        raise ValueError(_damaged_message(source, _first_line(error))) from None
     # Without tokenizer files, transformers returns a tokenizer with an empty vocabulary.
     if tokenizer.eos_token is None or not tokenizer.encode("0", add_special_tokens=False):
         raise ValueError(_damaged_message(source, "no tokenizer with an end token"))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device), tokenizer  # from_pretrained has set evaluation mode
+    return tokenizer
 
 
 def count_parameters(name: str, trust_remote_code: bool = False) -> int:

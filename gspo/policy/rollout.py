@@ -57,15 +57,29 @@ class Rollout:
     finished: bool  # False: cut off at max_new_tokens or max_length
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Return the token ids of a user's message, rendered by the tokenizer's chat template.
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[dict],
+    system_prompt: str | None = None,
+    template_kwargs: dict | None = None,
+) -> list[int]:
+    """Return the token ids of a prompt, rendered by the tokenizer's chat template.
 
-    Without a chat template, the message stands between "Question: " and "Answer:".
+    Without a chat template, the messages stand between "Question: " and "Answer:".
+
+    Args:
+        prompt: a user's message, or chat messages, {"role": ..., "content": ...} each.
+        system_prompt: a system message before them; messages that begin with one of their own keep that.
+        template_kwargs: what the chat template takes besides, such as {"enable_thinking": False}.
     """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system_prompt and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
     if tokenizer.chat_template is None:
+        text = "\n\n".join(message["content"] for message in messages)
         return tokenizer(f"Question: {text}\nAnswer:")["input_ids"]
     rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+        messages, add_generation_prompt=True, tokenize=False, **(template_kwargs or {})
     )
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 

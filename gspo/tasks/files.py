@@ -1,134 +1,153 @@
-"""Problems from files: GSM8K's format, HumanEval's and MBPP's, and GSM8K itself from the hub.
+"""Problems from a user's own data: questions with answers, HumanEval's and MBPP's rows, GSM8K from the hub.
 
 Every row is checked when it is read: a broken one is named with its place. The solutions that code problems
 bring are run against their own tests before a problem is used.
 """
 
-import gzip
 import json
 import warnings
-import zlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from gspo import HUB_TIMEOUT_S
 from gspo.tasks.code_benchmarks import code_problem
 from gspo.tasks.code_families.family import shape_of
 from gspo.tasks.generated import STEP_BY_STEP
 from gspo.tasks.problem import Problem, id_of, shuffled, stable_hash
 from gspo.tasks.rewards import grade_answers, grading_job, require_sandbox, run_all_tests
+from gspo.tasks.rows import Rows, hub_rows, read_rows
 
-GSM8K = "openai/gsm8k"
+# The columns in which a question is looked for, if --prompt_column does not name one.
+PROMPT_COLUMNS = ("question", "prompt", "problem")
+ANSWER_COLUMN = "answer"
 EVAL_SHARE = 5  # the first fifth of a file, in hash order, is for evaluation
 MAX_NAMED = 5  # problems that a message names
-GZIP_MAGIC = b"\x1f\x8b"
 WARNING_STACK_LEVEL = 4  # the caller of load_problems
 
 
-def load_jsonl(path: str, split: str, num_samples: int, seed: int) -> list[Problem]:
-    """Problems of one side of a jsonl or jsonl.gz file. ValueError: the file or a line of it is broken."""
-    problems = _one_side(_read(Path(path)), split)
-    return _sound_sample(problems, num_samples, seed, f"{path} ({split})")
+@dataclass(frozen=True)
+class RowFormat:
+    """How the rows of a user's own data become problems.
+
+    prompt_column: default, the first of PROMPT_COLUMNS that a row has. answer_column: default, ANSWER_COLUMN.
+    prompt_suffix: what is added to each question; None: STEP_BY_STEP, or nothing for a reward of one's own.
+    own_reward: a reward of one's own judges the responses, so a row needs no answer, and code no tests.
+    eval_path: a file of held-out problems; None: a fifth of the rows is held out, or the hub's own split.
+    """
+
+    prompt_column: str | None = None
+    answer_column: str | None = None
+    prompt_suffix: str | None = None
+    own_reward: bool = False
+    eval_path: str | None = None
+
+    @property
+    def suffix(self) -> str:
+        if self.prompt_suffix is not None:
+            return self.prompt_suffix
+        return "" if self.own_reward else STEP_BY_STEP
 
 
-def load_gsm8k(split: str, num_samples: int, seed: int, difficulty: str) -> list[Problem]:
-    """Problems of GSM8K's own train or test split, from the hub. ValueError: the hub cannot be reached."""
-    import datasets
-    import huggingface_hub
-
-    try:
-        if not huggingface_hub.constants.HF_HUB_OFFLINE:  # where it is set, load_dataset asks only the cache
-            huggingface_hub.HfApi().dataset_info(GSM8K, timeout=HUB_TIMEOUT_S)
-        rows = datasets.load_dataset(GSM8K, "main", split="train" if split == "train" else "test")
-    except Exception as error:
-        raise ValueError(
-            f"cannot load {GSM8K} from the hub ({type(error).__name__}); without network, give its jsonl "
-            "file with --dataset_path PATH.jsonl"
-        ) from error
-    problems = _problems_of([(f"{GSM8K} {split} {n}", row) for n, row in enumerate(rows, start=1)])
-    return _sound_sample(problems, num_samples, seed, f"gsm8k ({split})")
+def load_file(path: str, split: str, num_samples: int, seed: int, form: RowFormat) -> list[Problem]:
+    """Problems of one side of a file. ValueError: the file or a row of it is broken."""
+    problems = _problems_of(read_rows(Path(path)), form)
+    side = _side(problems, None, split, path, form)
+    return _sound_sample(side, num_samples, seed, f"{path} ({split})")
 
 
-# Reading
+def load_hub(name: str, split: str, num_samples: int, seed: int, form: RowFormat) -> list[Problem]:
+    """Problems of one side of a data set on the hub (hub_rows). ValueError: it cannot be loaded or used."""
+    rows, held_out_rows = hub_rows(name)
+    problems = _problems_of(rows, form)
+    held_out = _problems_of(held_out_rows, form) if held_out_rows is not None else None
+    side = _side(problems, held_out, split, name, form)
+    return _sound_sample(side, num_samples, seed, f"{name} ({split})")
 
 
-def _read(path: Path) -> list[Problem]:
-    """The problems of a file, without repeated questions."""
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "not there"
-        raise ValueError(f"{path} is {what}; --dataset_path takes a jsonl file")
-    content = path.read_bytes()
-    try:
-        if content.startswith(GZIP_MAGIC):
-            content = gzip.decompress(content)
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path} is cut short or damaged ({error})") from error
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            place = f"{path}, line {number}"
-            rows.append((place, _json_object(place, line)))
-    problems = _problems_of(rows)
-    # Of problems that differ in white space alone, the first stays.
-    different = {" ".join(problem.prompt.split()): problem for problem in reversed(problems)}
-    if len(different) < 2:
-        raise ValueError(
-            f"{path} has {len(different)} different problems; train and eval need at least one each"
-        )
-    return list(different.values())
+# Rows
 
 
-def _json_object(place: str, line: str) -> dict:
-    try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from error
-    except RecursionError:
-        raise ValueError(f"{place}: nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: {type(row).__name__} instead of an object with question and answer")
-    return row
-
-
-def _problems_of(rows: list[tuple[str, dict]]) -> list[Problem]:
-    """The problems of (place, row) pairs. ValueError with the place of a row that is broken."""
+def _problems_of(rows: Rows, form: RowFormat) -> list[Problem]:
+    """The problems of rows, without repeated questions. ValueError with the place of a row that is broken."""
     problems = []
     for place, row in rows:
         try:
-            code = code_problem(row)
+            is_question = form.own_reward or form.prompt_column is not None
+            code = None if is_question else code_problem(row)
             if code is None:
-                problems.append(_question(row))
+                problems.append(_question(row, form))
             else:
                 problems.append(code.as_problem(f"task {row.get('task_id', place)}"))
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
-    _check_references([place for place, _ in rows], problems)
-    return problems
+    if not form.own_reward:
+        problems = _with_kinds([place for place, _ in rows], problems)
+    # Of problems that differ in white space alone, the first stays.
+    different = {" ".join(problem.text.split()): problem for problem in reversed(problems)}
+    return list(different.values())
 
 
-def _question(row: dict) -> Problem:
-    """A row in GSM8K's format. ValueError: it is not in that format."""
-    for key in ("question", "answer"):
-        if key not in row:
-            raise ValueError(f"no field {key!r}")
-        if not isinstance(row[key], str):
-            raise ValueError(f"{key} is {type(row[key]).__name__}, not a string")
-    question = row["question"].strip()
-    reference = row["answer"].rpartition("####")[2].strip()
-    if not question:
-        raise ValueError("empty question")
-    if not reference:
-        raise ValueError("empty reference answer")
-    return Problem(f"question-{id_of(question)}", "math", question + STEP_BY_STEP, reference)
+def _question(row: dict, form: RowFormat) -> Problem:
+    """A row with a question and, if it needs one, an answer. ValueError: it has not."""
+    column = form.prompt_column or next((name for name in PROMPT_COLUMNS if name in row), PROMPT_COLUMNS[0])
+    if column not in row:
+        raise ValueError(f"no field {column!r} among {_named(row)}; name the question's with --prompt_column")
+    prompt = _prompt(column, row[column], form.suffix)
+    reference = _reference(row, form)
+    problem = Problem("", "math", prompt, reference, {"columns": row})
+    return Problem(f"question-{id_of(problem.text)}", "math", prompt, reference, {"columns": row})
 
 
-def _check_references(places: list[str], problems: list[Problem]) -> None:
-    """ValueError with the place of a math problem whose reference is no mathematical value."""
+def _named(row: dict) -> str:
+    return ", ".join(map(repr, list(row)[:MAX_NAMED])) or "no fields"
+
+
+def _prompt(column: str, value: Any, suffix: str) -> str | list[dict]:
+    """A question or chat messages, with the suffix after the last message."""
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(f"empty {column}")
+        return value.strip() + suffix
+    if not isinstance(value, list):
+        raise ValueError(f"{column} is {type(value).__name__}, not a string or a list of chat messages")
+    for message in value:
+        texts = [message.get("role"), message.get("content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f'{column} has a message that is not {{"role": "...", "content": "..."}}')
+    if not value or value[-1]["role"] == "assistant":
+        raise ValueError(f"{column} must end with a message that the model is to answer")
+    return [*value[:-1], value[-1] | {"content": value[-1]["content"] + suffix}]
+
+
+def _reference(row: dict, form: RowFormat) -> str:
+    """The reference answer as text: what follows the last "####", or the whole; "" for a row without one."""
+    column = form.answer_column or ANSWER_COLUMN
+    value = row.get(column)
+    if value is None and form.own_reward and form.answer_column is None:
+        return ""
+    if column not in row:
+        raise ValueError(
+            f"no field {column!r} among {_named(row)}; name the answer's with --answer_column, or give a "
+            "--reward"
+        )
+    if isinstance(value, str):
+        reference = value.rpartition("####")[2].strip()
+        if not reference and not form.own_reward:
+            raise ValueError("empty reference answer")
+        return reference
+    if isinstance(value, int | float):
+        return str(value)
+    if form.own_reward:
+        return json.dumps(value, ensure_ascii=False)
+    raise ValueError(f"{column} is {type(value).__name__}, not text or a number")
+
+
+def _with_kinds(places: list[str], problems: list[Problem]) -> list[Problem]:
+    """The problems with questions whose answers are text as kind "text", if most answers are.
+
+    Raises:
+        ValueError: most answers are mathematical values, and one is not. The message has its place.
+    """
     from gspo.tasks.grading import reference_number  # compiles patterns, which only files need here
 
     unusual = [  # a number needs no further check, and the graders are slow for a whole file
@@ -137,19 +156,62 @@ def _check_references(places: list[str], problems: list[Problem]) -> None:
         if problem.kind == "math" and reference_number(problem.answer) is None
     ]
     rewards = grade_answers([grading_job(problem, "") for _, problem in unusual])
-    for (place, _), reward in zip(unusual, rewards, strict=True):
-        if not isinstance(reward, float):
-            raise ValueError(f"{place}: {reward or 'the reference answer cannot be judged'}")
+    texts = [
+        (place, reward)
+        for (place, _), reward in zip(unusual, rewards, strict=True)
+        if not isinstance(reward, float)
+    ]
+    num_questions = sum(problem.kind == "math" for problem in problems)
+    if not texts:
+        return problems
+    if 2 * len(texts) <= num_questions:
+        place, reward = texts[0]
+        raise ValueError(f"{place}: {reward or 'the reference answer cannot be judged'}")
+    return [
+        Problem(problem.id, "text", problem.prompt, problem.answer, problem.metadata)
+        if problem.kind == "math"
+        else problem
+        for problem in problems
+    ]
 
 
 # Sides
 
 
+def _side(
+    problems: list[Problem], held_out: list[Problem] | None, split: str, source: str, form: RowFormat
+) -> list[Problem]:
+    """The problems of one side: all of each if some are held out, else eval has a fifth of them.
+
+    A problem that is held out as well is not trained on, and counted.
+    """
+    if form.eval_path is not None:
+        held_out = _problems_of(read_rows(Path(form.eval_path)), form)
+        source = f"{source} and {form.eval_path}"
+    if held_out is None:
+        if len(problems) < 2:
+            raise ValueError(
+                f"{source} has {len(problems)} different problems; train and eval need at least one each"
+            )
+        return _one_side(problems, split)
+    contents = {_content_hash(problem) for problem in held_out}
+    training = [problem for problem in problems if _content_hash(problem) not in contents]
+    if not training or not held_out:
+        raise ValueError(
+            f"{source}: {len(training)} problems to train on that are not held out, {len(held_out)} held "
+            "out; both need at least one"
+        )
+    if split == "train" and len(training) < len(problems):
+        both = f"{source}: {len(problems) - len(training)} problems are held out as well, and not trained on"
+        warnings.warn(both, stacklevel=WARNING_STACK_LEVEL)
+    return held_out if split == "eval" else training
+
+
 def _one_side(problems: list[Problem], split: str) -> list[Problem]:
     """The problems of one side: eval has the first fifth in hash order."""
-    contents = {problem.prompt: _content_hash(problem) for problem in problems}
-    ordered = sorted(problems, key=lambda p: (contents[p.prompt], stable_hash(p.prompt)))
-    hashes = [contents[problem.prompt] for problem in ordered]
+    contents = {problem.text: _content_hash(problem) for problem in problems}
+    ordered = sorted(problems, key=lambda p: (contents[p.text], stable_hash(p.text)))
+    hashes = [contents[problem.text] for problem in ordered]
     boundary = max(1, len(ordered) // EVAL_SHARE)
     while boundary < len(ordered) - 1 and hashes[boundary] == hashes[boundary - 1]:
         boundary += 1  # the boundary may not part problems of equal content
@@ -163,7 +225,7 @@ def _content_hash(problem: Problem) -> int:
     """
     if problem.kind == "code":
         return stable_hash(shape_of(problem.answer))
-    return stable_hash(" ".join(problem.prompt.split()))
+    return stable_hash(" ".join(problem.text.split()))
 
 
 # Code problems whose own solution passes
@@ -211,5 +273,5 @@ def _solution_statuses(problems: list[Problem]) -> list[str]:
     for problem, result in zip(code, results, strict=True):
         if result is None:
             raise ValueError(f"problem {problem.id}: the code sandbox failed on its own solution; try again")
-        statuses[problem.prompt] = result.status
-    return [statuses.get(problem.prompt, "pass") for problem in problems]
+        statuses[problem.text] = result.status
+    return [statuses.get(problem.text, "pass") for problem in problems]

@@ -13,6 +13,7 @@ two together). Any other reference (2\\sqrt{3}, (1, 2), x^2 + 1) goes to math-ve
 they rest on signals, which loops in C ignore, and the pool kills from outside.
 """
 
+import ast
 import functools
 import re
 from fractions import Fraction
@@ -53,6 +54,8 @@ OPERATOR_BEFORE = re.compile(
 OPERATOR_AFTER = re.compile(  # 14/person is 14, but 14/7 and 14 - x are sums
     rf"[\s)]*(?:\^|(?:{OPERATOR}|-)\s*(?:[\d(\\]|[a-z]\b)|(?:{OPERATOR_WORD})\s*\d|[xyz]\b)", re.I
 )
+
+TEXT_EDGES = " \t*`\"'$"  # quotes, emphasis and the like around an answer
 
 VERDICT = re.compile(r"\b(?:yes|no|true|false)\b", re.I)
 
@@ -263,7 +266,7 @@ def final_text(response: str, expected: str) -> str:
     true, false, the sentence around it may stay ("There are 3 letters."), as long as it commits to one.
     """
     answers = marked_answers(response) or response[-GRADED_CHARS:].strip().splitlines()[-1:]
-    texts = {re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).strip(" \t*`\"'$").rstrip(".") for text in answers}
+    texts = {re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text).strip(TEXT_EDGES).rstrip(".") for text in answers}
     answer = texts.pop() if len(texts) == 1 else ""
     if VERDICT.fullmatch(expected):
         verdicts = {verdict.capitalize() for verdict in VERDICT.findall(answer)}
@@ -274,18 +277,47 @@ def final_text(response: str, expected: str) -> str:
     return answer
 
 
+def text_score(response: str, reference: str) -> float:
+    """1.0 if the whole response, or the final answer that it gives, is the reference letter for letter.
+
+    White space around either does not count, nor do quotes, emphasis and a full stop around an answer.
+    """
+    if response.strip() == reference.strip():
+        return 1.0
+    return float(final_text(response, reference) == reference.strip(TEXT_EDGES).rstrip("."))
+
+
 def reasoning_score(response: str, generator: str, entry: dict) -> float:
-    """reasoning-gym's own score of the final answer, in [0, 1].
+    """reasoning-gym's own score of the final answer, in [0, 1]."""
+    return _scored(final_text(response, entry["answer"]), generator, entry)
+
+
+def generator_score(response: str, generator: str, entry: dict) -> float:
+    """The score of any generator's answer, which may be a grid of several lines or hold any character.
+
+    The answer is all that follows the last "####" as it stands. Where there is none, it is final_text().
+    """
+    _, mark, answer = response.rpartition("####")
+    if not mark and entry["answer"] is not None and "\n" not in entry["answer"]:
+        answer = final_text(response, entry["answer"])
+    return _scored(answer.strip(), generator, entry)
+
+
+def _scored(answer: str, generator: str, entry: dict) -> float:
+    """The scorer's verdict on an answer.
 
     Where the generator has no scorer of its own, the library's default pays for containing the answer ("13"
     earns 0.5 for "3", "Yes or No" 0.33 for "Yes"); equality takes its place.
     """
     from reasoning_gym.dataset import ProceduralDataset
 
-    answer, scorer = final_text(response, entry["answer"]), _scorer(generator)
+    scorer = _scorer(generator)
     if type(scorer).score_answer is ProceduralDataset.score_answer:
         return float(answer.casefold() == entry["answer"].casefold())
-    return min(1.0, max(0.0, float(scorer.score_answer(answer, entry))))
+    try:
+        return min(1.0, max(0.0, float(scorer.score_answer(answer, entry))))
+    except Exception:  # some scorers raise what they like on a text that is no answer
+        return 0.0
 
 
 @functools.cache
@@ -300,6 +332,10 @@ def grade(job: dict) -> float | str:
     """A worker's answer to a job (rewards.grading_job): the reward, or what is wrong with the reference."""
     if job["kind"] == "reasoning":
         return reasoning_score(job["response"], job["generator"], job["entry"])
+    if job["kind"] == "generator":
+        return generator_score(job["response"], job["generator"], ast.literal_eval(job["entry"]))
+    if job["kind"] == "text":
+        return text_score(job["response"], job["answer"])
     try:
         return math_score(job["response"], job["answer"])
     except ValueError as error:
@@ -316,4 +352,4 @@ if __name__ == "__main__":
     from gspo.tasks.worker_pool import serve
 
     logging.disable()  # math-verify warns that its time-outs are off
-    serve(grade)
+    serve(lambda: grade)

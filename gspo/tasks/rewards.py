@@ -127,6 +127,8 @@ REWARDS: dict[str, Callable[[Pairs, RewardFunction], list[float | None]]] = {
     "code": _reward_code,
     "math": _reward_answer,
     "reasoning": _reward_answer,
+    "generator": _reward_answer,
+    "text": _reward_answer,
     "exact": _reward_exact,
 }
 
@@ -158,7 +160,7 @@ def run_all_tests(jobs: list[tuple[str, dict]]) -> list[TestResult | None]:
             return TestResult(0, 1, UNSUPPORTED, str(error))
 
     results = []
-    with ThreadPoolExecutor(_num_workers()) as threads, progress_bar(len(jobs), "tests") as progress:
+    with ThreadPoolExecutor(num_workers()) as threads, progress_bar(len(jobs), "tests") as progress:
         for result in threads.map(run_one, jobs):
             results.append(result)
             progress.update()
@@ -184,10 +186,10 @@ def grade_answers(jobs: list[dict]) -> list[float | str | None]:
 def _graders(process_id: int) -> WorkerPool:
     """The pool of one process: a forked child must not talk over its parent's pipes."""
     command = [sys.executable, "-m", "gspo.tasks.grading"]
-    return WorkerPool(command, _num_workers(), GRADING_TIMEOUT_S)
+    return WorkerPool(command, num_workers(), GRADING_TIMEOUT_S)
 
 
-def _num_workers() -> int:
+def num_workers() -> int:
     return min(num_cores(), MAX_WORKERS)
 
 

@@ -33,6 +33,8 @@ from gspo import PROGRESS_DELAY_S
 START_TIMEOUT_S = 120.0  # a fresh worker imports sympy: 2 s warm, much longer from a cold or network disk
 MAX_FAILED_STARTS = 3  # in a row: then the command itself is wrong, and starting it again would loop forever
 PACKAGE_PARENT = str(Path(gspo.__file__).parents[1])
+# Why a job has no result, in WorkerPool.lost.
+TIMED_OUT, DIED = "it took too long", "it ended its process"
 JOB_ALARM_S = 120  # a worker whose parent was killed in the middle of a job ends itself
 
 
@@ -49,10 +51,12 @@ class WorkerPool:
     command: argument list of a program that calls `serve`, such as python -m gspo.tasks.grading.
     num_workers: how many run at most; they are started when there are jobs for them.
     timeout_s: seconds one job may take. The start of a worker is not counted.
+    lost: why jobs of the last map() have no result, by their places.
     """
 
     def __init__(self, command: list[str], num_workers: int, timeout_s: float):
         self.command, self.num_workers, self.timeout_s = command, num_workers, timeout_s
+        self.lost: dict[int, str] = {}
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
         self._owner = os.getpid()
@@ -64,6 +68,7 @@ class WorkerPool:
         jobs: JSON values. RuntimeError: the workers do not start.
         """
         results: list = [None] * len(jobs)
+        self.lost = {}
         waiting = deque(range(len(jobs)))
         deaths: Counter[int] = Counter()  # job -> workers that died at it
         unfinished, failed_starts = len(jobs), 0
@@ -85,6 +90,7 @@ class WorkerPool:
                     if reply is not None:
                         if "error" in reply:
                             warnings.warn(f"a job was not judged: {reply['error']}", stacklevel=2)
+                            self.lost[worker.job] = reply["error"]
                         results[worker.job] = reply.get("result")
                         worker.job = None
                         unfinished -= 1
@@ -97,6 +103,7 @@ class WorkerPool:
                         if not worker.ready or (died and deaths[worker.job] == 1):
                             waiting.appendleft(worker.job)
                         else:
+                            self.lost[worker.job] = DIED if died else TIMED_OUT
                             unfinished -= 1
                 if failed_starts >= MAX_FAILED_STARTS:
                     raise RuntimeError(f"worker processes do not start: {' '.join(self.command)}")
@@ -194,26 +201,31 @@ def _exchange(workers: list[_Worker]) -> None:
             key.data()
 
 
-def serve(handle: Callable[[Any], Any], memory_gb: float = 2.0) -> None:
+def serve(make_handle: Callable[[], Callable[[Any], Any]], memory_gb: float = 2.0) -> None:
     """The worker's side: answer each JSON job on stdin with handle(job), until stdin ends.
 
-    What a job prints goes nowhere, and more than memory_gb of address space is a MemoryError.
+    make_handle() returns handle; its time is not that of a job. What either of them prints goes nowhere, what
+    they read is empty, and more than memory_gb of address space is a MemoryError.
     """
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # only this loop writes to the parent
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    jobs = os.fdopen(os.dup(sys.stdin.fileno()))  # and only it reads what the parent writes
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nowhere, descriptor)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = int(memory_gb * 2**30)
     soft = min(limit, hard) if hard != resource.RLIM_INFINITY else limit
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # by default the kernel ends the process, also in code in C
+    own_process, handle = os.getpid(), make_handle()
     print(json.dumps("ready"), file=replies, flush=True)
-    for line in sys.stdin:
+    for line in jobs:
         signal.alarm(JOB_ALARM_S)
         try:
             reply = {"result": handle(json.loads(line))}
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}"[:500]}
         signal.alarm(0)
+        if os.getpid() != own_process:  # a job has forked, and this is the copy
+            os._exit(0)
         print(json.dumps(reply), file=replies, flush=True)

@@ -38,6 +38,11 @@ def complain(program: str, message: object) -> None:
     print(f"{speaker}: {text}", file=sys.stderr)
 
 
+def is_rank_0() -> bool:
+    """True in the process that prints; launchers number theirs."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def prepare_process() -> None:
     """Settings of the process that torch reads when it is imported: call this first."""
     # OpenMP threads that wait for work spin for long before they sleep. On a CPU that other processes share,

@@ -4,6 +4,7 @@ The command line is made from these fields, and the copy in the run folder is th
 not import torch, so that --help and a mistyped flag are answered at once.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -59,8 +60,14 @@ class GSPOConfig:
         False, "model", "recompute activations in backward: less memory, slower"
     )
 
-    dataset: str = flag("mixed", "data", "problems to train and evaluate on")
-    dataset_path: str | None = flag(None, "data", "a jsonl file in the format of GSM8K, HumanEval or MBPP")
+    dataset: str = flag(
+        "mixed",
+        "data",
+        "mixed, math, code, reasoning, gsm8k, file or sort; OWNER/NAME on the hub; reasoning_gym:NAME",
+    )
+    dataset_path: str | None = flag(
+        None, "data", "a file of your own, jsonl, csv or parquet, with questions and answers"
+    )
     difficulty: str = flag(
         "auto",
         "data",
@@ -73,6 +80,29 @@ class GSPOConfig:
         "reward of code: 1 if all tests pass, else 0; or the fraction that passes",
         ("all", "fraction"),
     )
+    reward: str | None = flag(
+        None,
+        "data",
+        "FILE.py:FUNCTION, score(problem, response) -> float, None or dict of parts (default: by data set)",
+    )
+    system_prompt: str | None = flag(None, "data", "system message before each prompt")
+    prompt_suffix: str | None = flag(
+        None,
+        "data",
+        "added to each question of a file or of the hub; '' for nothing (default: a request to reason step "
+        'by step and to answer after "####"; nothing with --reward)',
+    )
+    chat_template_kwargs: str = flag(
+        "{}", "data", """JSON for the chat template, such as '{"enable_thinking": false}'"""
+    )
+    prompt_column: str | None = flag(
+        None, "data", "column of the prompt (default: question, prompt or problem)"
+    )
+    answer_column: str | None = flag(None, "data", "column of the reference answer (default: answer)")
+    eval_path: str | None = flag(
+        None, "data", "a file of held-out problems (default: a fifth of the file, or the hub's own split)"
+    )
+    pass_threshold: float = flag(1.0, "data", "pass@1 counts rewards from this on", at_least=-1e100)
     num_train_samples: int = flag(100, "data", "number of training problems", at_least=1)
     num_eval_samples: int = flag(
         50, "data", "number of held-out problems, disjoint from training", at_least=1
@@ -157,6 +187,8 @@ class GSPOConfig:
     dry_run: bool = flag(False, "run", "print the resolved configuration and the objective, then stop")
 
     def __post_init__(self) -> None:
+        if isinstance(self.chat_template_kwargs, dict):  # from Python
+            self.chat_template_kwargs = json.dumps(self.chat_template_kwargs)
         hints = get_type_hints(type(self))
         for f in fields(self):
             value = getattr(self, f.name)
@@ -174,6 +206,12 @@ class GSPOConfig:
                 f"--mini_batch_size {self.mini_batch_size} does not divide --batch_size {self.batch_size}: "
                 "every optimizer update takes the same number of queries"
             )
+        try:
+            template_kwargs = json.loads(self.chat_template_kwargs)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"--chat_template_kwargs is not valid JSON ({error})") from None
+        if not isinstance(template_kwargs, dict):
+            raise ValueError(f"--chat_template_kwargs must be a JSON object, got {self.chat_template_kwargs}")
         if self.rollout_engine == "vllm":
             raise ValueError("--rollout_engine vllm is not available yet; use transformers")
 

@@ -61,6 +61,9 @@ GLOSSARY = {
     "zero_variance_groups": ("share", "groups whose rewards are all equal"),
     "unjudged_responses": ("count", "responses without a reward: they have no advantage and enter no mean"),
     "code_timeouts": ("count", "responses whose code ran out of time; logged by the toolkit's own rewards"),
+    "reward_errors": ("count", "responses on which --reward raised, ended its process or returned nonsense"),
+    "reward_timeouts": ("count", "responses on which --reward took too long"),
+    "reward_part/NAME": ("reward", "mean of a named part of the reward, over the responses that have it"),
     "response_tokens_mean": ("tokens", "mean response length, end token included"),
     "truncated_fraction": ("share", "responses cut before their end token"),
     "repetition": (
@@ -90,7 +93,9 @@ GLOSSARY = {
 # Metrics that differ between identical runs: timing and memory.
 SECONDS = ("generation_s", "reward_s", "log_prob_s", "update_s", "tokens_per_s", "peak_memory_gb")
 # Metrics that some lines lack.
-OPTIONAL = ("kl", "code_timeouts", "null_clip_fraction")
+OPTIONAL = (
+    "kl", "code_timeouts", "reward_errors", "reward_timeouts", "reward_part/NAME", "null_clip_fraction",
+)  # fmt: skip
 # What every line of a file holds besides the step: each a number, or a list of numbers.
 LISTS = ("clip_fraction_by_minibatch", "interval_95", "pass_by_problem", "reward_by_problem")
 FIELDS = {

@@ -12,6 +12,9 @@ from gspo.training.alarms import repetition, unreadable_characters
 from gspo.training.hardware import peak_memory_gb
 from gspo.training.loss_metrics import pool_metrics, without_sums
 
+# Metrics of a reward's named parts begin with this.
+PART_PREFIX = "reward_part/"
+
 
 @dataclass
 class Sample:
@@ -19,6 +22,8 @@ class Sample:
 
     problem: any object with a string .prompt.
     reward: None if the response could not be judged.
+    passed: True if it reached the pass threshold.
+    parts: the named parts of the reward, if it has such; their sum is the reward.
     advantage: A_i of the response within its group; 0 if its group is tied or it was not judged.
     has_signal: False if no gradient comes from it, so that nothing more needs to be computed.
     old_log_probs: (|y|,) float32 on the CPU, log pi_old of the response's tokens; None until it is computed.
@@ -40,10 +45,8 @@ class Sample:
     old_log_probs: torch.Tensor | None = None
     reference_log_probs: torch.Tensor | None = None
     ratio_spread: float | None = None
-
-    @property
-    def passed(self) -> bool:
-        return self.reward == 1.0
+    passed: bool = False
+    parts: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -55,10 +58,18 @@ class Sample:
             **{name: getattr(self.problem, name, None) for name in ("id", "prompt", "answer")},
             "response": self.rollout.text,
             "reward": self.reward,
+            **({"reward_parts": self.parts} if self.parts else {}),
             "advantage": self.advantage,
             "tokens": self.num_tokens,
             "finished": self.rollout.finished,
         }
+
+
+def mean_parts(samples: Sequence[Sample]) -> dict[str, float]:
+    """The mean of each named part of the reward, as reward_part/NAME, over the responses that have it."""
+    names = sorted({name for sample in samples for name in sample.parts})
+    values = {name: [sample.parts[name] for sample in samples if name in sample.parts] for name in names}
+    return {f"{PART_PREFIX}{name}": float(np.mean(values[name])) for name in names}
 
 
 @dataclass
@@ -99,7 +110,7 @@ class RolloutBatch:
     def statistics(self) -> dict[str, float]:
         """What the rewards and the text of the batch are like (record.GLOSSARY)."""
         judged = [s.reward for s in self.samples if s.reward is not None]
-        rewards = torch.tensor(judged or [0.0])
+        rewards = torch.tensor(judged or [0.0], dtype=torch.float64)
         tied = [all(sample.advantage == 0 for sample in group) for group in self.groups()]
         passes_by_group = [{s.passed for s in group if s.reward is not None} for group in self.groups()]
         rollouts = [sample.rollout for sample in self.samples]
@@ -116,6 +127,7 @@ class RolloutBatch:
             "truncated_fraction": float(np.mean([not rollout.finished for rollout in rollouts])),
             "repetition": float(np.mean([repetition(rollout.response_ids) for rollout in rollouts])),
             "unreadable_characters": float(np.mean([unreadable_characters(r.text) for r in rollouts])),
+            **mean_parts(self.samples),
         }
 
     def final_metrics(self) -> dict:

@@ -1,27 +1,46 @@
 """Sample responses and reward them, by all processes together; what an evaluation makes of them."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from gspo.policy.rollout import Rollout
+from gspo.policy.rollout import Rollout, encode_prompt
 from gspo.training.alarms import EmergencyStop
+from gspo.training.config import GSPOConfig
 from gspo.training.intervals import wilson_interval
 from gspo.training.processes import Processes
-from gspo.training.rollout_batch import Sample
+from gspo.training.rollout_batch import Sample, mean_parts
 
 # Makes the rollouts of some problems; the second argument is the number of the first of them.
 Generate = Callable[[Sequence, int], list[Rollout]]
-# Rewards responses: (problems, responses) -> rewards, None for one that cannot be judged.
-RewardFn = Callable[[list, list[str]], Sequence[float | None]]
+# Rewards responses: (problems, responses) -> for each a number, a dict of named parts whose sum is the
+# reward, or None if it cannot be judged.
+RewardFn = Callable[[list, list[str]], Sequence[float | dict[str, float] | None]]
+# A sum of parts that should reach the pass threshold may miss it by a rounding error.
+THRESHOLD_TOLERANCE = 1e-9
+
+
+def encode_problem(tokenizer: Any, problem: Any, config: GSPOConfig) -> list[int]:
+    """The token ids of a problem's prompt, as the model sees it."""
+    template_kwargs = json.loads(config.chat_template_kwargs)
+    return encode_prompt(tokenizer, problem.prompt, config.system_prompt, template_kwargs)
 
 
 def sample_and_reward(
-    problems: Sequence, group_size: int, generate: Generate, reward_fn: RewardFn, processes: Processes
+    problems: Sequence,
+    group_size: int,
+    generate: Generate,
+    reward_fn: RewardFn,
+    processes: Processes,
+    pass_threshold: float = 1.0,
 ) -> tuple[list[Sample], dict]:
     """Samples of each problem, groups contiguous; how long it took; and the sums in reward_fn.metrics.
+
+    pass_threshold: the reward from which on a response has passed.
 
     Raises:
         EmergencyStop: a log-probability or a reward is not finite.
@@ -43,13 +62,18 @@ def sample_and_reward(
     for i, (rollout, reward) in enumerate(gathered):
         if not all(map(math.isfinite, rollout.log_probs)):
             raise EmergencyStop("the policy's log-probabilities are not finite")
+        sample = Sample(problems[i // group_size], rollout, None)
         if reward is not None:
-            reward = float(reward)  # whatever kind of number it is: checkpoints hold plain data
-            if not math.isfinite(reward):
+            # Whatever kind of numbers they are: checkpoints hold plain data.
+            if isinstance(reward, dict):
+                sample.parts = {str(name): float(part) for name, part in reward.items()}
+            sample.reward = sum(sample.parts.values()) if sample.parts else float(reward)
+            if not math.isfinite(sample.reward):
                 raise EmergencyStop(
                     "the reward function returned a value that is not finite; None: not judged"
                 )
-        samples.append(Sample(problems[i // group_size], rollout, reward))
+            sample.passed = sample.reward >= pass_threshold - THRESHOLD_TOLERANCE
+        samples.append(sample)
     return samples, metrics
 
 
@@ -57,10 +81,10 @@ def evaluation_metrics(samples: Sequence[Sample], group_size: int) -> dict:
     """What an evaluation found, from group_size samples of each problem.
 
     Returns:
-        pass_at_1: share of responses with reward 1, and interval_95 of it (Wilson's, over problems);
-        reward_mean; response_tokens_mean; pass_by_problem and reward_by_problem: the share and the mean
-        reward of each problem, for paired comparisons. A response that could not be judged counts as not
-        passed, with reward 0.
+        pass_at_1: share of responses that passed, and interval_95 of it (Wilson's, over problems);
+        reward_mean, and reward_part/NAME for named parts; response_tokens_mean; pass_by_problem and
+        reward_by_problem: the share and the mean reward of each problem, for paired comparisons. A response
+        that could not be judged counts as not passed, with reward 0.
     """
     passed = np.array([sample.passed for sample in samples])  # (Q * G,)
     rewards = np.array([sample.reward or 0.0 for sample in samples])
@@ -71,6 +95,7 @@ def evaluation_metrics(samples: Sequence[Sample], group_size: int) -> dict:
         "pass_at_1": pass_at_1,
         "interval_95": list(wilson_interval(pass_at_1, len(samples) // group_size)),
         "reward_mean": float(rewards.mean()),
+        **mean_parts(samples),
         "response_tokens_mean": float(np.mean([sample.num_tokens for sample in samples])),
         "pass_by_problem": passed.reshape(-1, group_size).mean(1).tolist(),
         "reward_by_problem": rewards.reshape(-1, group_size).mean(1).tolist(),

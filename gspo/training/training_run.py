@@ -7,7 +7,7 @@ there. So a run that was killed at any point and resumed writes what it would ha
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import lru_cache
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gspo.policy.rollout import encode_prompt
 from gspo.training.alarms import (
     EmergencyStop,
     gibberish_reason,
@@ -27,6 +26,7 @@ from gspo.training.alarms import (
     unjudged_reason,
 )
 from gspo.training.checkpoints import STATE_FILE, STATE_FORMAT, random_states, read_state, set_random_states
+from gspo.training.command_line import is_rank_0
 from gspo.training.config import GSPOConfig
 from gspo.training.dynamic_sampling import MAX_DRAWN
 from gspo.training.processes import Processes
@@ -55,6 +55,8 @@ class Trainer(Protocol):
 
     @property
     def clips_per_token(self) -> bool: ...
+
+    def encode(self, problem: Any) -> list[int]: ...
 
     def collect(self, problems: Sequence, index: int) -> RolloutBatch: ...
 
@@ -91,8 +93,8 @@ class TrainingRun:
 
     def __init__(self, trainer: Trainer, train_problems: Sequence, eval_problems: Sequence):
         self.trainer, self.config, self.processes = trainer, trainer.config, trainer.processes
-        self.train_problems = drop_long_prompts(train_problems, trainer, "training")
-        self.eval_problems = drop_long_prompts(eval_problems, trainer, "evaluation")
+        self.train_problems = drop_long_prompts(train_problems, trainer.encode, self.config, "training")
+        self.eval_problems = drop_long_prompts(eval_problems, trainer.encode, self.config, "evaluation")
         self.num_queries = self.config.num_epochs * len(self.train_problems)
         self.drawn = 0  # queries of the rollout batches trained on; those of the pending ones come next
         self.pending: list[RolloutBatch] = []  # sampled; the first may be part-way through its updates
@@ -353,21 +355,25 @@ def is_due(step: int, frequency: int) -> bool:
     return step > 0 and frequency > 0 and step % frequency == 0
 
 
-def drop_long_prompts(problems: Sequence, trainer: Trainer, purpose: str) -> list:
+def drop_long_prompts(
+    problems: Sequence, encode: Callable[[Any], list[int]], config: GSPOConfig, purpose: str
+) -> list:
     """The problems whose prompts leave room for a response. The others are dropped, counted and reported.
+
+    encode: a problem to the token ids of its prompt.
 
     Raises:
         ValueError: none does.
     """
-    max_length = trainer.config.max_length
-    lengths = [len(encode_prompt(trainer.tokenizer, problem.prompt)) for problem in problems]
+    max_length = config.max_length
+    lengths = [len(encode(problem)) for problem in problems]
     kept = [p for p, length in zip(problems, lengths, strict=True) if length < max_length]
     if not kept:
         raise ValueError(
             f"--max_length {max_length} is shorter than every {purpose} prompt (the shortest has "
             f"{min(lengths)} tokens); raise it"
         )
-    if len(kept) < len(problems) and trainer.processes.is_main:
+    if len(kept) < len(problems) and is_rank_0():
         print(
             f"{purpose}: dropped {len(problems) - len(kept)} of {len(problems)} problems, whose prompts "
             f"leave no room for a response in --max_length {max_length}",

@@ -30,7 +30,7 @@ def handle(job):
     return [job, job]
 
 time.sleep({start_s})
-serve(handle)
+serve(lambda: handle)
 """
 
 

@@ -17,7 +17,7 @@ REWARDS = {"s": (1.0, 0.0), "r": (1.0, 1.0), "w": (0.0, 0.0)}
 
 
 def group(*rewards):
-    return [Sample(None, None, reward) for reward in rewards]
+    return [Sample(None, None, reward, passed=reward == 1.0) for reward in rewards]
 
 
 @pytest.mark.parametrize(
