@@ -299,15 +299,8 @@ def main(arguments: list[str] | None = None) -> int:
     form = RowFormat(*columns, flags.reward is not None, flags.eval_path)
     try:
         with warnings.catch_warnings(action="ignore"):  # fewer problems than asked for
-            problems = load_problems(
-                flags.dataset,
-                "train",
-                NUM_REWARDED,
-                flags.data_seed,
-                flags.difficulty,
-                flags.dataset_path,
-                form,
-            )
+            settings = flags.data_seed, flags.difficulty, flags.dataset_path, form
+            problems = load_problems(flags.dataset, "train", NUM_REWARDED, *settings)
         return show_task(problems, reward_function(flags.reward, flags.code_reward), flags.system_prompt)
     except (ValueError, OSError) as error:
         print(f"data_loader.py: {error}", file=sys.stderr)

@@ -22,7 +22,14 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from data_loader import RowFormat, dataset_named, default_max_new_tokens, load_problems, reward_function
+from data_loader import (
+    DATASETS,
+    RowFormat,
+    dataset_named,
+    default_max_new_tokens,
+    load_problems,
+    reward_function,
+)
 from gspo.training.command_line import Parser, complain, interruptible, prepare_process
 from gspo.training.config import GSPOConfig
 from gspo.training.find_run import refuse_other_settings, resumed_folder, run_folder, settings_of
@@ -111,6 +118,8 @@ def parse(arguments: list[str] | None) -> GSPOConfig:
         kinds = get_args(types[f.name]) or (types[f.name],)
         kind = next(t for t in kinds if t is not NoneType)
         help = f.metadata["help"]
+        if f.name == "dataset":
+            help += f", or one of {', '.join(DATASETS)}"
         if kind is bool:
             options: dict[str, Any] = {"action": "store_true"}
         else:

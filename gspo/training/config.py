@@ -63,7 +63,7 @@ class GSPOConfig:
     dataset: str = flag(
         "mixed",
         "data",
-        "mixed, math, code, reasoning, gsm8k, file or sort; OWNER/NAME on the hub; reasoning_gym:NAME",
+        "problems to train and evaluate on: OWNER/NAME on the hub, reasoning_gym:NAME for a generator of it",
     )
     dataset_path: str | None = flag(
         None, "data", "a file of your own, jsonl, csv or parquet, with questions and answers"
