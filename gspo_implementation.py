@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from gspo.policy.cpu import prepare_cpu
 from gspo.policy.gradient_checkpointing import enable_gradient_checkpointing
 from gspo.policy.rollout import Rollout, Sampling, TransformersEngine
 from gspo.training.alarms import non_finite_weights, stop_if, stop_reason, unjudged_reason
@@ -372,6 +373,8 @@ class GSPOTrainer:
     def __init__(
         self, model: Any, tokenizer: Any, config: GSPOConfig, reward_fn: Callable, engine: Any = None
     ):
+        if config.model_name == "auto":  # from Python, whose model has a name of its own
+            config = replace(config, model_name=model.name_or_path or model.config.model_type)
         self.config = config = resolve(config, sum(p.numel() for p in model.parameters()))
         positions = getattr(model.config, "max_position_embeddings", None)
         if positions is not None and config.max_length > positions:
@@ -380,6 +383,8 @@ class GSPOTrainer:
         self.processes = Processes(str(config.device))
         self.stop = StopRequest(self.processes)
         self.forward = ForwardPasses(config, self.processes)
+        if config.device == "cpu":
+            prepare_cpu()
         self.model = model.float().to(self.processes.device).eval()
         self.tokenizer = tokenizer
         self.reward_fn = reward_fn
@@ -594,7 +599,7 @@ class GSPOTrainer:
             loss.backward()
             own = [values.detach().cpu() for values in log_probs]
             metrics["loss_sum"] = loss.item() * len(samples)
-            metrics["sampler_gap_sum"] = sum(map(_sampler_gap, chosen, own))
+            metrics["sampler_gap_sum"] = sum(map(Sample.sampler_gap, chosen, own))
             parts.append(metrics)
             computed += zip(rows, own, strict=True)
         return parts, computed
@@ -687,12 +692,3 @@ def _pad(rows: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
 def _lacks_pi_old(samples: Sequence[Sample]) -> bool:
     """True if an update is to compute log pi_old for some of the samples."""
     return any(sample.has_signal and sample.old_log_probs is None for sample in samples)
-
-
-def _sampler_gap(sample: Sample, log_probs: torch.Tensor) -> float:
-    """Mean distance, in nats per token, between the sampler's log-probabilities and those of pi_old.
-
-    log_probs: (|y|,) under the present policy, which is pi_old if there are no others yet.
-    """
-    old = log_probs if sample.old_log_probs is None else sample.old_log_probs
-    return (torch.tensor(sample.rollout.log_probs) - old).abs().mean().item()

@@ -30,7 +30,7 @@ from data_loader import (
     load_problems,
     reward_function,
 )
-from gspo.training.command_line import Parser, complain, interruptible, prepare_process
+from gspo.training.command_line import Parser, complain, interruptible, plain_warnings
 from gspo.training.config import GSPOConfig
 from gspo.training.find_run import refuse_other_settings, resumed_folder, run_folder, settings_of
 
@@ -57,11 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(config: GSPOConfig) -> int:
     """Run a configuration. Returns the exit code."""
-    from gspo.policy.cpu import keep_freed_memory
     from gspo.training.alarms import EmergencyStop
     from gspo.training.whole_folders import CannotSave
 
-    keep_freed_memory()
     try:
         config = resolve_for_machine(config)
         settings = asdict(config)
@@ -346,7 +344,9 @@ def prepare(config: GSPOConfig, train_problems: list, eval_problems: list) -> "T
         disable_progress_bar()  # of loading the weights
     # On the CPU first: each process then moves the model to its own GPU.
     model, tokenizer = load_model(config.model_name, device="cpu", trust_remote_code=config.trust_remote_code)
-    return TrainingRun(GSPOTrainer(model, tokenizer, config, reward_fn), train_problems, eval_problems)
+    source = config.dataset_path or config.dataset
+    trainer = GSPOTrainer(model, tokenizer, config, reward_fn)
+    return TrainingRun(trainer, train_problems, eval_problems, source)
 
 
 def load_task(config: GSPOConfig) -> tuple[list, list]:
@@ -449,6 +449,6 @@ def when(step: int) -> str:
 
 
 if __name__ == "__main__":
-    prepare_process()
+    plain_warnings()
     interruptible()  # the imports that follow take seconds
     sys.exit(main())

@@ -16,12 +16,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from gspo.training.command_line import Parser, prepare_process
+from gspo.training.command_line import Parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    prepare_process()
     # Imported here, because torch takes seconds: --help and a mistyped flag are answered before.
     from gspo.checks.validation import prepare, validate
 

@@ -9,6 +9,15 @@
 tests/test_imports.py holds the imports to this table.
 """
 
+import os
+import sys
+
+# OpenMP threads that wait for work spin for long before they sleep. On a CPU that other processes share, that
+# made a rollout batch up to five times slower; spinning briefly costs little (LOG.md). torch reads this once,
+# when it is imported, so it is set here, where every import of the toolkit comes by.
+SPIN_COUNT_COMES_LATE = "torch" in sys.modules and "GOMP_SPINCOUNT" not in os.environ
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 # Seconds before a progress bar appears.
 PROGRESS_DELAY_S = 2.0
 # Seconds that the model hub has to answer a first request. The hub's own libraries retry for 25 s.

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gspo.checks import float64_reference as reference
 from gspo.policy.rollout import Rollout, Sampling, TransformersEngine, encode_prompt
 from gspo.training.alarms import EmergencyStop
-from gspo.training.record import GLOSSARY
+from gspo.training.record import GLOSSARY, OPTIONAL
 from gspo.training.rollout_batch import Sample
 from gspo.training.sampling import evaluation_metrics
 from gspo.training.training_run import drop_long_prompts

@@ -1,6 +1,7 @@
 """Two things that make training faster on CPUs: keeping freed memory, and packing weights for sampling."""
 
 import ctypes
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -8,10 +9,24 @@ from functools import partial
 import torch
 from torch import nn
 
+from gspo import SPIN_COUNT_COMES_LATE
+
 # Parameters of glibc's mallopt(), from malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 # Bytes that the process asks of the system at a time.
 GROWTH = 64 << 20
+
+
+def prepare_cpu() -> None:
+    """What a process that trains on a CPU needs, whoever has imported the toolkit. Can be called again."""
+    keep_freed_memory()
+    if SPIN_COUNT_COMES_LATE:
+        warnings.warn(
+            "torch was imported before the toolkit, so its threads spin for long while they wait, which is "
+            "slow on a CPU that is busy: import data_loader or gspo_implementation first, or set "
+            "GOMP_SPINCOUNT=10000",
+            stacklevel=3,
+        )
 
 
 def keep_freed_memory() -> None:

@@ -4,7 +4,7 @@
 
 `problem` has all columns of its row. None means: not judged. A dict has named parts, whose sum is the reward.
 
-    python -m gspo.tasks.own_reward FILE FUNCTION     a worker of worker_pool.py
+    python -m gspo.tasks.own_reward COPY FILE FUNCTION     a worker of worker_pool.py
 
 The function runs in worker processes that are killed at a deadline. One that raises, hangs, exits or returns
 nonsense costs that response, which is then not judged. This protects the run from accidents, and the
@@ -13,10 +13,11 @@ function is trusted code: it has the rights of whoever started the run.
 
 import functools
 import hashlib
-import importlib.util
 import os
 import sys
+import tempfile
 import traceback
+import types
 from collections import Counter
 from collections.abc import Callable
 from numbers import Real
@@ -59,12 +60,18 @@ class OwnReward:
             raise ValueError(f"--reward {spec}: there is no file {self.path}")
         self.metrics: dict[str, int] = {}
         self.failure: str | None = None
-        self._has_returned = False
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
+        self._has_ended = False
+        content = self.path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
         self.source = {"file": str(self.path), "function": self.function, "sha256": digest}
-        answer = self._pool().map([{"check": True}])[0]
-        if answer is None:
-            raise ValueError(f"--reward {spec}: importing the file ends its process or takes too long")
+        # Workers are started during the whole run, and must not see what the file becomes meanwhile.
+        self._folder = tempfile.TemporaryDirectory(prefix="gspo-reward-")
+        self._copy = Path(self._folder.name) / self.path.name
+        self._copy.write_bytes(content)
+        try:
+            answer = self._pool().map([{"check": True}])[0]
+        except RuntimeError:  # the workers do not start
+            raise ValueError(f"--reward {spec}: importing the file ends its process, or never ends") from None
         if error := answer.get("error"):
             raise ValueError(f"--reward {spec}: {error.strip().splitlines()[-1]}")
 
@@ -87,42 +94,42 @@ class OwnReward:
     def _answers_to(self, jobs: list[dict]) -> tuple[list[dict | None], dict[int, str]]:
         """The workers' answers, None where there is none, and why responses were not judged, by their places.
 
-        A function that has never returned is first tried on one response per worker. If it hangs on all of
-        them, it is not tried on the others, which would cost TIMEOUT_S each.
+        A function that has never ended in time is first tried on one response per worker. If it hangs on all
+        of them, it is not tried on the others, which would cost TIMEOUT_S each.
         """
         pool = self._pool()
-        num_tried = len(jobs) if self._has_returned else min(num_workers(), len(jobs))
+        num_tried = len(jobs) if self._has_ended else min(num_workers(), len(jobs))
         answers = pool.map(jobs[:num_tried], "rewards")
         failures = dict(pool.lost)
-        self._has_returned = self._has_returned or any(answer is not None for answer in answers)
+        self._has_ended = self._has_ended or list(failures.values()).count(TIMED_OUT) < num_tried
         others = jobs[num_tried:]
-        if self._has_returned and others:
+        if self._has_ended:
             answers += pool.map(others, "rewards")
             failures |= {num_tried + place: why for place, why in pool.lost.items()}
         else:
             answers += [None] * len(others)
-            failures |= dict.fromkeys(range(num_tried, len(jobs)), failures.get(0, TIMED_OUT))
+            failures |= dict.fromkeys(range(num_tried, len(jobs)), TIMED_OUT)
         failures |= {i: answer["error"] for i, answer in enumerate(answers) if answer and "error" in answer}
         return answers, failures
 
     def _pool(self) -> WorkerPool:
-        return _pool_of(os.getpid(), str(self.path), self.function)
+        return _pool_of(os.getpid(), str(self._copy), str(self.path), self.function)
 
 
 @functools.cache
-def _pool_of(process_id: int, path: str, function: str) -> WorkerPool:
+def _pool_of(process_id: int, copy: str, path: str, function: str) -> WorkerPool:
     """The pool of one process: a forked child must not talk over its parent's pipes."""
-    command = [sys.executable, "-m", "gspo.tasks.own_reward", path, function]
+    command = [sys.executable, "-m", "gspo.tasks.own_reward", copy, path, function]
     return WorkerPool(command, num_workers(), TIMEOUT_S)
 
 
 # The worker's side
 
 
-def worker_handle(path: str, function: str) -> Callable[[dict], dict]:
-    """Import the file. Returns what answers jobs: {"reward": ...}, or {"error": the traceback}."""
+def worker_handle(copy: str, path: str, function: str) -> Callable[[dict], dict]:
+    """Import the file from its copy. Returns what answers jobs: {"reward": ...} or {"error": traceback}."""
     try:
-        score, problem = _import_function(path, function), None
+        score, problem = _import_function(copy, path, function), None
     except BaseException as error:  # whatever a user's file may raise, SystemExit included
         score, problem = None, _traceback_of(error, path)
 
@@ -137,14 +144,12 @@ def worker_handle(path: str, function: str) -> Callable[[dict], dict]:
     return handle
 
 
-def _import_function(path: str, function: str) -> Callable[[dict, str], Any]:
+def _import_function(copy: str, path: str, function: str) -> Callable[[dict, str], Any]:
     sys.path.insert(0, str(Path(path).parent))  # the file may import its neighbours
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    module = types.ModuleType(Path(path).stem)
+    module.__file__ = path
+    sys.modules[module.__name__] = module
+    exec(compile(Path(copy).read_bytes(), path, "exec"), vars(module))
     score = getattr(module, function, None)
     if not callable(score):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
@@ -184,4 +189,4 @@ def _traceback_of(error: BaseException, path: str) -> str:
 
 
 if __name__ == "__main__":
-    serve(lambda: worker_handle(sys.argv[1], sys.argv[2]), MEMORY_GB)
+    serve(lambda: worker_handle(*sys.argv[1:4]), MEMORY_GB)

@@ -7,6 +7,7 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from typing import Any, NoReturn
 
 MAX_MESSAGE = 1000  # characters
@@ -43,11 +44,13 @@ def is_rank_0() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def prepare_process() -> None:
-    """Settings of the process that torch reads when it is imported: call this first."""
-    # OpenMP threads that wait for work spin for long before they sleep. On a CPU that other processes share,
-    # that made a rollout batch up to five times slower; spinning briefly costs little (LOG.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+def plain_warnings() -> None:
+    """Print warnings as one line each, without the place in the code that they come from."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show  # type: ignore[assignment]
 
 
 def interruptible() -> None:

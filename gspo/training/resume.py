@@ -1,6 +1,7 @@
 """Open a run: a new one, or one to resume, where a checkpoint says how far it has come."""
 
 import os
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -30,16 +31,22 @@ class OpenRun:
     step: int = 0
     lines: dict[str, int] = field(default_factory=dict)
 
-    def begin(self) -> None:
+    def begin(self, described: dict) -> None:
         """Drop what was written after the checkpoint, write config.json, and get ready to record.
+
+        described: what config.json says besides the settings. A resumed run may have another reward function,
+            which is reported.
 
         Raises:
             CannotSave: the disk is full.
         """
         settings = asdict(self.config)
         if self.config.resume is not None:
+            before = (settings_of(self.folder.path) or {}).get("reward_function")
+            if before is not None and before != described.get("reward_function"):
+                print("warning: the reward function is not the one that the run had so far", file=sys.stderr)
             self.record.rewind(self.step, self.lines)
-        self.folder.write_config(settings, self.problems)
+        self.folder.write_config({**settings, "problems": self.problems, **described})
         self.record.sinks.append(JsonLines(self.folder.path))
         if self.config.use_wandb:
             self.record.sinks.append(Wandb(self.folder.path, settings))

@@ -52,6 +52,14 @@ class Sample:
     def num_tokens(self) -> int:
         return len(self.rollout.response_ids)
 
+    def sampler_gap(self, log_probs: torch.Tensor) -> float:
+        """Mean distance, in nats per token, between the sampler's log-probabilities and those of pi_old.
+
+        log_probs: (|y|,) under the present policy, which is pi_old if there are no others yet.
+        """
+        old = log_probs if self.old_log_probs is None else self.old_log_probs
+        return (torch.tensor(self.rollout.log_probs) - old).abs().mean().item()
+
     def record(self) -> dict:
         """The sample as plain data, for a person to read."""
         return {

@@ -11,11 +11,15 @@ gspo_outputs/<run>/
 """
 
 import fcntl
+import hashlib
+import inspect
 import json
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +27,21 @@ from gspo.training.checkpoints import checkpoints_in
 from gspo.training.hardware import describe_environment
 from gspo.training.rollout_batch import RolloutBatch
 from gspo.training.whole_folders import sync, whole_folder, write_whole
+
+
+def describe_function(function: Any) -> dict:
+    """What config.json says of a reward function: its name, its file and the file's SHA-256.
+
+    A reward function with an attribute `source` says so itself.
+    """
+    if hasattr(function, "source"):
+        return function.source
+    definition = function if inspect.isroutine(function) else type(function)
+    described = {"function": f"{definition.__module__}.{definition.__qualname__}"}
+    path = getattr(sys.modules.get(definition.__module__), "__file__", None)
+    if path and Path(path).is_file():
+        described |= {"file": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    return described
 
 
 class RunFolder:
@@ -51,9 +70,9 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
-    def write_config(self, config: dict, problems: str) -> None:
-        """Write config.json: the settings, the digest of the problems, and the machine. Raises CannotSave."""
-        settings = {**config, "problems": problems, "environment": describe_environment()}
+    def write_config(self, config: dict) -> None:
+        """Write config.json: the settings, what is trained on, and the machine. Raises CannotSave."""
+        settings = {**config, "environment": describe_environment()}
         write_whole(self.path / "config.json", json.dumps(settings, indent=2) + "\n")
 
     def checkpoints(self) -> list[Path]:

@@ -34,7 +34,7 @@ from gspo.training.progress import progress_bar
 from gspo.training.record import Record
 from gspo.training.resume import OpenRun, open_run
 from gspo.training.rollout_batch import RolloutBatch
-from gspo.training.run_folder import RunFolder
+from gspo.training.run_folder import RunFolder, describe_function
 from gspo.training.sampling import standing
 from gspo.training.stopping import Interrupted, StopRequest
 from gspo.training.whole_folders import CannotSave, remove
@@ -48,6 +48,7 @@ class Trainer(Protocol):
 
     model: torch.nn.Module
     tokenizer: Any
+    reward_fn: Any
     config: GSPOConfig
     processes: Processes
     stop: StopRequest
@@ -80,6 +81,7 @@ class TrainingRun:
 
     Args:
         train_problems, eval_problems: those whose prompts leave no room for a response are dropped.
+        source: where the problems come from, for config.json.
 
     Raises:
         ValueError: no problem is left, a run folder already in use, or a run that these settings and problems
@@ -91,8 +93,15 @@ class TrainingRun:
     record: Record
     _opened: OpenRun
 
-    def __init__(self, trainer: Trainer, train_problems: Sequence, eval_problems: Sequence):
+    def __init__(
+        self,
+        trainer: Trainer,
+        train_problems: Sequence,
+        eval_problems: Sequence,
+        source: str = "given from Python; the settings of data were not used",
+    ):
         self.trainer, self.config, self.processes = trainer, trainer.config, trainer.processes
+        self.source = source
         self.train_problems = drop_long_prompts(train_problems, trainer.encode, self.config, "training")
         self.eval_problems = drop_long_prompts(eval_problems, trainer.encode, self.config, "evaluation")
         self.num_queries = self.config.num_epochs * len(self.train_problems)
@@ -121,12 +130,14 @@ class TrainingRun:
 
         Returns:
             The evaluations "before" and "after", and the "best" one, whose weights are in best_model (None:
-            there was none yet); and whether it is "finished".
+            there was none yet); whether it is "finished"; and the run's "folder".
 
         Raises:
             EmergencyStop: the update in progress must not reach the weights; the evidence is in emergency/.
             CannotSave: the disk is full; the last whole checkpoint is as it was.
         """
+        if self.processes.is_main:
+            print(f"run folder: {self.folder.path}")
         end: Interrupted | EmergencyStop | None = None
         with ExitStack() as stack:
             if self.processes.is_main:
@@ -154,13 +165,14 @@ class TrainingRun:
             # No process may end before this is done: its launcher would kill the one that writes.
             self.processes.on_main(self._save_if_whole)
             recorded = self._evaluations()
+            folder = self.processes.on_main(lambda: self.folder.path)
         if isinstance(end, EmergencyStop):
             raise end
         result: dict[str, Any] = {"before": None, "after": None, "best": None}
         if recorded:
             # max() takes the first of equally good evaluations, as best_model does.
             result = {"before": recorded[0], "after": recorded[-1], "best": max(recorded, key=standing)}
-        return result | {"finished": end is None}
+        return result | {"finished": end is None, "folder": folder}
 
     def close(self) -> None:
         """Close the record and unlock the folder; on the main process."""
@@ -326,7 +338,15 @@ class TrainingRun:
 
     def _begin(self, resumed: bool) -> None:
         """Change what is on the disk, now that nothing can be refused any more."""
-        self._opened.begin()
+        described = {
+            "data": {
+                "source": self.source,
+                "train_problems": len(self.train_problems),
+                "eval_problems": len(self.eval_problems),
+            },
+            "reward_function": describe_function(self.trainer.reward_fn),
+        }
+        self._opened.begin(described)
         self._saved_progress = self._progress() if resumed else None
 
     def _load(self, checkpoint: Path) -> None:

@@ -27,7 +27,7 @@ def config(tmp_path, **other):
 def begin(tmp_path, **other):
     """A run that has begun."""
     run = open_run(config(tmp_path, **other), problems="digest", num_queries=40)
-    run.begin()
+    run.begin({})
     return run
 
 
