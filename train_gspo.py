@@ -148,19 +148,21 @@ def with_settings_of_resumed_run(given: dict) -> dict:
 
 def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     """Decide what depends on the machine, the model's size and the data set, and print the choices."""
-    from gspo.policy.model_loader import (
-        TRAINING_BYTES_PER_PARAMETER,
-        check_memory,
-        count_parameters,
-        resolve_model_name,
-    )
-    from gspo.training.hardware import choose_dtype, num_processes
+    from gspo.policy.memory import AUTO_MODELS, refuse_too_large
+    from gspo.policy.model_cache import EMBEDDED_NAME
+    from gspo.policy.model_loader import gpu_memory, model_shape, resolve_model_name
+    from gspo.training.hardware import choose_dtype, num_processes, workload
     from gspo_implementation import resolve
 
-    model_name, reason = resolve_model_name(config.model_name)
-    if config.model_name != model_name:
+    model_name, reason = resolve_model_name(config.model_name, config.device, workload(config))
+    is_auto = config.model_name == "auto"
+    if is_auto:
         print(f"model: {model_name} ({reason})")
-    num_parameters = count_parameters(model_name, config.trust_remote_code)
+    if is_auto and model_name in AUTO_MODELS:
+        shape = AUTO_MODELS[model_name]  # needs no hub
+    else:
+        shape = model_shape(model_name, config.trust_remote_code)
+    num_parameters = shape.parameters
     dataset, dataset_path = config.dataset, config.dataset_path
     if dataset_path:
         dataset_path = os.path.abspath(dataset_path)  # for a resume from another directory
@@ -182,8 +184,9 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
         max_new_tokens=config.max_new_tokens or default_max_new_tokens(source, difficulty),
     )
     resolved = resolve(config_of_task, num_parameters)
-    if resolved.device == "cuda":
-        check_memory(model_name, TRAINING_BYTES_PER_PARAMETER * num_parameters)
+    # The embedded model is never refused: it is what `auto` takes on a GPU on which none of its others fits.
+    if resolved.device == "cuda" and model_name != EMBEDDED_NAME:
+        refuse_too_large(model_name, shape, workload(resolved), gpu_memory())
     print(f"processes: {num_processes()}")
     if config.dtype == "auto":
         print(f"dtype: {resolved.dtype} ({choose_dtype(str(resolved.device), num_parameters)[1]})")
