@@ -69,6 +69,8 @@ def train(config: GSPOConfig) -> int:
         complain(PROGRAM, error)
         return 1
     run.trainer.stop.on_signals()
+    if config.resume and run.drawn == run.num_queries:
+        print(describe_finished(run))
     is_main = run.processes.is_main  # all processes end alike, and only the main one says why
     try:
         result = run.train()
@@ -148,6 +150,8 @@ def with_settings_of_resumed_run(given: dict) -> dict:
 
 def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     """Decide what depends on the machine, the model's size and the data set, and print the choices."""
+    import torch
+
     from gspo.policy.memory import AUTO_MODELS, refuse_too_large
     from gspo.policy.model_cache import EMBEDDED_NAME
     from gspo.policy.model_loader import gpu_memory, model_shape, resolve_model_name
@@ -187,6 +191,8 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     # The embedded model is never refused: it is what `auto` takes on a GPU on which none of its others fits.
     if resolved.device == "cuda" and model_name != EMBEDDED_NAME:
         refuse_too_large(model_name, shape, workload(resolved), gpu_memory())
+    if resolved.device == "cpu" and torch.backends.mps.is_available():
+        print("device: cpu (Apple GPUs are not supported)")
     print(f"processes: {num_processes()}")
     if config.dtype == "auto":
         print(f"dtype: {resolved.dtype} ({choose_dtype(str(resolved.device), num_parameters)[1]})")
@@ -316,8 +322,22 @@ def prepare(config: GSPOConfig) -> "TrainingRun":
         disable_progress_bar()  # of loading the weights
     # On the CPU first: each process then moves the model to its own GPU.
     model, tokenizer = load_model(config.model_name, device="cpu", trust_remote_code=config.trust_remote_code)
+    warn_of_unknown_tokens(tokenizer, [problem.prompt for problem in problems["train"]])
     trainer = GSPOTrainer(model, tokenizer, config, RewardFunction(config.code_reward))
     return TrainingRun(trainer, problems["train"], problems["eval"])
+
+
+def warn_of_unknown_tokens(tokenizer: Any, prompts: list[str]) -> None:
+    """Print a line if the model cannot read most of the prompts: it would learn nothing from them."""
+    from gspo.policy.rollout import unknown_share
+
+    share = unknown_share(tokenizer, prompts)
+    if share > 0.5 and os.environ.get("RANK", "0") == "0":
+        print(
+            f"warning: {share:.0%} of the prompts' tokens are unknown to this model's tokenizer, so it cannot "
+            "read the problems; name another --model_name or --dataset",
+            file=sys.stderr,
+        )
 
 
 # ---- after training
@@ -331,6 +351,16 @@ def explain(stop: "EmergencyStop", run: "TrainingRun") -> str:
         f"emergency stop in rollout batch {run.trainer.step + 1}, before the update: {stop}. The evidence is "
         f"in {folder}/emergency; {before}, the best state evaluated {folder}/best_model. Start again, from "
         "one of them (--model_name) or anew, with a lower --learning_rate"
+    )
+
+
+def describe_finished(run: "TrainingRun") -> str:
+    """What there is to say before a run is resumed that has nothing left to train on."""
+    epochs = counted(run.config.num_epochs, "epoch")
+    return (
+        f"{run.folder.path} is finished ({run.config.model_name}, {run.config.algorithm}): all "
+        f"{counted(run.num_queries, 'query', 'queries')} of its {epochs} are trained on; a larger --num_epochs "
+        "goes on from there\n"
     )
 
 

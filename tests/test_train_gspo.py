@@ -265,7 +265,7 @@ def test_interrupt_leaves_a_checkpoint_and_exit_code_130(tmp_path):
         (["--batch_size", "4", "--mini_batch_size", "3"], "does not divide"),
         (["--left_clip_range", "0"], "left_clip_range must be positive"),
         (["--right_clip_range", "-0.1"], "right_clip_range must be positive"),
-        (["--learning_rate", "nan"], "learning_rate must be positive"),
+        (["--learning_rate", "nan"], "learning_rate must be at least 0"),
         (["--temperature", "0"], "temperature must be positive"),
         (["--learning_rate", "fast"], "learning_rate"),
         (["--no_such_flag"], "no_such_flag"),

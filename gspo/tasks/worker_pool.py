@@ -197,7 +197,7 @@ def _exchange(workers: list[_Worker]) -> None:
 def serve(handle: Callable[[Any], Any], memory_gb: float = 2.0) -> None:
     """The worker's side: answer each JSON job on stdin with handle(job), until stdin ends.
 
-    What a job prints goes nowhere, and more than memory_gb of address space is a MemoryError.
+    What a job prints goes nowhere, and more than memory_gb of address space is a MemoryError, but on macOS.
     """
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # only this loop writes to the parent
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -206,7 +206,8 @@ def serve(handle: Callable[[Any], Any], memory_gb: float = 2.0) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = int(memory_gb * 2**30)
     soft = min(limit, hard) if hard != resource.RLIM_INFINITY else limit
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    with contextlib.suppress(ValueError, OSError):  # macOS refuses this limit: go on without it
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # by default the kernel ends the process, also in code in C
     print(json.dumps("ready"), file=replies, flush=True)
     for line in sys.stdin:
