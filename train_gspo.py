@@ -69,9 +69,9 @@ def train(config: GSPOConfig) -> int:
         complain(PROGRAM, error)
         return 1
     run.trainer.stop.on_signals()
-    if config.resume and run.drawn == run.num_queries:
-        print(describe_finished(run))
     is_main = run.processes.is_main  # all processes end alike, and only the main one says why
+    if is_main and config.resume and run.drawn == run.num_queries:
+        print(describe_finished(run))
     try:
         result = run.train()
     except CannotSave as error:
@@ -334,8 +334,8 @@ def warn_of_unknown_tokens(tokenizer: Any, prompts: list[str]) -> None:
     share = unknown_share(tokenizer, prompts)
     if share > 0.5 and os.environ.get("RANK", "0") == "0":
         print(
-            f"warning: {share:.0%} of the prompts' tokens are unknown to this model's tokenizer, so it cannot "
-            "read the problems; name another --model_name or --dataset",
+            f"warning: {share:.0%} of the prompts' tokens are unknown to this model's tokenizer: it cannot "
+            "read the problems; take another --model_name or --dataset",
             file=sys.stderr,
         )
 
@@ -356,11 +356,11 @@ def explain(stop: "EmergencyStop", run: "TrainingRun") -> str:
 
 def describe_finished(run: "TrainingRun") -> str:
     """What there is to say before a run is resumed that has nothing left to train on."""
-    epochs = counted(run.config.num_epochs, "epoch")
+    config = run.config
+    queries, epochs = counted(run.num_queries, "query", "queries"), counted(config.num_epochs, "epoch")
     return (
-        f"{run.folder.path} is finished ({run.config.model_name}, {run.config.algorithm}): all "
-        f"{counted(run.num_queries, 'query', 'queries')} of its {epochs} are trained on; a larger --num_epochs "
-        "goes on from there\n"
+        f"{run.folder.path} is finished ({config.model_name}, {config.algorithm}): it has trained on all "
+        f"{queries} of its {epochs}. A larger --num_epochs goes on from there.\n"
     )
 
 

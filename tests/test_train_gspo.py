@@ -1,11 +1,14 @@
 """The command line, through subprocess: exit codes, one-line errors, what is printed and written."""
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +20,9 @@ import torch
 import gspo_implementation
 import train_gspo
 from data_loader import DATASETS
+from gspo.policy.model_loader import load_model
 from gspo.training.config import GSPOConfig
+from gspo.training.find_run import make_new_folder
 from gspo.training.record import GLOSSARY, glossary_table
 from gspo.training.stopping import StopRequest
 from gspo_implementation import ALGORITHMS, resolve, suggested_clip_range
@@ -225,11 +230,18 @@ def test_file_dataset_and_resume(tmp_path):
     assert longer.returncode == 0, longer.stderr
     steps = [json.loads(line)["step"] for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
+    finished = (
+        "is finished (tiny, gspo): it has trained on all 12 queries of its 2 epochs. A larger --num_epochs"
+    )
+    assert finished not in longer.stdout
+    again = run_here("--resume", "latest", "--output_dir", tmp_path)
+    assert again.returncode == 0 and finished in again.stdout
+    assert (tmp_path / "r" / "metrics.jsonl").read_text().count("\n") == 4
     assert json.loads((tmp_path / "r" / "samples.jsonl").read_text().splitlines()[0])["answer"].isdigit()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="sees by /proc how far a process has come")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_while_it_still_imports(number, tmp_path):
     process = subprocess.Popen(
         command(*TINY), env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -243,6 +255,49 @@ def test_interrupted_while_it_still_imports(number, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def steps_of(folder):
+    """Rollout batches on record, for which there must be a checkpoint."""
+    steps = len((folder / "metrics.jsonl").read_text().splitlines())
+    assert (folder / "checkpoints" / f"step-{steps}" / "training_state.pt").exists()
+    return steps
+
+
+def test_a_lost_terminal_leaves_a_checkpoint_and_exit_code_130(tmp_path):
+    """The other end of the terminal is closed, as when ssh is lost: then writing to it fails."""
+    flags = [*TINY, "--num_epochs", 100, "--output_dir", tmp_path, "--run_name", "r"]
+    process, terminal = pty.fork()
+    if process == 0:
+        code = 1
+        try:
+            sys.stdout = sys.stderr = open(1, "w", buffering=1)
+            code = train_gspo.main([*map(str, flags)])
+        finally:
+            os._exit(code)
+    os.set_blocking(terminal, False)
+
+    def has_trained():
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 1 << 16)  # a full terminal would make its writer wait
+        return (tmp_path / "r" / "metrics.jsonl").exists()
+
+    wait_for(has_trained, process)
+    os.close(terminal)
+    assert exit_code_of(process) == 130
+    assert 0 < steps_of(tmp_path / "r") < 200
+
+
+def test_nohup_goes_on_when_the_terminal_is_lost(tmp_path):
+    def under_nohup():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        return train_gspo.main([*map(str, flags)])
+
+    flags = [*TINY, "--num_epochs", 4, "--output_dir", tmp_path, "--run_name", "r"]
+    process = forked(under_nohup, tmp_path / "log")
+    wait_for((tmp_path / "r" / "metrics.jsonl").exists, process)
+    os.kill(process, signal.SIGHUP)
+    assert exit_code_of(process) == 0, (tmp_path / "log").read_text()
+
+
 def test_interrupt_leaves_a_checkpoint_and_exit_code_130(tmp_path):
     flags = [*TINY, "--num_epochs", 500, "--output_dir", tmp_path, "--run_name", "r"]
     metrics, log = tmp_path / "r" / "metrics.jsonl", tmp_path / "log"
@@ -251,8 +306,7 @@ def test_interrupt_leaves_a_checkpoint_and_exit_code_130(tmp_path):
     os.kill(process, signal.SIGINT)
     assert exit_code_of(process) == 130
     assert "continue with --resume" in log.read_text() and "Traceback" not in log.read_text()
-    steps = len(metrics.read_text().splitlines())
-    assert (tmp_path / "r" / "checkpoints" / f"step-{steps}" / "training_state.pt").exists()
+    assert steps_of(tmp_path / "r") > 0
 
 
 @pytest.mark.parametrize(
@@ -435,6 +489,37 @@ def test_the_loss_in_the_docs_is_one_entry_in_one_file(tmp_path, monkeypatch):
 
 def test_algorithm_names_are_those_of_the_table():
     assert algorithm_names() == tuple(ALGORITHMS)
+
+
+def test_two_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda _: "now")
+    for _ in range(2):
+        assert run_here(*TINY, "--output_dir", tmp_path, "--seed", 3).returncode == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"tiny-gspo-seed3-now", "tiny-gspo-seed3-now-2"}
+
+
+def test_folders_made_at_once_are_never_the_same(tmp_path):
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(make_new_folder, [tmp_path / "new" / "run"] * 40))
+    assert sorted(made) == sorted((tmp_path / "new").iterdir()) and len(set(made)) == 40
+    assert {path.name for path in made} == {"run", *(f"run-{i}" for i in range(2, 41))}
+
+
+def test_a_learning_rate_of_zero_is_a_control(tmp_path):
+    done = run_here(*TINY, "--learning_rate", 0, "--output_dir", tmp_path, "--run_name", "r")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["learning_rate"] == 0
+    trained, initial = load_model(str(tmp_path / "r" / "final_model")), load_model("tiny")
+    assert all(map(torch.equal, trained[0].parameters(), initial[0].parameters()))
+
+
+def test_prompts_that_the_tokenizer_cannot_read_are_warned_of(capsys):
+    tokenizer = load_model("tiny")[1]
+    train_gspo.warn_of_unknown_tokens(tokenizer, ["123=", "\u00e9\u00e8\u00ea"])
+    assert capsys.readouterr().err == ""
+    train_gspo.warn_of_unknown_tokens(tokenizer, ["12=", "\u00e9\u00e8\u00ea\u00eb"])
+    assert "warning: 57% of the prompts' tokens are unknown" in capsys.readouterr().err
 
 
 def test_dialogpt_shape_without_a_chat_template_trains(tmp_path):

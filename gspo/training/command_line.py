@@ -59,9 +59,9 @@ def interruptible() -> None:
 def on_stop_signals(stop: Callable[..., None]) -> None:
     """Call stop() on SIGINT, SIGTERM and SIGHUP.
 
-    SIGHUP says that the terminal is gone, as when an ssh connection is lost. Writing to it would raise OSError
-    in the middle of an update, so from then on, nothing is written to it. nohup starts the program with SIGHUP
-    ignored, and it stays so.
+    SIGHUP says that the terminal is gone, as when an ssh connection is lost. Writing to it would raise
+    OSError, perhaps in the middle of an update, so nothing more is written to it. nohup starts the program
+    with SIGHUP ignored, and it stays so.
     """
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
