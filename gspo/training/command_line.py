@@ -59,16 +59,16 @@ def interruptible() -> None:
 def on_stop_signals(stop: Callable[..., None]) -> None:
     """Call stop() on SIGINT, SIGTERM and SIGHUP.
 
-    SIGHUP says that the terminal is gone, as when an ssh connection is lost. Writing to it would raise
-    OSError, perhaps in the middle of an update, so nothing more is written to it. nohup starts the program
-    with SIGHUP ignored, and it stays so.
+    SIGHUP says that the terminal is gone, as when an ssh connection is lost, and with it what this program
+    was piped into. Writing there would raise OSError, perhaps in the middle of an update, so from then on,
+    only files are written to. nohup starts the program with SIGHUP ignored, and it stays so.
     """
-    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def hang_up(*_: Any) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in terminals:
-            os.dup2(nowhere, descriptor)
+        for descriptor in (1, 2):
+            if not os.path.isfile(descriptor):
+                os.dup2(nowhere, descriptor)
         stop()
 
     signal.signal(signal.SIGINT, stop)
