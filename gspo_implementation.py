@@ -342,7 +342,7 @@ def resolve(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
         config,
         left_clip_range=config.left_clip_range or algorithm.left_clip_range,
         right_clip_range=config.right_clip_range or algorithm.right_clip_range,
-        learning_rate=config.learning_rate or default_rate,
+        learning_rate=default_rate if config.learning_rate is None else config.learning_rate,
         max_new_tokens=config.max_new_tokens or config.max_length,
         eval_samples=config.eval_samples or config.group_size,
         device=device,

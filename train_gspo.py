@@ -30,7 +30,7 @@ from data_loader import (
     load_problems,
     reward_function,
 )
-from gspo.training.command_line import Parser, complain, interruptible, plain_warnings
+from gspo.training.command_line import Parser, complain, interruptible, is_rank_0, plain_warnings
 from gspo.training.config import GSPOConfig
 from gspo.training.find_run import refuse_other_settings, resumed_folder, run_folder, settings_of
 
@@ -82,6 +82,8 @@ def train(config: GSPOConfig) -> int:
         return 1
     run.trainer.stop.on_signals()
     is_main = run.processes.is_main  # all processes end alike, and only the main one says why
+    if is_main and config.resume and run.drawn == run.num_queries:
+        print(describe_finished(run))
     try:
         result = run.train()
     except CannotSave as error:
@@ -164,19 +166,23 @@ def with_settings_of_resumed_run(given: dict) -> dict:
 
 def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     """Decide what depends on the machine, the model's size and the data set, and print the choices."""
-    from gspo.policy.model_loader import (
-        TRAINING_BYTES_PER_PARAMETER,
-        check_memory,
-        count_parameters,
-        resolve_model_name,
-    )
-    from gspo.training.hardware import choose_dtype, num_processes
+    import torch
+
+    from gspo.policy.memory import AUTO_MODELS, refuse_too_large
+    from gspo.policy.model_cache import EMBEDDED_NAME
+    from gspo.policy.model_loader import gpu_memory, model_shape, resolve_model_name
+    from gspo.training.hardware import choose_dtype, num_processes, workload
     from gspo_implementation import resolve
 
-    model_name, reason = resolve_model_name(config.model_name)
-    if config.model_name != model_name:
+    model_name, reason = resolve_model_name(config.model_name, config.device, workload(config))
+    is_auto = config.model_name == "auto"
+    if is_auto:
         print(f"model: {model_name} ({reason})")
-    num_parameters = count_parameters(model_name, config.trust_remote_code)
+    if is_auto and model_name in AUTO_MODELS:
+        shape = AUTO_MODELS[model_name]  # needs no hub
+    else:
+        shape = model_shape(model_name, config.trust_remote_code)
+    num_parameters = shape.parameters
     dataset, dataset_path = config.dataset, config.dataset_path
     if dataset_path:
         dataset_path = os.path.abspath(dataset_path)  # for a resume from another directory
@@ -204,8 +210,11 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
         max_new_tokens=config.max_new_tokens or default_max_new_tokens(source, difficulty),
     )
     resolved = resolve(config_of_task, num_parameters)
-    if resolved.device == "cuda":
-        check_memory(model_name, TRAINING_BYTES_PER_PARAMETER * num_parameters)
+    # The embedded model is never refused: it is what `auto` takes on a GPU on which none of its others fits.
+    if resolved.device == "cuda" and model_name != EMBEDDED_NAME:
+        refuse_too_large(model_name, shape, workload(resolved), gpu_memory())
+    if resolved.device == "cpu" and torch.backends.mps.is_available():
+        print("device: cpu (Apple GPUs are not supported)")
     print(f"processes: {num_processes()}")
     if config.dtype == "auto":
         print(f"dtype: {resolved.dtype} ({choose_dtype(str(resolved.device), num_parameters)[1]})")
@@ -344,6 +353,7 @@ def prepare(config: GSPOConfig, train_problems: list, eval_problems: list) -> "T
         disable_progress_bar()  # of loading the weights
     # On the CPU first: each process then moves the model to its own GPU.
     model, tokenizer = load_model(config.model_name, device="cpu", trust_remote_code=config.trust_remote_code)
+    warn_of_unreadable_prompts(tokenizer, config, train_problems)
     source = config.dataset_path or config.dataset
     trainer = GSPOTrainer(model, tokenizer, config, reward_fn)
     return TrainingRun(trainer, train_problems, eval_problems, source)
@@ -387,8 +397,27 @@ def check_task(config: GSPOConfig, train_problems: list, eval_problems: list) ->
     def encode(problem: Any) -> list[int]:
         return encode_problem(tokenizer, problem, config)
 
+    warn_of_unreadable_prompts(tokenizer, config, train_problems)
     drop_long_prompts(train_problems, encode, config, "training")
     drop_long_prompts(eval_problems, encode, config, "evaluation")
+
+
+def warn_of_unreadable_prompts(tokenizer: Any, config: GSPOConfig, problems: list) -> None:
+    """Print a line if the model cannot read the prompts: it would learn nothing from them."""
+    from gspo.policy.rollout import unknown_share
+    from gspo.policy.tiny_models import TINY_NAMES
+
+    share = unknown_share(tokenizer, [problem.text for problem in problems])
+    why = None
+    if share > 0.5:
+        why = f"{share:.0%} of the prompts' tokens are unknown to this model's tokenizer"
+    elif config.model_name in TINY_NAMES and config.dataset != "sort":
+        why = f"{config.model_name} has learned to sort digits and nothing else (--dataset sort)"
+    if why and is_rank_0():
+        print(
+            f"warning: {why}: it cannot read these problems; take another --model_name or --dataset",
+            file=sys.stderr,
+        )
 
 
 # ---- after training
@@ -402,6 +431,16 @@ def explain(stop: "EmergencyStop", run: "TrainingRun") -> str:
         f"emergency stop in rollout batch {run.trainer.step + 1}, before the update: {stop}. The evidence is "
         f"in {folder}/emergency; {before}, the best state evaluated {folder}/best_model. Start again, from "
         "one of them (--model_name) or anew, with a lower --learning_rate"
+    )
+
+
+def describe_finished(run: "TrainingRun") -> str:
+    """What there is to say before a run is resumed that has nothing left to train on."""
+    config = run.config
+    queries, epochs = counted(run.num_queries, "query", "queries"), counted(config.num_epochs, "epoch")
+    return (
+        f"{run.folder.path} is finished ({config.model_name}, {config.algorithm}): it has trained on all "
+        f"{queries} of its {epochs}. A larger --num_epochs goes on from there.\n"
     )
 
 

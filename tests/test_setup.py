@@ -106,12 +106,15 @@ def write_wheel(folder, name, version, needs=()):
         archive.writestr(f"{information}/RECORD", "")
 
 
-def test_pip_keeps_an_installed_torch_for_which_there_is_a_newer_one(tmp_path):
-    for version in ("2.12.0", "2.13.0"):
-        write_wheel(tmp_path, "torch", version)
+@pytest.mark.parametrize("installed", ["2.12.0", "2.12.0a0+nv26.1", "2.13.0+cu130"])
+def test_pip_keeps_an_installed_torch_beside_the_one_of_the_index(installed, tmp_path):
+    write_wheel(tmp_path, "torch", "2.13.0")
+    write_wheel(tmp_path, "torch", installed)
     write_wheel(tmp_path, "helper", "1.0", needs=["torch>=2.0"])
     site = tmp_path / "site"
-    shutil.unpack_archive(tmp_path / "torch-2.12.0-py3-none-any.whl", site, "zip")
+    wheel = tmp_path / f"torch-{installed}-py3-none-any.whl"
+    shutil.unpack_archive(wheel, site, "zip")
+    wheel.unlink()  # no index has it
     shutil.copy(ROOT / "setup.py", tmp_path)
     (tmp_path / "requirements.txt").write_text("torch==2.13.0\nhelper==1.0\n")
     command = "import setup; setup.pip('install', *setup.requirements_to_install(), failure='')"

@@ -1,11 +1,14 @@
 """The command line, through subprocess: exit codes, one-line errors, what is printed and written."""
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +19,10 @@ import torch
 
 import gspo_implementation
 import train_gspo
-from data_loader import DATASETS
-from gspo.policy.model_loader import TRAINING_BYTES_PER_PARAMETER, check_memory
+from data_loader import DATASETS, Problem
+from gspo.policy.model_loader import load_model
 from gspo.training.config import GSPOConfig
+from gspo.training.find_run import make_new_folder
 from gspo.training.record import GLOSSARY, OPTIONAL, glossary_table
 from gspo.training.stopping import StopRequest
 from gspo_implementation import ALGORITHMS, resolve
@@ -237,11 +241,18 @@ def test_file_dataset_and_resume(tmp_path):
     assert longer.returncode == 0, longer.stderr
     steps = [json.loads(line)["step"] for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
+    finished = (
+        "is finished (tiny, gspo): it has trained on all 12 queries of its 2 epochs. A larger --num_epochs"
+    )
+    assert finished not in longer.stdout
+    again = run_here("--resume", "latest", "--output_dir", tmp_path)
+    assert again.returncode == 0 and finished in again.stdout
+    assert (tmp_path / "r" / "metrics.jsonl").read_text().count("\n") == 4
     assert json.loads((tmp_path / "r" / "samples.jsonl").read_text().splitlines()[0])["answer"].isdigit()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="sees by /proc how far a process has come")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_while_it_still_imports(number, tmp_path):
     process = subprocess.Popen(
         command(*TINY), env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -251,8 +262,59 @@ def test_interrupted_while_it_still_imports(number, tmp_path):
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (130, b"")
-    assert stderr == b"train_gspo.py: interrupted before training began\n"
+    said = b"train_gspo.py: interrupted before training began\n"
+    assert stderr == (b"" if number == signal.SIGHUP else said)  # a pipe may have lost its reader, too
     assert list(tmp_path.iterdir()) == []
+
+
+def steps_of(folder):
+    """Rollout batches on record, for which there must be a checkpoint."""
+    steps = len((folder / "metrics.jsonl").read_text().splitlines())
+    assert (folder / "checkpoints" / f"step-{steps}" / "training_state.pt").exists()
+    return steps
+
+
+@pytest.mark.parametrize("is_piped", [False, True])
+def test_a_lost_terminal_leaves_a_checkpoint_and_exit_code_130(is_piped, tmp_path):
+    """The other end of the terminal is closed, as when ssh is lost, and perhaps that of a pipe to `tee`."""
+    flags = [*TINY, "--num_epochs", 100, "--output_dir", tmp_path, "--run_name", "r"]
+    process, terminal = pty.fork()
+    if process == 0:
+        code = 1
+        try:
+            if is_piped:
+                reader, writer = os.pipe()
+                os.dup2(writer, 1), os.dup2(writer, 2)
+                signal.signal(signal.SIGUSR1, lambda *_: os.close(reader))
+            sys.stdout = sys.stderr = open(1, "w", buffering=1)
+            code = train_gspo.main([*map(str, flags)])
+        finally:
+            os._exit(code)
+    os.set_blocking(terminal, False)
+
+    def has_trained():
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 1 << 16)  # a full terminal would make its writer wait
+        return (tmp_path / "r" / "metrics.jsonl").exists()
+
+    wait_for(has_trained, process)
+    if is_piped:
+        os.kill(process, signal.SIGUSR1)
+    os.close(terminal)
+    assert exit_code_of(process) == 130
+    assert 0 < steps_of(tmp_path / "r") < 200
+
+
+def test_nohup_goes_on_when_the_terminal_is_lost(tmp_path):
+    def under_nohup():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        return train_gspo.main([*map(str, flags)])
+
+    flags = [*TINY, "--num_epochs", 4, "--output_dir", tmp_path, "--run_name", "r"]
+    process = forked(under_nohup, tmp_path / "log")
+    wait_for((tmp_path / "r" / "metrics.jsonl").exists, process)
+    os.kill(process, signal.SIGHUP)
+    assert exit_code_of(process) == 0, (tmp_path / "log").read_text()
 
 
 def test_interrupt_leaves_a_checkpoint_and_exit_code_130(tmp_path):
@@ -263,8 +325,7 @@ def test_interrupt_leaves_a_checkpoint_and_exit_code_130(tmp_path):
     os.kill(process, signal.SIGINT)
     assert exit_code_of(process) == 130
     assert "continue with --resume" in log.read_text() and "Traceback" not in log.read_text()
-    steps = len(metrics.read_text().splitlines())
-    assert (tmp_path / "r" / "checkpoints" / f"step-{steps}" / "training_state.pt").exists()
+    assert steps_of(tmp_path / "r") > 0
 
 
 @pytest.mark.parametrize(
@@ -277,7 +338,7 @@ def test_interrupt_leaves_a_checkpoint_and_exit_code_130(tmp_path):
         (["--batch_size", "4", "--mini_batch_size", "3"], "does not divide"),
         (["--left_clip_range", "0"], "left_clip_range must be positive"),
         (["--right_clip_range", "-0.1"], "right_clip_range must be positive"),
-        (["--learning_rate", "nan"], "learning_rate must be positive"),
+        (["--learning_rate", "nan"], "learning_rate must be at least 0"),
         (["--temperature", "0"], "temperature must be positive"),
         (["--learning_rate", "fast"], "learning_rate"),
         (["--no_such_flag"], "no_such_flag"),
@@ -382,12 +443,6 @@ def test_dynamic_sampling_as_it_is_typed(flags, mode):
     assert parse([*flags, "--batch_size", "8"]).batch_size == 8
 
 
-def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded():
-    check_memory("m", TRAINING_BYTES_PER_PARAMETER * 1_500_000_000, 80 * 10**9)
-    with pytest.raises(ValueError, match="122 GB before activations, this GPU has 80 GB"):
-        check_memory("m", TRAINING_BYTES_PER_PARAMETER * 7_615_616_512, 80 * 10**9)
-
-
 def test_paths_may_be_path_objects_and_other_types_are_named():
     assert GSPOConfig(output_dir=Path("a") / "b").output_dir == "a/b"
     assert GSPOConfig(learning_rate=1).learning_rate == 1
@@ -453,6 +508,44 @@ def test_the_loss_in_the_docs_is_one_entry_in_one_file(tmp_path, monkeypatch):
 
 def test_algorithm_names_are_those_of_the_table():
     assert algorithm_names() == tuple(ALGORITHMS)
+
+
+def test_two_runs_that_start_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda _: "now")
+    for _ in range(2):
+        assert run_here(*TINY, "--output_dir", tmp_path, "--seed", 3).returncode == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"tiny-gspo-seed3-now", "tiny-gspo-seed3-now-2"}
+
+
+def test_folders_made_at_once_are_never_the_same(tmp_path):
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(make_new_folder, [tmp_path / "new" / "run"] * 40))
+    assert sorted(made) == sorted((tmp_path / "new").iterdir()) and len(set(made)) == 40
+    assert {path.name for path in made} == {"run", *(f"run-{i}" for i in range(2, 41))}
+
+
+def test_a_learning_rate_of_zero_is_a_control(tmp_path):
+    done = run_here(*TINY, "--learning_rate", 0, "--output_dir", tmp_path, "--run_name", "r")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["learning_rate"] == 0
+    trained, initial = load_model(str(tmp_path / "r" / "final_model")), load_model("tiny")
+    assert all(map(torch.equal, trained[0].parameters(), initial[0].parameters()))
+
+
+def test_prompts_that_the_tokenizer_cannot_read_are_warned_of(capsys):
+    tokenizer = load_model("tiny")[1]
+
+    def warning(model_name, dataset, *prompts):
+        config = GSPOConfig(model_name=model_name, dataset=dataset)
+        problems = [Problem("", "exact", prompt, "") for prompt in prompts]
+        train_gspo.warn_of_unreadable_prompts(tokenizer, config, problems)
+        return capsys.readouterr().err
+
+    assert warning("own", "file", "123=", "\u00e9\u00e8\u00ea") == warning("tiny", "sort", "12=") == ""
+    unknown = warning("own", "file", "12=", "\u00e9\u00e8\u00ea\u00eb")
+    assert "57% of the prompts' tokens are unknown" in unknown
+    assert "tiny has learned to sort digits" in warning("tiny", "math", "What is 1 + 2?")
 
 
 def test_dialogpt_shape_without_a_chat_template_trains(tmp_path):

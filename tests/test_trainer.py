@@ -107,6 +107,12 @@ def test_policy_is_refreshed_every_k_rollout_batches(tmp_path):
     assert [line["importance_ratio_mean"] == 1 for line in lines].count(True) == 0
 
 
+def test_a_reward_for_each_response_is_asked_for():
+    t = trainer(reward_fn=lambda asked, responses: [1.0] * (len(responses) - 1))
+    with pytest.raises(ValueError, match="^reward_fn returned 15 rewards for 16 responses: one for each$"):
+        t.train_step(problems(4))
+
+
 def test_unjudged_and_tied_responses_have_no_signal():
     t = trainer(reward_fn=lambda asked, _: [None, 1.0, None, None] * (len(asked) // 4), weight_decay=0.0)
     before = weights_of(t.model)

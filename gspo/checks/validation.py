@@ -31,19 +31,15 @@ from gspo.checks.training import (
     precision_noise,
     precision_table,
 )
-from gspo.policy.model_loader import (
-    TRAINING_BYTES_PER_PARAMETER,
-    check_memory,
-    count_parameters,
-    load_model,
-    resolve_model_name,
-)
+from gspo.policy.memory import Workload, refuse_too_large
+from gspo.policy.model_cache import EMBEDDED_NAME
+from gspo.policy.model_loader import gpu_memory, load_model, model_shape, resolve_model_name
 from gspo.training.hardware import describe_environment
 
 COMPARED = ("gspo", "grpo")  # the algorithms that part 2 compares
 TINY = ("tiny", "tiny-moe")  # trained in seconds; another model shows its arithmetic and its ratios alone
-# The model itself in float32, beside a copy of it in training.
-BYTES_PER_PARAMETER = 4 + TRAINING_BYTES_PER_PARAMETER
+# The model itself in float32 stays on the GPU, beside a copy of it in training.
+WORKLOAD = Workload(updated_rows=SHORT.mini_batch_size * SHORT.group_size, reference=True)
 
 
 def prepare(model_name: str, output_dir: Path) -> tuple[str, torch.nn.Module, Any]:
@@ -51,10 +47,10 @@ def prepare(model_name: str, output_dir: Path) -> tuple[str, torch.nn.Module, An
 
     Raises ValueError for a model that cannot be used, OSError for a folder that cannot be written.
     """
-    name, _ = resolve_model_name(model_name)
+    name, _ = resolve_model_name(model_name, work=WORKLOAD)
     disable_progress_bar()  # of loading the weights
-    if torch.cuda.is_available():
-        check_memory(name, BYTES_PER_PARAMETER * count_parameters(name))
+    if torch.cuda.is_available() and name not in (EMBEDDED_NAME, *TINY):
+        refuse_too_large(name, model_shape(name), WORKLOAD, gpu_memory())
     model, tokenizer = load_model(name)
     output_dir.mkdir(parents=True, exist_ok=True)
     # A folder that cannot be written shows now rather than at the end.

@@ -27,16 +27,19 @@ from transformers import (
 )
 
 from gspo import HUB_TIMEOUT_S
+from gspo.policy.memory import (
+    AUTO_MODELS,
+    EMBEDDED_SHAPE,
+    Shape,
+    Workload,
+    auto_model_name,
+    shape_of,
+    training_memory,
+)
 from gspo.policy.model_cache import EMBEDDED_NAME, converted_folder, gguf_path
 from gspo.policy.tiny_models import TINY_FOLDER, TINY_NAMES, new_tiny_model, tiny_config, tiny_tokenizer
 
 BUILT_IN = ("auto", EMBEDDED_NAME, *TINY_NAMES)
-AUTO_TABLE = (  # (least GPU memory in GB, model), largest first
-    (70, "Qwen/Qwen2.5-7B-Instruct"),
-    (20, "Qwen/Qwen2.5-1.5B-Instruct"),
-    (8, "Qwen/Qwen2.5-0.5B-Instruct"),
-    (0, EMBEDDED_NAME),
-)
 KNOWN_HUB_IDS = (  # suggestions for a misspelt id, available without the hub
     "Qwen/Qwen2.5-0.5B-Instruct",
     "Qwen/Qwen2.5-1.5B-Instruct",
@@ -52,30 +55,41 @@ KNOWN_HUB_IDS = (  # suggestions for a misspelt id, available without the hub
     "HuggingFaceTB/SmolLM2-135M-Instruct",
 )
 NOT_ON_HUB = {"Qwen/Qwen2.5-MoE-A2.7B-Instruct": "Qwen/Qwen1.5-MoE-A2.7B-Chat"}  # a common mistake
-# smollm2-135m. Its configuration is inside the GGUF file, which is slow to open.
-EMBEDDED_PARAMETERS = 134_515_008
 # Parts of the class names, in config.json, of models with a language-model head.
 CAUSAL_CLASSES = ("CausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
-def auto_model_name(gpu_gb: float) -> str:
-    """Return the model that `auto` stands for on a GPU of gpu_gb GB (1e9 bytes), or 0 without a GPU."""
-    return next(name for least, name in AUTO_TABLE if gpu_gb >= least)
+def gpu_memory() -> float:
+    """Return the memory of this process's GPU in bytes, or 0 if torch finds no GPU."""
+    if not torch.cuda.is_available():
+        return 0
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
-def resolve_model_name(name: str) -> tuple[str, str]:
-    """Replace `auto` by a model that suits this machine, and leave other names as they are.
+def resolve_model_name(name: str, device: str | None = None, work: Workload | None = None) -> tuple[str, str]:
+    """Replace `auto` by the model that suits this machine, and leave other names as they are.
+
+    Args:
+        device: where the model is trained; "cpu" means that no GPU is used.
+        work: what the run does with the model; None means a run with the default settings.
 
     Returns:
         The name, and the reason for it in words.
     """
     if name != "auto":
         return name, "as given"
+    if device == "cpu":
+        return EMBEDDED_NAME, "the one for CPUs"
     if not torch.cuda.is_available():
-        return auto_model_name(0), "no GPU found"
-    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-    gpu_gb = gpu.total_memory / 1e9
-    return auto_model_name(gpu_gb), f"{gpu.name} with {gpu_gb:.0f} GB"
+        return EMBEDDED_NAME, "no GPU found"
+    work = work or Workload()
+    gpu_bytes = gpu_memory()
+    chosen = auto_model_name(gpu_bytes, work)
+    gpu = f"{torch.cuda.get_device_name()} with {gpu_bytes / 1e9:.1f} GB"
+    if chosen == EMBEDDED_NAME:
+        return chosen, f"{gpu} is too small to train {list(AUTO_MODELS)[-1]}"
+    needed = sum(training_memory(AUTO_MODELS[chosen], work).values())
+    return chosen, f"the largest that fits {gpu}: training needs about {needed / 1e9:.1f} GB"
 
 
 def load_model(
@@ -151,9 +165,18 @@ def count_parameters(name: str, trust_remote_code: bool = False) -> int:
     Raises:
         ValueError: the same as in load_model.
     """
+    return model_shape(name, trust_remote_code).parameters
+
+
+def model_shape(name: str, trust_remote_code: bool = False) -> Shape:
+    """Return the sizes of a model from its configuration, without its weights.
+
+    Raises:
+        ValueError: the same as in load_model.
+    """
     name, _ = resolve_model_name(name)
-    if name == EMBEDDED_NAME:
-        return EMBEDDED_PARAMETERS
+    if name == EMBEDDED_NAME:  # its configuration is inside the GGUF file, which is slow to open
+        return EMBEDDED_SHAPE
     if name in TINY_NAMES:
         config = tiny_config(name)
     else:
@@ -162,30 +185,7 @@ def count_parameters(name: str, trust_remote_code: bool = False) -> int:
     _check_causal(name, config)
     with torch.device("meta"):  # no memory for the weights
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return model.num_parameters()
-
-
-# Bytes of training per parameter: float32 weights, gradients and AdamW's two moments, before activations.
-TRAINING_BYTES_PER_PARAMETER = 16
-
-
-def check_memory(name: str, needed: float, gpu_bytes: float | None = None) -> None:
-    """Refuse a model whose training needs more memory than the GPU has.
-
-    Args:
-        needed: bytes that training needs before activations.
-        gpu_bytes: the GPU's memory; None means that of this machine's first GPU.
-
-    Raises:
-        ValueError: the memory does not suffice.
-    """
-    available = gpu_bytes or torch.cuda.get_device_properties(0).total_memory
-    if needed > available:
-        raise ValueError(
-            f"--model_name {name}: training all of its weights needs {needed / 1e9:.0f} GB before "
-            f"activations, this GPU has {available / 1e9:.0f} GB; take a smaller model, such as "
-            "Qwen/Qwen2.5-1.5B-Instruct"
-        )
+    return shape_of(config, model.num_parameters())
 
 
 # Hub ids and folders

@@ -84,6 +84,12 @@ def encode_prompt(
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
+def unknown_share(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
+    """Return the share of the texts' tokens that are the tokenizer's unknown token; 0 if it has none."""
+    tokens = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    return sum(token == tokenizer.unk_token_id for token in tokens) / max(1, len(tokens))
+
+
 class TransformersEngine:
     """Samples with the model object that is being trained, so its weights are always current.
 

@@ -205,7 +205,7 @@ def serve(make_handle: Callable[[], Callable[[Any], Any]], memory_gb: float = 2.
     """The worker's side: answer each JSON job on stdin with handle(job), until stdin ends.
 
     make_handle() returns handle; its time is not that of a job. What either of them prints goes nowhere, what
-    they read is empty, and more than memory_gb of address space is a MemoryError.
+    they read is empty, and more than memory_gb of address space is a MemoryError, but on macOS.
     """
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # only this loop writes to the parent
     jobs = os.fdopen(os.dup(sys.stdin.fileno()))  # and only it reads what the parent writes
@@ -215,7 +215,8 @@ def serve(make_handle: Callable[[], Callable[[Any], Any]], memory_gb: float = 2.
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = int(memory_gb * 2**30)
     soft = min(limit, hard) if hard != resource.RLIM_INFINITY else limit
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    with contextlib.suppress(ValueError, OSError):  # macOS refuses this limit: go on without it
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # by default the kernel ends the process, also in code in C
     own_process, handle = os.getpid(), make_handle()
     print(json.dumps("ready"), file=replies, flush=True)

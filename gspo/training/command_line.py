@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 MAX_MESSAGE = 1000  # characters
@@ -54,11 +55,31 @@ def plain_warnings() -> None:
 
 
 def interruptible() -> None:
-    """Let SIGINT and SIGTERM end the program at once, with one line and exit code 130."""
+    """Let SIGINT, SIGTERM and SIGHUP end the program at once, with one line and exit code 130."""
 
     def stop(*_: Any) -> None:
         complain(os.path.basename(sys.argv[0]), "interrupted before training began")
         os._exit(130)
 
+    on_stop_signals(stop)
+
+
+def on_stop_signals(stop: Callable[..., None]) -> None:
+    """Call stop() on SIGINT, SIGTERM and SIGHUP.
+
+    SIGHUP says that the terminal is gone, as when an ssh connection is lost, and with it what this program
+    was piped into. Writing there would raise OSError, perhaps in the middle of an update, so from then on,
+    only files are written to. nohup starts the program with SIGHUP ignored, and it stays so.
+    """
+
+    def hang_up(*_: Any) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            if not os.path.isfile(descriptor):
+                os.dup2(nowhere, descriptor)
+        stop()
+
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, hang_up)

@@ -54,7 +54,10 @@ class GSPOConfig:
     dtype: str = flag("auto", "model", "compute type over float32 weights", ("auto", "float32", "bfloat16"))
     trust_remote_code: bool = flag(False, "model", "run code that comes with the model; it can do anything")
     device: str | None = flag(
-        None, "model", "where to train (default: cuda if there is a GPU)", ("cuda", "cpu")
+        None,
+        "model",
+        "where to train (default: cuda if there is a GPU); Apple GPUs are not used",
+        ("cuda", "cpu"),
     )
     gradient_checkpointing: bool = flag(
         False, "model", "recompute activations in backward: less memory, slower"
@@ -146,7 +149,7 @@ class GSPOConfig:
         1, "training", "K: refresh pi_old every K rollout batches; a larger K makes pi_old older", at_least=1
     )
     learning_rate: float | None = flag(
-        None, "training", "learning rate of AdamW (default: 1e-6; 1e-5 for models under 0.5B)", positive=True
+        None, "training", "learning rate of AdamW (default: 1e-6; 1e-5 for models under 0.5B)", at_least=0
     )
     warmup_steps: int = flag(0, "training", "optimizer updates of linear warm-up", at_least=0)
     weight_decay: float = flag(0.0, "training", "decoupled weight decay of AdamW", at_least=0)
@@ -174,7 +177,9 @@ class GSPOConfig:
     rollout_engine: str = flag("transformers", "sampling", "engine that samples", ("transformers", "vllm"))
 
     output_dir: str = flag("gspo_outputs", "run", "directory in which run folders are made")
-    run_name: str | None = flag(None, "run", "name of the run folder (default: model, algorithm and time)")
+    run_name: str | None = flag(
+        None, "run", "name of the run folder (default: model, algorithm, seed and time)"
+    )
     eval_frequency: int = flag(
         25, "run", "rollout batches between evaluations; 0: only before and after", at_least=0
     )

@@ -1,5 +1,7 @@
 """The folder of a run: the name of a new one, and how --resume finds an old one. Does not import torch."""
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -14,18 +16,31 @@ FREE_ON_RESUME = (
 
 
 def run_folder(config: dict) -> Path:
-    """output_dir/run_name, by default named by model, algorithm and time; or the folder of the resumed run.
+    """output_dir/run_name, by default model, algorithm, seed and time; or the folder of the resumed run.
 
     Raises:
         ValueError: run_name is not a plain name, or there is no run to resume.
     """
     if config["resume"] is not None:
         return resumed_folder(config["resume"], config["output_dir"])
-    default_name = f"{Path(config['model_name']).name}-{config['algorithm']}-{time.strftime('%Y%m%d-%H%M%S')}"
-    name = config["run_name"] or default_name
+    model, now = Path(config["model_name"]).name, time.strftime("%Y%m%d-%H%M%S")
+    name = config["run_name"] or f"{model}-{config['algorithm']}-seed{config['seed']}-{now}"
     if not re.fullmatch(r"[\w.+-]{1,200}", name) or name.startswith("."):
         raise ValueError(f"--run_name {name!r} must be a plain name: letters, digits, '.', '_', '+', '-'")
     return Path(config["output_dir"]) / name
+
+
+def make_new_folder(path: Path) -> Path:
+    """Make a folder of this name, or with -2, -3 and so on behind it if the name is taken. Returns its path.
+
+    Making a folder either succeeds or finds it there, so two processes never get the same one.
+    """
+    for number in itertools.count(1):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            candidate.mkdir(parents=True)
+            break
+    return candidate
 
 
 def resumed_folder(resume: str, output_dir: str) -> Path:

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import torch
 
+from gspo.policy.memory import Workload
+from gspo.policy.rollout import MAX_ROWS
+from gspo.training.config import GSPOConfig
+
 # Models with fewer parameters are slower in bfloat16 on a CPU: the casts cost more than the products save.
 SMALL_MODEL = 20e6
 
@@ -58,6 +62,20 @@ def num_cores() -> int:
 def num_processes() -> int:
     """The number of processes that train together, as torchrun and accelerate's launcher set it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def workload(config: GSPOConfig) -> Workload:
+    """What a run does with its model, as far as its memory on one GPU depends on it."""
+    own_updated = -(-config.mini_batch_size * config.group_size // num_processes())
+    return Workload(
+        micro_batch_tokens=config.micro_batch_tokens,
+        max_length=config.max_length,
+        updated_rows=own_updated,
+        sampled_rows=max(MAX_ROWS, config.group_size, config.eval_samples or 0),  # whole groups
+        reference=config.kl_coef > 0,
+        gradient_checkpointing=config.gradient_checkpointing,
+        bfloat16=config.dtype != "float32",
+    )
 
 
 def describe_environment() -> dict:

@@ -15,11 +15,20 @@ class Processes:
     """This process among those that torchrun or accelerate's launcher has started; alone without a launcher.
 
     The methods but contiguous_share() are collective: all processes call them, in the same order.
+
+    Raises:
+        ValueError: accelerate does not use the device ("cpu" or "cuda").
     """
 
     def __init__(self, device: str):
         self._accelerator = Accelerator(cpu=device == "cpu")
         self.device: torch.device = self._accelerator.device
+        # Left to itself, accelerate takes whatever accelerator it finds, such as an Apple GPU.
+        if self.device.type != device:
+            raise ValueError(
+                f"accelerate has chosen the device {self.device}, but the run was to use {device}: unset "
+                "ACCELERATE_TORCH_DEVICE, and give --device"
+            )
         self.rank: int = self._accelerator.process_index
         self.count: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process

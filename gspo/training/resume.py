@@ -67,11 +67,13 @@ def open_run(config: GSPOConfig, problems: str, num_queries: int) -> OpenRun:
         CannotSave: the folder cannot be written.
     """
     path = run_folder(asdict(config))
-    if os.path.lexists(path / "config.json") and config.resume is None:  # readable or not
+    own_name = config.resume is None and config.run_name is None
+    if os.path.lexists(path / "config.json") and config.resume is None and not own_name:  # readable or not
         raise ValueError(
             f"{path} already holds a run: choose another --run_name, or continue it with --resume {path}"
         )
-    run = OpenRun(config, problems, RunFolder(path), Record(path))
+    folder = RunFolder(path, own_name)
+    run = OpenRun(config, problems, folder, Record(folder.path))
     try:
         if config.resume is not None:
             _find_checkpoint(run, num_queries)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from gspo.training.checkpoints import checkpoints_in
+from gspo.training.find_run import make_new_folder
 from gspo.training.hardware import describe_environment
 from gspo.training.rollout_batch import RolloutBatch
 from gspo.training.whole_folders import sync, whole_folder, write_whole
@@ -47,14 +48,18 @@ def describe_function(function: Any) -> dict:
 class RunFolder:
     """A locked run folder. The lock ends with close(), or with the process.
 
+    own_name: the name is nobody's choice, and the folder gets another one if it is taken.
+
     Raises:
         ValueError: the folder cannot be made, or another process works in it.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, own_name: bool = False):
         self.path = path
         self._lock: int | None = None
         try:
+            if own_name:
+                self.path = path = make_new_folder(path)
             path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

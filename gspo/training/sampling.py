@@ -44,6 +44,7 @@ def sample_and_reward(
 
     Raises:
         EmergencyStop: a log-probability or a reward is not finite.
+        ValueError: reward_fn does not return one reward for each response.
     """
     share = processes.contiguous_share(len(problems))
     own = [problems[i] for i in share]
@@ -52,6 +53,10 @@ def sample_and_reward(
     rollouts = generate(own, share.start) if own else []
     generated = time.perf_counter()
     rewards = reward_fn(asked, [rollout.text for rollout in rollouts]) if own else []
+    if len(rewards) != len(rollouts):
+        raise ValueError(
+            f"reward_fn returned {len(rewards)} rewards for {len(rollouts)} responses: one for each"
+        )
     metrics = {"generation_s": generated - started, "reward_s": time.perf_counter() - generated}
     own_sums = getattr(reward_fn, "metrics", {}) if own else {}
     for sums in processes.gather([own_sums]):

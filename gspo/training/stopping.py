@@ -1,11 +1,11 @@
 """How a run stops early without losing anything: on request, at the next place where its state is whole."""
 
 import os
-import signal
 import sys
 import time
 from typing import Any
 
+from gspo.training.command_line import on_stop_signals
 from gspo.training.processes import Processes
 
 # A second signal within so many seconds is the first one again: a launcher passes on a signal that its
@@ -30,7 +30,7 @@ class StopRequest:
             raise Interrupted
 
     def on_signals(self) -> None:
-        """SIGINT and SIGTERM request a stop; a second one, SAME_SIGNAL_S later, ends the process at once."""
+        """SIGINT, SIGTERM and SIGHUP request a stop; a second one, SAME_SIGNAL_S later, ends it at once."""
         received: list[float] = []
 
         def stop(*_: Any) -> None:
@@ -41,5 +41,4 @@ class StopRequest:
                 print("\nstopping after this update; once more to stop at once", file=sys.stderr)
             self.requested = True
 
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
+        on_stop_signals(stop)

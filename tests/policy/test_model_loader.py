@@ -15,7 +15,6 @@ from gspo.policy import model_loader
 from gspo.policy.model_cache import converted_folder, gguf_path
 from gspo.policy.model_loader import (
     TINY_FOLDER,
-    auto_model_name,
     count_parameters,
     load_model,
     tiny_tokenizer,
@@ -83,23 +82,6 @@ def test_tiny_tokenizer_is_exact(text):
 @pytest.mark.parametrize("name", TINY)
 def test_parameters_are_counted_without_weights(name):
     assert count_parameters(name) == load_model(name, device="cpu")[0].num_parameters()
-
-
-@pytest.mark.parametrize(
-    "gpu_gb, name",
-    [
-        (0, "smollm2-135m"),
-        (7.9, "smollm2-135m"),
-        (8, "Qwen/Qwen2.5-0.5B-Instruct"),
-        (19.9, "Qwen/Qwen2.5-0.5B-Instruct"),
-        (20, "Qwen/Qwen2.5-1.5B-Instruct"),
-        (69.9, "Qwen/Qwen2.5-1.5B-Instruct"),
-        (70, "Qwen/Qwen2.5-7B-Instruct"),
-        (141, "Qwen/Qwen2.5-7B-Instruct"),
-    ],
-)
-def test_auto_goes_by_gpu_memory(gpu_gb, name):
-    assert auto_model_name(gpu_gb) == name
 
 
 def test_dtype_is_a_torch_dtype_or_its_name():
