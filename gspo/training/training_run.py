@@ -233,6 +233,11 @@ class TrainingRun:
         )
         bar.update(batch.num_queries)
 
+    def _record_evaluation(self, step: int, metrics: dict) -> None:
+        warning = self.record.add_evaluation(step, metrics)
+        if warning:
+            tqdm.write(f"warning, rollout batch {step}: {warning}", file=sys.stderr)
+
     def _gibberish_reason(self) -> str | None:
         return gibberish_reason([*self.record.history, self.pending[0].metrics])
 
@@ -252,7 +257,7 @@ class TrainingRun:
         metrics = self.trainer.evaluate(self.eval_problems)
         if all(standing(metrics) > standing(earlier) for earlier in recorded):
             self.processes.on_main(self._save_model, "best_model")
-        self.processes.on_main(lambda: self.record.add_evaluation(step, metrics))
+        self.processes.on_main(self._record_evaluation, step, metrics)
 
     def _evaluations(self) -> list[dict]:
         """The evaluations on record, oldest first, for all processes."""
