@@ -21,7 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from data_loader import DATASETS, RewardFunction, default_max_new_tokens, load_problems
+from data_loader import DATASETS, Problem, RewardFunction, default_max_new_tokens, load_problems
 from gspo.training.command_line import Parser, complain, interruptible, prepare_process
 from gspo.training.config import GSPOConfig
 from gspo.training.find_run import refuse_other_settings, resumed_folder, run_folder, settings_of
@@ -29,6 +29,7 @@ from gspo.training.find_run import refuse_other_settings, resumed_folder, run_fo
 if TYPE_CHECKING:
     from gspo.training.alarms import EmergencyStop
     from gspo.training.training_run import TrainingRun
+    from gspo_implementation import GSPOTrainer
 
 PROGRAM = "train_gspo.py"
 
@@ -61,6 +62,8 @@ def train(config: GSPOConfig) -> int:
         print(f"\n{describe_objective(config)}\n")
         if config.dry_run:
             return 0
+        if config.probe:
+            return probe(config)
         run = prepare(config)
     except ValueError as error:
         complain(PROGRAM, error)
@@ -137,7 +140,7 @@ def with_settings_of_resumed_run(given: dict) -> dict:
     folder = resumed_folder(given["resume"], given.get("output_dir", GSPOConfig.output_dir))
     if given.get("run_name", folder.name) != folder.name:
         raise ValueError(f"--run_name {given['run_name']}: the resumed run is {folder}; leave the flag out")
-    inherited = {f.name for f in fields(GSPOConfig)} - {"dry_run"}
+    inherited = {f.name for f in fields(GSPOConfig)} - {"dry_run", "probe"}
     saved = {name: value for name, value in (settings_of(folder) or {}).items() if name in inherited}
     resume = str(folder) if given["resume"] == "latest" else os.path.abspath(given["resume"])
     return saved | given | {"resume": resume, "output_dir": str(folder.parent), "run_name": folder.name}
@@ -295,13 +298,46 @@ def prepare(config: GSPOConfig) -> "TrainingRun":
     Raises:
         ValueError: the input cannot work.
     """
+    from gspo.training.training_run import TrainingRun
+
+    run_folder(asdict(config))
+    trainer, problems = load(config)
+    return TrainingRun(trainer, problems["train"], problems["eval"])
+
+
+def probe(config: GSPOConfig) -> int:
+    """Say whether the model can learn from the task with these settings. Returns the exit code.
+
+    Raises:
+        ValueError: the input cannot work.
+    """
+    from gspo.training.alarms import EmergencyStop
+    from gspo.training.probe import probe_training
+
+    if config.resume:
+        raise ValueError(
+            "--probe samples before training, and --resume continues a run: leave one of them out; to probe "
+            "what a run has learnt, name its final_model with --model_name"
+        )
+    trainer, problems = load(config)
+    try:
+        return probe_training(trainer, problems["train"], problems["eval"])
+    except EmergencyStop as stop:
+        complain(PROGRAM, f"--probe: training would stop at once: {stop}")
+        return 1
+
+
+def load(config: GSPOConfig) -> tuple["GSPOTrainer", dict[str, list[Problem]]]:
+    """The trainer, and the problems by split.
+
+    Raises:
+        ValueError: the input cannot work.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     from gspo.policy.model_loader import load_model
-    from gspo.training.training_run import TrainingRun
     from gspo_implementation import GSPOTrainer
 
-    run_folder(asdict(config))
     splits = {"train": config.num_train_samples, "eval": config.num_eval_samples}
     problems = {
         split: load_problems(
@@ -313,8 +349,7 @@ def prepare(config: GSPOConfig) -> "TrainingRun":
         disable_progress_bar()  # of loading the weights
     # On the CPU first: each process then moves the model to its own GPU.
     model, tokenizer = load_model(config.model_name, device="cpu", trust_remote_code=config.trust_remote_code)
-    trainer = GSPOTrainer(model, tokenizer, config, RewardFunction(config.code_reward))
-    return TrainingRun(trainer, problems["train"], problems["eval"])
+    return GSPOTrainer(model, tokenizer, config, RewardFunction(config.code_reward)), problems
 
 
 # ---- after training

@@ -16,7 +16,7 @@ from gspo.training.intervals import Z, paired_interval
 WINDOW = 5
 # The rules on the clip fraction look at this many in a row.
 CLIP_WINDOW = 10
-# An update with an importance ratio outside these bounds is not made.
+# An update with an importance ratio outside these bounds is not made; the lower one is for whole responses.
 LOWEST_RATIO, HIGHEST_RATIO = 0.01, 100.0
 # The ratios of whole responses stay within these bounds in a healthy run.
 LOWEST_SEQUENCE_RATIO, HIGHEST_SEQUENCE_RATIO = 0.8, 1.25
@@ -74,11 +74,14 @@ def non_finite_weights(model: torch.nn.Module) -> str | None:
     return f"{len(broken)} weight tensors are not finite, such as {broken[0]}" if broken else None
 
 
-def stop_reason(metrics: dict) -> str | None:
+def stop_reason(metrics: dict, clips_per_token: bool = False) -> str | None:
     """The reason why an update with these metrics must not reach the weights, or None.
 
-    Reasons are a figure that is not finite, a ratio below LOWEST_RATIO or above HIGHEST_RATIO, and responses
+    Reasons are a figure that is not finite, a ratio above HIGHEST_RATIO or below LOWEST_RATIO, and responses
     that were not sampled from the policy.
+
+    clips_per_token: as in GRPO. The smallest of its many token ratios is below LOWEST_RATIO in runs that
+        learn (docs/alarms.md), so the lower bound is not for them.
     """
     for name, values in metrics.items():
         for value in values if isinstance(values, list) else [values]:
@@ -86,7 +89,7 @@ def stop_reason(metrics: dict) -> str | None:
                 return f"{name} is {value}"
     if metrics.get("importance_ratio_max", 1) > HIGHEST_RATIO:
         return f"importance_ratio_max is {metrics['importance_ratio_max']:.4g}, above {HIGHEST_RATIO:g}"
-    if metrics.get("importance_ratio_min", 1) < LOWEST_RATIO:
+    if metrics.get("importance_ratio_min", 1) < LOWEST_RATIO and not clips_per_token:
         return f"importance_ratio_min is {metrics['importance_ratio_min']:.4g}, below {LOWEST_RATIO:g}"
     if metrics.get("sampler_gap", 0) > 1:
         return (
@@ -205,8 +208,8 @@ def _sequence_ratio_warnings(history: Sequence[dict]) -> dict[str, str]:
     return {
         "sequence ratio": (
             f"in {WINDOW} rollout batches a response's importance ratio was outside "
-            f"{LOWEST_SEQUENCE_RATIO} to {HIGHEST_SEQUENCE_RATIO}, the last time they reached {lowest:.3g} to "
-            f"{highest:.3g}: the policy moves far in one rollout batch; lower --learning_rate"
+            f"{LOWEST_SEQUENCE_RATIO} to {HIGHEST_SEQUENCE_RATIO}, the last time they reached {lowest:.3g} "
+            f"to {highest:.3g}: the policy moves far in one rollout batch; lower --learning_rate"
         )
     }
 
@@ -226,8 +229,8 @@ def _gradient_warnings(history: Sequence[dict]) -> dict[str, str]:
     return {
         "gradient": (
             f"in {WINDOW} rollout batches the gradient norm was more than ten times that of the start, the "
-            f"last time {recent[-1]['grad_norm']:.3g} against {at_start:.3g}: training becomes unstable; lower "
-            "--learning_rate, and go back to best_model if the reward falls"
+            f"last time {recent[-1]['grad_norm']:.3g} against {at_start:.3g}: training becomes unstable; "
+            "lower --learning_rate, and go back to best_model if the reward falls"
         )
     }
 

@@ -19,10 +19,11 @@ import torch
 from tqdm import tqdm
 
 from gspo.policy.rollout import encode_prompt
-from gspo.training.alarms import EmergencyStop, gibberish_reason, non_finite_weights, stop_if
+from gspo.training.alarms import WINDOW, EmergencyStop, gibberish_reason, non_finite_weights, stop_if
 from gspo.training.checkpoints import STATE_FILE, STATE_FORMAT, random_states, read_state, set_random_states
 from gspo.training.config import GSPOConfig
 from gspo.training.dynamic_sampling import MAX_DRAWN
+from gspo.training.findings import FirstBatches
 from gspo.training.processes import Processes
 from gspo.training.progress import progress_bar
 from gspo.training.record import Record
@@ -90,6 +91,7 @@ class TrainingRun:
         self.num_queries = self.config.num_epochs * len(self.train_problems)
         self.drawn = 0  # queries of the rollout batches trained on; those of the pending ones come next
         self.pending: list[RolloutBatch] = []  # sampled; the first may be part-way through its updates
+        self.first_batches = FirstBatches(self.config, trainer.tokenizer.chat_template is not None)
         self._saved_progress: tuple | None = None  # what _progress() was at the last checkpoint
         if trainer.step and not self.config.resume:
             raise ValueError(
@@ -193,7 +195,7 @@ class TrainingRun:
         chosen = []
         for query in range(start, min(start + count, self.num_queries)):
             epoch, place = divmod(query, len(problems))
-            chosen.append(problems[_epoch_order(self.config.seed, epoch, len(problems))[place]])
+            chosen.append(problems[epoch_order(self.config.seed, epoch, len(problems))[place]])
         return chosen
 
     def _next_queries(self, start: int) -> list:
@@ -224,6 +226,8 @@ class TrainingRun:
     def _record_batch(self, step: int, batch: RolloutBatch, metrics: dict, bar: tqdm) -> None:
         for warning in self.record.add_metrics(step, metrics):
             bar.write(f"warning, rollout batch {step}: {warning}", file=sys.stderr)
+        for finding in self.first_batches.add(step, batch.samples):
+            bar.write(f"warning, rollout batches 1 to {WINDOW}: {finding}", file=sys.stderr)
         self.record.add_samples(step, batch.best_and_worst())
         bar.set_postfix(
             refresh=False,  # a refresh would draw the bar before its delay, and close() then not end its line
@@ -337,7 +341,7 @@ class TrainingRun:
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, count: int) -> list[int]:
+def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
     """The order in which an epoch takes the problems."""
     return np.random.default_rng([seed, epoch]).permutation(count).tolist()
 
