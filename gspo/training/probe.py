@@ -46,8 +46,8 @@ class Passes:
     """What the passes through the model over one minibatch showed, of which no update was made.
 
     null_clip_fraction: as in record.GLOSSARY.
-    noise_spread, noise_max: root mean square and largest of the log-ratios between a pass without gradients, as
-        for pi_old, and one with them, at the same weights; in units of the mean clip range, per response
+    noise_spread, noise_max: root mean square and largest of the log-ratios between a pass without gradients,
+        as for pi_old, and one with them, at the same weights; in units of the mean clip range, per response
         (GRPO: per token).
     log_prob_s, update_s: seconds per response token of a forward pass, and of a forward and backward pass.
     """
