@@ -189,8 +189,8 @@ def findings(figures: Figures) -> list[Finding]:
         add(
             "form",
             f"the reference answer stands in {f.with_answer} of {f.answerable} responses that earned "
-            "nothing: right answers may have another form than the reward reads; say in the prompt how to write the "
-            "answer, or change the reward function",
+            "nothing: right answers may have another form than the reward reads; say in the prompt how to "
+            "write the answer, or change the reward function",
         )
     is_explained = has_other_form or (is_cut_off and f.truncated >= MOST_TRUNCATED * f.responses)
     enough = f.groups >= MIN_GROUPS

@@ -91,8 +91,8 @@ def test_each_cause_has_its_advice(name, capsys):
     assert all(p.grad is None for p in t.model.parameters())
 
 
-ALL_NAMES = ["Unjudged", "Constant reward", "Cut off", "Form", "Too hard", "Too easy", "Tied groups", "No room",
-             "Noise", "No chat template", "Slow"]  # fmt: skip
+ALL_NAMES = ["Unjudged", "Constant reward", "Cut off", "Form", "Too hard", "Too easy", "Tied groups",
+             "No room", "Noise", "No chat template", "Slow"]  # fmt: skip
 
 
 def test_few_groups_without_a_signal_are_no_verdict(capsys):
