@@ -241,9 +241,9 @@ def held_out_fall(evaluations: Sequence[dict]) -> str | None:
     The two are compared problem by problem. The best of several evaluations is the best partly by luck, so
     the interval is widened as for that many comparisons (Bonferroni).
     """
-    *earlier, last = evaluations
-    if not earlier or len(last["pass_by_problem"]) < 2:
+    if len(evaluations) < 2 or len(evaluations[-1]["pass_by_problem"]) < 2:
         return None
+    *earlier, last = evaluations
     widening = NormalDist().inv_cdf(1 - 0.025 / len(earlier)) / Z
     for name, by_problem in (("pass_at_1", "pass_by_problem"), ("reward_mean", "reward_by_problem")):
         best = max(earlier, key=lambda evaluation: evaluation[name])

@@ -26,11 +26,12 @@ MIN_GROUPS = 8
 HIGHEST_SIGNAL_SHARE = 0.2
 # Cut off: this share of the responses. Where it explains too hard: this one.
 TRUNCATED_SHARE, MOST_TRUNCATED = 0.25, 0.5
-# An answer of up to this many characters is looked for in the responses that earned nothing. A longer one,
-# such as a program, stands in none of them word for word.
+# An answer of up to this many characters, on one line, is looked for in the responses that earned nothing. Of
+# a longer one, such as a program, nothing follows.
 SHORT_ANSWER = 40
-# Form: so much larger is the share of these responses with their own answer than with another problem's.
-ANSWER_SHARE = 0.2
+# Form: so much larger is the share of these responses with their own answer than with another problem's, and
+# so many are they.
+ANSWER_SHARE, MIN_WITH_ANSWER = 0.2, 10
 # Noise: tokens outside the clip range, and the spread at which three standard deviations leave it.
 NOISY_TOKENS, NOISE_SPREAD = 0.01, 1 / 3
 # Hours from which a run counts as slow.
@@ -183,7 +184,8 @@ def findings(figures: Figures) -> list[Finding]:
             f"--{f.truncated_by} (now {limit}), or ask for short answers in the prompt",
         )
     has_other_form = (
-        f.answerable >= MIN_GROUPS and f.with_answer - f.with_other_answer >= ANSWER_SHARE * f.answerable
+        f.with_answer >= MIN_WITH_ANSWER
+        and f.with_answer - f.with_other_answer >= ANSWER_SHARE * f.answerable
     )
     if has_other_form:
         add(
@@ -289,10 +291,11 @@ def _count_answers(judged: Sequence[Sample]) -> tuple[int, int, float]:
 def _short_answer(problem: object) -> str:
     """The problem's answer if it is short text that is not in the prompt, else ""."""
     answer = getattr(problem, "answer", None)
-    if not isinstance(answer, str) or len(answer) > SHORT_ANSWER:
+    if not isinstance(answer, str):
         return ""
     answer = answer.strip()
-    return "" if _stands_in(answer, getattr(problem, "prompt", "")) else answer
+    is_short = len(answer) <= SHORT_ANSWER and "\n" not in answer
+    return answer if is_short and not _stands_in(answer, getattr(problem, "prompt", "")) else ""
 
 
 def _stands_in(answer: str, text: str) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from gspo.training.alarms import held_out_fall, warnings_of
+from gspo.training.alarms import warnings_of
 from gspo.training.checkpoints import checkpoints_in, step_of
 from gspo.training.whole_folders import remove, saving, write_whole
 
@@ -139,13 +139,8 @@ class Record:
         self._raised = set(warnings)
         return [message for kind, message in warnings.items() if kind not in before]
 
-    def add_evaluation(self, step: int, metrics: dict) -> str | None:
-        """Record an evaluation. Returns the warning that it causes and that the one before did not."""
-        earlier = self.evaluations()
+    def add_evaluation(self, step: int, metrics: dict) -> None:
         self._write("eval", step, metrics)
-        if not earlier or held_out_fall(earlier):
-            return None
-        return held_out_fall([*earlier, {"step": step, **metrics}])
 
     def add_samples(self, step: int, samples: Sequence[dict]) -> None:
         for sample in samples:

@@ -19,7 +19,14 @@ import torch
 from tqdm import tqdm
 
 from gspo.policy.rollout import encode_prompt
-from gspo.training.alarms import WINDOW, EmergencyStop, gibberish_reason, non_finite_weights, stop_if
+from gspo.training.alarms import (
+    WINDOW,
+    EmergencyStop,
+    gibberish_reason,
+    held_out_fall,
+    non_finite_weights,
+    stop_if,
+)
 from gspo.training.checkpoints import STATE_FILE, STATE_FORMAT, random_states, read_state, set_random_states
 from gspo.training.config import GSPOConfig
 from gspo.training.dynamic_sampling import MAX_DRAWN
@@ -237,11 +244,6 @@ class TrainingRun:
         )
         bar.update(batch.num_queries)
 
-    def _record_evaluation(self, step: int, metrics: dict) -> None:
-        warning = self.record.add_evaluation(step, metrics)
-        if warning:
-            tqdm.write(f"warning, rollout batch {step}: {warning}", file=sys.stderr)
-
     def _gibberish_reason(self) -> str | None:
         return gibberish_reason([*self.record.history, self.pending[0].metrics])
 
@@ -261,7 +263,10 @@ class TrainingRun:
         metrics = self.trainer.evaluate(self.eval_problems)
         if all(standing(metrics) > standing(earlier) for earlier in recorded):
             self.processes.on_main(self._save_model, "best_model")
-        self.processes.on_main(self._record_evaluation, step, metrics)
+        self.processes.on_main(lambda: self.record.add_evaluation(step, metrics))
+        fall = held_out_fall([*recorded, {"step": step, **metrics}])
+        if fall and not held_out_fall(recorded) and self.processes.is_main:
+            tqdm.write(f"warning, rollout batch {step}: {fall}", file=sys.stderr)
 
     def _evaluations(self) -> list[dict]:
         """The evaluations on record, oldest first, for all processes."""

@@ -107,7 +107,7 @@ def test_a_run_of_two_that_is_killed_and_stopped_goes_on_exactly(tmp_path):
 @pytest.mark.slow
 def test_both_stop_for_gibberish_and_are_refused_alike(tmp_path):
     """The second process of a resumed run has no history, and must follow the first."""
-    flags = [*FLAGS, "--learning_rate", 1, "--output_dir", tmp_path, "--run_name", "run"]
+    flags = [*FLAGS, "--learning_rate", 0.01, "--output_dir", tmp_path, "--run_name", "run"]
     code, said = finish(start(tmp_path, *flags), tmp_path)
     assert code == 0, said
     code, said = finish(start(tmp_path, "--resume", tmp_path / "run", "--num_epochs", 8), tmp_path)
