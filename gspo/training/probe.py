@@ -89,13 +89,12 @@ def probe_training(trainer: Any, train_problems: Sequence, eval_problems: Sequen
         noise_spread=passes.noise_spread,
         hours=sum(seconds.values()) / 3600,
     )
-    if trainer.processes.is_main:
-        print(f"{examples(sampled.samples, config, trainer.tokenizer)}\n")
-        for name, value in table(figures, sampled, passes, seconds):
-            print(f"{name:22}{value}")
-        print(f"\n{verdict(figures)}")
-        if figures.failure:
-            print(f"\nThe first failure of the reward function:\n{shown(figures.failure)}")
+    rows = [f"{name:22}{value}" for name, value in table(figures, sampled, passes, seconds)]
+    parts = [examples(sampled.samples, config, trainer.tokenizer), "\n".join(rows), verdict(figures)]
+    if figures.failure:
+        parts.append(f"The first failure of the reward function:\n{shown(figures.failure)}")
+    # The others wait: if they ended first, with exit code 1, their launcher would kill the one that prints.
+    trainer.processes.on_main(lambda: print("\n\n".join(parts), flush=True))
     return 1 if figures.is_in_vain else 0
 
 
