@@ -549,16 +549,16 @@ class GSPOTrainer:
             torch.nn.utils.clip_grads_with_norm_(
                 self.model.parameters(), self.config.max_grad_norm, grad_norm
             )
-        num_tokens = sum(sample.num_tokens for sample in samples)
         parts = self.processes.gather(parts)
         if can_clip:
             self._note_ratios(samples, self.processes.gather(log_probs))
         else:
             parts = [none_eligible(part) for part in parts]
-        metrics = pool_metrics(parts, len(samples), num_tokens)
+        metrics = pool_metrics(parts, len(samples), sum(sample.num_tokens for sample in samples))
         norm = grad_norm.item()
         metrics |= {"grad_norm": norm, "learning_rate": self.schedule.get_last_lr()[0]}
-        stop_if(stop_reason(without_sums(metrics)), batch.metrics | without_sums(metrics))
+        averages = without_sums(metrics)
+        stop_if(stop_reason(averages, self.clips_per_token), batch.metrics | averages)
         if _lacks_pi_old(samples):
             for row, values in self.processes.gather(log_probs):
                 samples[row].old_log_probs = values

@@ -37,6 +37,7 @@ from gspo.training.find_run import refuse_other_settings, resumed_folder, run_fo
 if TYPE_CHECKING:
     from gspo.training.alarms import EmergencyStop
     from gspo.training.training_run import TrainingRun
+    from gspo_implementation import GSPOTrainer
 
 PROGRAM = "train_gspo.py"
 # The response length for which the paper's clip range of GSPO is assumed to be right. The paper gives no
@@ -73,6 +74,8 @@ def train(config: GSPOConfig) -> int:
         if config.dry_run:
             check_task(config, *problems)
             return 0
+        if config.probe:
+            return probe(config, *problems)
         run = prepare(config, *problems)
     except ValueError as error:
         complain(PROGRAM, error)
@@ -155,7 +158,7 @@ def with_settings_of_resumed_run(given: dict) -> dict:
     folder = resumed_folder(given["resume"], given.get("output_dir", GSPOConfig.output_dir))
     if given.get("run_name", folder.name) != folder.name:
         raise ValueError(f"--run_name {given['run_name']}: the resumed run is {folder}; leave the flag out")
-    inherited = {f.name for f in fields(GSPOConfig)} - {"dry_run"}
+    inherited = {f.name for f in fields(GSPOConfig)} - {"dry_run", "probe"}
     saved = {name: value for name, value in (settings_of(folder) or {}).items() if name in inherited}
     resume = str(folder) if given["resume"] == "latest" else os.path.abspath(given["resume"])
     return saved | given | {"resume": resume, "output_dir": str(folder.parent), "run_name": folder.name}
@@ -337,7 +340,42 @@ def difficulty_for(num_parameters: int) -> str:
 
 
 def prepare(config: GSPOConfig, train_problems: list, eval_problems: list) -> "TrainingRun":
-    """Reward, model, trainer and run folder. What is quick to check comes first.
+    """The trainer and the run folder.
+
+    Raises:
+        ValueError: the input cannot work.
+    """
+    from gspo.training.training_run import TrainingRun
+
+    trainer = load_trainer(config, train_problems)
+    source = config.dataset_path or config.dataset
+    return TrainingRun(trainer, train_problems, eval_problems, source)
+
+
+def probe(config: GSPOConfig, train_problems: list, eval_problems: list) -> int:
+    """Say whether the model can learn from the task with these settings. Returns the exit code.
+
+    Raises:
+        ValueError: the input cannot work.
+    """
+    from gspo.training.alarms import EmergencyStop
+    from gspo.training.probe import probe_training
+
+    if config.resume:
+        raise ValueError(
+            "--probe samples before training, and --resume continues a run: leave one of them out; to probe "
+            "what a run has learnt, name its final_model with --model_name"
+        )
+    trainer = load_trainer(config, train_problems)
+    try:
+        return probe_training(trainer, train_problems, eval_problems)
+    except EmergencyStop as stop:
+        complain(PROGRAM, f"--probe: training would stop at once: {stop}")
+        return 1
+
+
+def load_trainer(config: GSPOConfig, train_problems: list) -> "GSPOTrainer":
+    """The reward, the model and the trainer. What is quick to check comes first.
 
     Raises:
         ValueError: the input cannot work.
@@ -345,7 +383,6 @@ def prepare(config: GSPOConfig, train_problems: list, eval_problems: list) -> "T
     from transformers.utils.logging import disable_progress_bar
 
     from gspo.policy.model_loader import load_model
-    from gspo.training.training_run import TrainingRun
     from gspo_implementation import GSPOTrainer
 
     reward_fn = reward_function(config.reward, config.code_reward)
@@ -354,9 +391,7 @@ def prepare(config: GSPOConfig, train_problems: list, eval_problems: list) -> "T
     # On the CPU first: each process then moves the model to its own GPU.
     model, tokenizer = load_model(config.model_name, device="cpu", trust_remote_code=config.trust_remote_code)
     warn_of_unreadable_prompts(tokenizer, config, train_problems)
-    source = config.dataset_path or config.dataset
-    trainer = GSPOTrainer(model, tokenizer, config, reward_fn)
-    return TrainingRun(trainer, train_problems, eval_problems, source)
+    return GSPOTrainer(model, tokenizer, config, reward_fn)
 
 
 def load_task(config: GSPOConfig) -> tuple[list, list]:

@@ -6,13 +6,20 @@ A text is compared with the run's own start, because a model may have rambled fr
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import NormalDist, median
 
 import torch
 
-# The rules on text, ties, ratio spread and entropy look at this many rollout batches in a row.
+from gspo.training.intervals import Z, paired_interval
+
+# The rules on text, ties, ratios, gradient norm and entropy look at this many rollout batches in a row.
 WINDOW = 5
 # The rules on the clip fraction look at this many in a row.
 CLIP_WINDOW = 10
+# An update with an importance ratio outside these bounds is not made; the lower one is for whole responses.
+LOWEST_RATIO, HIGHEST_RATIO = 0.01, 100.0
+# The ratios of whole responses stay within these bounds in a healthy run.
+LOWEST_SEQUENCE_RATIO, HIGHEST_SEQUENCE_RATIO = 0.8, 1.25
 # Tokens of a sequence that counts as repeated when it occurs a second time.
 REPEATED_TOKENS = 4
 
@@ -67,18 +74,23 @@ def non_finite_weights(model: torch.nn.Module) -> str | None:
     return f"{len(broken)} weight tensors are not finite, such as {broken[0]}" if broken else None
 
 
-def stop_reason(metrics: dict) -> str | None:
+def stop_reason(metrics: dict, clips_per_token: bool = False) -> str | None:
     """The reason why an update with these metrics must not reach the weights, or None.
 
-    Reasons are a figure that is not finite, a ratio above 100 (a healthy one stays within a few per cent of
-    1), and responses that were not sampled from the policy.
+    Reasons are a figure that is not finite, a ratio above HIGHEST_RATIO or below LOWEST_RATIO, and responses
+    that were not sampled from the policy.
+
+    clips_per_token: as in GRPO. The smallest of its many token ratios is below LOWEST_RATIO in runs that
+        learn (docs/alarms.md), so the lower bound is not for them.
     """
     for name, values in metrics.items():
         for value in values if isinstance(values, list) else [values]:
             if not math.isfinite(value):
                 return f"{name} is {value}"
-    if metrics.get("importance_ratio_max", 1) > 100:
-        return f"importance_ratio_max is {metrics['importance_ratio_max']:.4g}, above 100"
+    if metrics.get("importance_ratio_max", 1) > HIGHEST_RATIO:
+        return f"importance_ratio_max is {metrics['importance_ratio_max']:.4g}, above {HIGHEST_RATIO:g}"
+    if metrics.get("importance_ratio_min", 1) < LOWEST_RATIO and not clips_per_token:
+        return f"importance_ratio_min is {metrics['importance_ratio_min']:.4g}, below {LOWEST_RATIO:g}"
     if metrics.get("sampler_gap", 0) > 1:
         return (
             f"sampler_gap is {metrics['sampler_gap']:.3g} nats per token: the responses were not sampled "
@@ -125,7 +137,8 @@ def _nothing_judged(batch: dict) -> bool:
 def warnings_of(history: Sequence[dict], clips_per_token: bool = False) -> dict[str, str]:
     """The warnings that the metrics so far call for (oldest first): kind to message.
 
-    clips_per_token: as in GRPO, where hardly any token clips in a healthy run.
+    clips_per_token: as in GRPO. In its healthy runs hardly any token clips, and the ratios of single tokens
+        are far from 1.
     """
     last, warnings = history[-1], {}
     lowest, highest = last["importance_ratio_min"], last["importance_ratio_max"]
@@ -141,6 +154,9 @@ def warnings_of(history: Sequence[dict], clips_per_token: bool = False) -> dict[
         )
     could_clip = [batch for batch in history if batch["eligible_fraction"]]
     warnings |= _clip_range_warnings(could_clip, clips_per_token)
+    if not clips_per_token:
+        warnings |= _sequence_ratio_warnings(could_clip)
+    warnings |= _gradient_warnings([batch for batch in history if batch["grad_norm"]])
     measured = (batch["null_clip_fraction"] for batch in reversed(history) if "null_clip_fraction" in batch)
     noise = next(measured, 0.0)
     if noise > 0.01:
@@ -175,9 +191,6 @@ def warnings_of(history: Sequence[dict], clips_per_token: bool = False) -> dict[
         )
     if faults := _text_faults(history, reward_kept=1.0):
         warnings["text"] = f"the text gets worse: {'; '.join(faults)}; look at samples.jsonl"
-    first, latest = _mean(history[:10], "loss"), _mean(history[-10:], "loss")
-    if len(history) >= 30 and latest > first + 1:
-        warnings["loss"] = f"the loss has risen from {first:.3g} to {latest:.3g}"
     return warnings
 
 
@@ -206,6 +219,69 @@ def _clip_range_warnings(history: Sequence[dict], clips_per_token: bool) -> dict
             "clip range"
         )
     return warnings
+
+
+def _sequence_ratio_warnings(history: Sequence[dict]) -> dict[str, str]:
+    """A warning about ratios of whole responses far from 1, from batches that could clip."""
+    recent = history[-WINDOW:]
+    far = [
+        batch["importance_ratio_min"] < LOWEST_SEQUENCE_RATIO
+        or batch["importance_ratio_max"] > HIGHEST_SEQUENCE_RATIO
+        for batch in recent
+    ]
+    if len(far) < WINDOW or not all(far):
+        return {}
+    lowest, highest = recent[-1]["importance_ratio_min"], recent[-1]["importance_ratio_max"]
+    return {
+        "sequence ratio": (
+            f"in {WINDOW} rollout batches a response's importance ratio was outside "
+            f"{LOWEST_SEQUENCE_RATIO} to {HIGHEST_SEQUENCE_RATIO}, the last time they reached {lowest:.3g} "
+            f"to {highest:.3g}: the policy moves far in one rollout batch; lower --learning_rate"
+        )
+    }
+
+
+def _gradient_warnings(history: Sequence[dict]) -> dict[str, str]:
+    """A warning about gradient norms far above those at the start, from batches with an update.
+
+    max_grad_norm says nothing here: AdamW divides by the gradient's own size, so a norm that is always above
+    it is healthy.
+    """
+    start, recent = _start(history), history[-WINDOW:]
+    if not start:
+        return {}
+    at_start = median(batch["grad_norm"] for batch in start)
+    if min(batch["grad_norm"] for batch in recent) <= 10 * at_start:
+        return {}
+    return {
+        "gradient": (
+            f"in {WINDOW} rollout batches the gradient norm was more than ten times that of the start, the "
+            f"last time {recent[-1]['grad_norm']:.3g} against {at_start:.3g}: training becomes unstable; "
+            "lower --learning_rate, and go back to best_model if the reward falls"
+        )
+    }
+
+
+def held_out_fall(evaluations: Sequence[dict]) -> str | None:
+    """A warning if the last evaluation is significantly below the best one before it, else None.
+
+    The two are compared problem by problem. The best of several evaluations is the best partly by luck, so
+    the interval is widened as for that many comparisons (Bonferroni).
+    """
+    if len(evaluations) < 2 or len(evaluations[-1]["pass_by_problem"]) < 2:
+        return None
+    *earlier, last = evaluations
+    widening = NormalDist().inv_cdf(1 - 0.025 / len(earlier)) / Z
+    for name, by_problem in (("pass_at_1", "pass_by_problem"), ("reward_mean", "reward_by_problem")):
+        best = max(earlier, key=lambda evaluation: evaluation[name])
+        change, _, high = paired_interval(best[by_problem], last[by_problem])
+        if change + widening * (high - change) < 0:
+            return (
+                f"held-out {name} has fallen to {last[name]:.3g} from {best[name]:.3g} at rollout batch "
+                f"{best['step']}, by more than chance, paired by problem: take best_model and stop, or lower "
+                "--learning_rate"
+            )
+    return None
 
 
 # What can get worse about a text: the metric, a message about its recent mean and its mean at the start, and

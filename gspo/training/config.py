@@ -190,6 +190,11 @@ class GSPOConfig:
     use_wandb: bool = flag(False, "run", "log to wandb as well (WANDB_MODE=offline works)")
     wandb_project: str = flag("gspo", "run", "wandb project")
     dry_run: bool = flag(False, "run", "print the resolved configuration and the objective, then stop")
+    probe: bool = flag(
+        False,
+        "run",
+        "sample a few groups, say whether training can work, then stop; exit code 1 if not",
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.chat_template_kwargs, dict):  # from Python

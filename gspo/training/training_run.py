@@ -19,8 +19,10 @@ import torch
 from tqdm import tqdm
 
 from gspo.training.alarms import (
+    WINDOW,
     EmergencyStop,
     gibberish_reason,
+    held_out_fall,
     non_finite_weights,
     stop_if,
     unjudged_reason,
@@ -29,6 +31,7 @@ from gspo.training.checkpoints import STATE_FILE, STATE_FORMAT, random_states, r
 from gspo.training.command_line import is_rank_0
 from gspo.training.config import GSPOConfig
 from gspo.training.dynamic_sampling import MAX_DRAWN
+from gspo.training.findings import FirstBatches
 from gspo.training.processes import Processes
 from gspo.training.progress import progress_bar
 from gspo.training.record import Record
@@ -107,6 +110,7 @@ class TrainingRun:
         self.num_queries = self.config.num_epochs * len(self.train_problems)
         self.drawn = 0  # queries of the rollout batches trained on; those of the pending ones come next
         self.pending: list[RolloutBatch] = []  # sampled; the first may be part-way through its updates
+        self.first_batches = FirstBatches(self.config, trainer.tokenizer.chat_template is not None)
         self._saved_progress: tuple | None = None  # what _progress() was at the last checkpoint
         if trainer.step and not self.config.resume:
             raise ValueError(
@@ -213,7 +217,7 @@ class TrainingRun:
         chosen = []
         for query in range(start, min(start + count, self.num_queries)):
             epoch, place = divmod(query, len(problems))
-            chosen.append(problems[_epoch_order(self.config.seed, epoch, len(problems))[place]])
+            chosen.append(problems[epoch_order(self.config.seed, epoch, len(problems))[place]])
         return chosen
 
     def _next_queries(self, start: int) -> list:
@@ -245,6 +249,8 @@ class TrainingRun:
     def _record_batch(self, step: int, batch: RolloutBatch, metrics: dict, bar: tqdm) -> None:
         for warning in self.record.add_metrics(step, metrics):
             bar.write(f"warning, rollout batch {step}: {warning}", file=sys.stderr)
+        for finding in self.first_batches.add(step, batch.samples):
+            bar.write(f"warning, rollout batches 1 to {WINDOW}: {finding}", file=sys.stderr)
         self.record.add_samples(step, batch.best_and_worst())
         bar.set_postfix(
             refresh=False,  # a refresh would draw the bar before its delay, and close() then not end its line
@@ -278,6 +284,9 @@ class TrainingRun:
         if all(standing(metrics) > standing(earlier) for earlier in recorded):
             self.processes.on_main(self._save_model, "best_model")
         self.processes.on_main(lambda: self.record.add_evaluation(step, metrics))
+        fall = held_out_fall([*recorded, {"step": step, **metrics}])
+        if fall and not held_out_fall(recorded) and self.processes.is_main:
+            tqdm.write(f"warning, rollout batch {step}: {fall}", file=sys.stderr)
 
     def _evaluations(self) -> list[dict]:
         """The evaluations on record, oldest first, for all processes."""
@@ -365,7 +374,7 @@ class TrainingRun:
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, count: int) -> list[int]:
+def epoch_order(seed: int, epoch: int, count: int) -> list[int]:
     """The order in which an epoch takes the problems."""
     return np.random.default_rng([seed, epoch]).permutation(count).tolist()
 

@@ -104,10 +104,24 @@ def test_a_run_of_two_that_is_killed_and_stopped_goes_on_exactly(tmp_path):
     assert weights_of_run(tmp_path / "stopped") == weights_of_run(tmp_path / "whole")
 
 
+def test_two_processes_probe_as_one_does(tmp_path):
+    flags = [*TINY, "--probe", "--num_train_samples", 16, "--max_new_tokens", 2]
+    code, said = finish(start(tmp_path, *flags), tmp_path)
+    alone = run_here(*flags)
+    assert code == alone.returncode == 1 and exit_codes(said) <= {"1", "130", "-15"}
+
+    def figures(text):
+        timed = ("response tokens per s", "time of the run", "processes")
+        lines = text.partition("A prompt,")[2].partition("Training would")[0].splitlines()
+        return [line for line in lines if not line.startswith(timed)]
+
+    assert figures(said) == figures(alone.stdout) != []
+
+
 @pytest.mark.slow
 def test_both_stop_for_gibberish_and_are_refused_alike(tmp_path):
     """The second process of a resumed run has no history, and must follow the first."""
-    flags = [*FLAGS, "--learning_rate", 1, "--output_dir", tmp_path, "--run_name", "run"]
+    flags = [*FLAGS, "--learning_rate", 0.01, "--output_dir", tmp_path, "--run_name", "run"]
     code, said = finish(start(tmp_path, *flags), tmp_path)
     assert code == 0, said
     code, said = finish(start(tmp_path, "--resume", tmp_path / "run", "--num_epochs", 8), tmp_path)
