@@ -279,6 +279,22 @@ DOUBLE = {"entry_point": "double", "calls": [{"args": [x], "expected": 2 * x} fo
 
 def main(arguments: list[str] | None = None) -> int:
     """The self-check, or with flags show_task(). Returns the exit code."""
+    flags = parse(arguments)
+    if flags == parse([]):
+        return check_rewards()
+    columns = flags.prompt_column, flags.answer_column, flags.prompt_suffix
+    form = RowFormat(*columns, flags.reward is not None, flags.eval_path)
+    settings = flags.data_seed, flags.difficulty, flags.dataset_path, form
+    try:
+        with warnings.catch_warnings(action="ignore"):  # fewer problems than asked for
+            problems = load_problems(flags.dataset, "train", NUM_REWARDED, *settings)
+        return show_task(problems, reward_function(flags.reward, flags.code_reward), flags.system_prompt)
+    except (ValueError, OSError) as error:
+        print(f"data_loader.py: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python data_loader.py",
         description="Without flags: an example of each data set, and the rewards of known answers. With "
@@ -292,19 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("dataset_path", "reward", "prompt_column", "answer_column", "prompt_suffix", "eval_path",
                  "system_prompt"):  # fmt: skip
         parser.add_argument(f"--{name}")
-    flags = parser.parse_args(arguments)
-    if flags == parser.parse_args([]):
-        return check_rewards()
-    columns = flags.prompt_column, flags.answer_column, flags.prompt_suffix
-    form = RowFormat(*columns, flags.reward is not None, flags.eval_path)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # fewer problems than asked for
-            settings = flags.data_seed, flags.difficulty, flags.dataset_path, form
-            problems = load_problems(flags.dataset, "train", NUM_REWARDED, *settings)
-        return show_task(problems, reward_function(flags.reward, flags.code_reward), flags.system_prompt)
-    except (ValueError, OSError) as error:
-        print(f"data_loader.py: {error}", file=sys.stderr)
-        return 2
+    return parser.parse_args(arguments)
 
 
 def show_task(problems: list[Problem], rewards_of: RewardsOf, system_prompt: str | None) -> int:

@@ -41,7 +41,18 @@ def python_blocks():
     return [(name, code) for name, language, code in blocks if language == "python"]
 
 
-@pytest.mark.parametrize("page, flags", commands_of("train_gspo.py"))
+# Commands that people type, wherever they have them from.
+TYPED = (
+    "--dataset mixed --num_train_samples 20 --num_epochs 2",
+    "--model_name Qwen/Qwen2.5-14B-Instruct --dataset math",
+    "--update_frequency 2",
+    "--learning_rate 2e-6",
+    "--num_train_samples 500",
+    "--batch_size 4 --mini_batch_size 1 --group_size 4 --left_clip_range 3e-4 --right_clip_range 4e-4",
+)
+
+
+@pytest.mark.parametrize("page, flags", [*commands_of("train_gspo.py"), *(("typed", t) for t in TYPED)])
 def test_training_commands_parse(page, flags):
     from train_gspo import parse
 
@@ -61,10 +72,17 @@ def test_validation_commands_parse(page, flags):
     parse(shlex.split(flags, comments=True))
 
 
+@pytest.mark.parametrize("page, flags", commands_of("data_loader.py"))
+def test_commands_about_a_task_parse(page, flags):
+    from data_loader import parse
+
+    parse(shlex.split(flags, comments=True))
+
+
 def test_commands_are_found():
     """The two tests above would pass if the pattern found nothing."""
     assert len(commands_of("train_gspo.py")) >= 8
-    assert ("README.md", "--dataset_path problems.jsonl") in commands_of("train_gspo.py")
+    assert ("running.md", "--dataset_path problems.jsonl") in commands_of("train_gspo.py")
     assert len(commands_of("validate_gspo.py")) >= 3
 
 

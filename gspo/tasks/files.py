@@ -6,7 +6,7 @@ bring are run against their own tests before a problem is used.
 
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ def load_file(path: str, split: str, num_samples: int, seed: int, form: RowForma
     """Problems of one side of a file. ValueError: the file or a row of it is broken."""
     problems = _problems_of(read_rows(Path(path)), form)
     side = _side(problems, None, split, path, form)
-    return _sound_sample(side, num_samples, seed, f"{path} ({split})")
+    chosen = _sound_sample(side, num_samples, seed, f"{path} ({split})")
+    return [_with_suffix(problem, form.suffix) for problem in chosen]
 
 
 def load_hub(name: str, split: str, num_samples: int, seed: int, form: RowFormat) -> list[Problem]:
@@ -61,7 +62,8 @@ def load_hub(name: str, split: str, num_samples: int, seed: int, form: RowFormat
     problems = _problems_of(rows, form)
     held_out = _problems_of(held_out_rows, form) if held_out_rows is not None else None
     side = _side(problems, held_out, split, name, form)
-    return _sound_sample(side, num_samples, seed, f"{name} ({split})")
+    chosen = _sound_sample(side, num_samples, seed, f"{name} ({split})")
+    return [_with_suffix(problem, form.suffix) for problem in chosen]
 
 
 # Rows
@@ -92,7 +94,7 @@ def _question(row: dict, form: RowFormat) -> Problem:
     column = form.prompt_column or next((name for name in PROMPT_COLUMNS if name in row), PROMPT_COLUMNS[0])
     if column not in row:
         raise ValueError(f"no field {column!r} among {_named(row)}; name the question's with --prompt_column")
-    prompt = _prompt(column, row[column], form.suffix)
+    prompt = _prompt(column, row[column])
     reference = _reference(row, form)
     problem = Problem("", "math", prompt, reference, {"columns": row})
     return Problem(f"question-{id_of(problem.text)}", "math", prompt, reference, {"columns": row})
@@ -102,12 +104,12 @@ def _named(row: dict) -> str:
     return ", ".join(map(repr, list(row)[:MAX_NAMED])) or "no fields"
 
 
-def _prompt(column: str, value: Any, suffix: str) -> str | list[dict]:
-    """A question or chat messages, with the suffix after the last message."""
+def _prompt(column: str, value: Any) -> str | list[dict]:
+    """A question or chat messages. ValueError: it is neither."""
     if isinstance(value, str):
         if not value.strip():
             raise ValueError(f"empty {column}")
-        return value.strip() + suffix
+        return value.strip()
     if not isinstance(value, list):
         raise ValueError(f"{column} is {type(value).__name__}, not a string or a list of chat messages")
     for message in value:
@@ -116,7 +118,17 @@ def _prompt(column: str, value: Any, suffix: str) -> str | list[dict]:
             raise ValueError(f'{column} has a message that is not {{"role": "...", "content": "..."}}')
     if not value or value[-1]["role"] == "assistant":
         raise ValueError(f"{column} must end with a message that the model is to answer")
-    return [*value[:-1], value[-1] | {"content": value[-1]["content"] + suffix}]
+    return value
+
+
+def _with_suffix(problem: Problem, suffix: str) -> Problem:
+    """The problem with the suffix after its question. Added last, it decides no side and no order."""
+    if problem.kind == "code":
+        return problem
+    prompt = problem.prompt
+    if isinstance(prompt, str):
+        return replace(problem, prompt=prompt + suffix)
+    return replace(problem, prompt=[*prompt[:-1], prompt[-1] | {"content": prompt[-1]["content"] + suffix}])
 
 
 def _reference(row: dict, form: RowFormat) -> str:
@@ -167,12 +179,7 @@ def _with_kinds(places: list[str], problems: list[Problem]) -> list[Problem]:
     if 2 * len(texts) <= num_questions:
         place, reward = texts[0]
         raise ValueError(f"{place}: {reward or 'the reference answer cannot be judged'}")
-    return [
-        Problem(problem.id, "text", problem.prompt, problem.answer, problem.metadata)
-        if problem.kind == "math"
-        else problem
-        for problem in problems
-    ]
+    return [replace(problem, kind="text") if problem.kind == "math" else problem for problem in problems]
 
 
 # Sides

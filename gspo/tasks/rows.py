@@ -84,7 +84,7 @@ def _csv_rows(path: Path, text: str, separator: str) -> Rows:
                 raise ValueError(f"{place}: not as many fields as the first line has names")
             rows.append((place, row))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+        raise ValueError(f"{path}, before line {reader.line_num + 1}: {error}") from error
     return rows
 
 

@@ -175,3 +175,24 @@ def test_prompts_go_through_the_chat_template_or_a_plain_frame():
     assert tokenizer.decode(encode_prompt(tokenizer, "9381=")) == "9381="
     plain = IdTokenizer()
     assert encode_prompt(plain, "hi") == plain("Question: hi\nAnswer:")["input_ids"]
+
+
+def test_chat_messages_a_system_prompt_and_settings_of_the_template():
+    tokenizer = load_model("tiny")[1]
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[go{{ mood }}]{% endif %}"
+    )
+
+    def rendered(*arguments):
+        return tokenizer.decode(encode_prompt(tokenizer, *arguments))
+
+    assert rendered("hi") == "[user]hi[go]"
+    assert rendered("hi", "Be brief.", {"mood": "!"}) == "[system]Be brief.[user]hi[go!]"
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chat += [{"role": "user", "content": "c"}]
+    assert rendered(chat, "S") == "[system]S[user]a[assistant]b[user]c[go]" and len(chat) == 3
+    own = [{"role": "system", "content": "mine"}, *chat[:1]]
+    assert rendered(own, "S") == "[system]mine[user]a[go]"
+    tokenizer.chat_template = None
+    assert encode_prompt(tokenizer, "hi", "S") == tokenizer("Question: S\n\nhi\nAnswer:")["input_ids"]
