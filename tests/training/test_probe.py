@@ -63,6 +63,7 @@ CASES = {  # name: (exit code, names of the findings, problems, reward, settings
     "too hard": (1, ["Too hard"], unsortable(40), exact, {}, None),
     "too easy": (1, ["Too easy"], problems(40), reward_of(1.0), {}, None),
     "cut off": (1, ["Cut off"], problems(40), exact, {"max_new_tokens": 4}, None),
+    "cut off and rewarded": (0, [], problems(20), shared_prefix, {"max_new_tokens": 4}, None),
     "form": (1, ["Form"], problems(40), marked, {}, None),
     "constant reward": (1, ["Constant reward"], problems(40), reward_of(0.5), {}, None),
     "unjudged": (1, ["Unjudged"], problems(20), Failing("0123456789"), {}, None),
@@ -98,6 +99,8 @@ ALL_NAMES = ["Unjudged", "Constant reward", "Cut off", "Form", "Too hard", "Too 
 def test_few_groups_without_a_signal_are_no_verdict(capsys):
     assert probe_training(trainer(reward_fn=exact), unsortable(3), problems(4, seed=1)) == 0
     assert "Too few groups to tell: of 3 sampled, none has a signal" in capsys.readouterr().out
+    for value in (0.5, None):  # for these, few are enough
+        assert probe_training(trainer(reward_fn=reward_of(value)), problems(3), problems(4, seed=1)) == 1
 
 
 def test_more_groups_are_sampled_only_if_none_has_a_signal():
