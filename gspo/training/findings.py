@@ -113,11 +113,15 @@ class Finding:
         return f"{self.name}: {self.message}"
 
 
+def has_signal(group: Sequence[Sample], config: GSPOConfig) -> bool:
+    """True if a run with these settings would learn from the group."""
+    return keeps(group, "pass" if config.dynamic_sampling == "pass" else "reward")
+
+
 def figures_of(samples: Sequence[Sample], config: GSPOConfig, has_chat_template: bool) -> Figures:
     """Count what the samples of whole groups are like; config: the resolved one they were made with."""
     size = config.group_size
     groups = [samples[i : i + size] for i in range(0, len(samples), size)]
-    signal = "pass" if config.dynamic_sampling == "pass" else "reward"
     passes = [{sample.passed for sample in group if sample.reward is not None} for group in groups]
     judged = [sample for sample in samples if sample.reward is not None]
     rewards = [sample.reward for sample in samples if sample.reward is not None]
@@ -129,7 +133,7 @@ def figures_of(samples: Sequence[Sample], config: GSPOConfig, has_chat_template:
     return Figures(
         groups=len(groups),
         responses=len(samples),
-        with_signal=sum(keeps(group, signal) for group in groups),
+        with_signal=sum(has_signal(group, config) for group in groups),
         all_right=passes.count({True}),
         all_wrong=passes.count({False}),
         reward_mean=sum(rewards) / len(rewards) if rewards else math.nan,
