@@ -1,10 +1,12 @@
 """The probe: what it says about inputs of which each deserves another advice, and how it samples."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from gspo.policy.rollout import Rollout
 from gspo.training.findings import figures_of, findings
 from gspo.training.probe import Passes, Sampled, probe_training, run_seconds, sample_groups, shown
 from gspo.training.training_run import epoch_order
@@ -57,6 +59,7 @@ def unsortable(count):
     return [replace(problem, answer=problem.answer[::-1]) for problem in problems(count)]
 
 
+ROLLOUT = Rollout([1], [2, 3], [-0.1, -0.2], "12", True)
 LONG = [Sort("7" * 600, "7" * 600) for _ in range(5)]
 CASES = {  # name: (exit code, names of the findings, problems, reward, settings, change of the trainer)
     "can learn": (0, [], problems(20), shared_prefix, {}, None),
@@ -136,6 +139,34 @@ def test_an_answer_that_stands_there_by_accident_is_no_other_form():
     assert [finding.name for finding in findings(figures)] == ["too hard"]
     right = [replace(s, rollout=replace(s.rollout, text=f"It is {s.problem.answer}.")) for s in samples]
     assert [finding.name for finding in findings(figures_of(right, t.config, True))] == ["form"]
+
+
+@pytest.mark.parametrize(
+    ("name", "below", "above"),
+    [
+        ("noise", {"noise_spread": 0.33}, {"noise_spread": 0.34}),
+        ("noise", {"null_clip_fraction": 0.01}, {"null_clip_fraction": 0.011}),
+        ("slow", {"hours": 24.0}, {"hours": 24.1}),
+        ("no room", {"dropped_problems": 0}, {"dropped_problems": 1, "num_problems": 16}),
+        ("too easy", {"all_right": 14, "with_signal": 2}, {"all_right": 15, "with_signal": 1}),
+        (
+            "too hard",
+            {"all_wrong": 15, "with_signal": 2, "reward_mean": 0.01},
+            {"all_wrong": 15, "with_signal": 1, "reward_mean": 0.01},
+        ),
+        ("cut off", {"truncated": 15}, {"truncated": 16}),
+        ("form", {"with_answer": 14, "with_other_answer": 4.5}, {"with_answer": 14, "with_other_answer": 4}),
+    ],
+)
+def test_where_the_findings_begin(name, below, above):
+    t = trainer()
+    t.engine = SimpleNamespace(generate=lambda prompts, size, _: [ROLLOUT] * (len(prompts) * size))
+    healthy = replace(
+        figures_of(sample_groups(t, problems(16)).samples, t.config, True),
+        with_signal=12, all_right=2, all_wrong=2, reward_mean=0.4, only_reward=None, answerable=50,
+    )  # fmt: skip
+    assert findings(healthy) == findings(replace(healthy, **below)) == []
+    assert [finding.name for finding in findings(replace(healthy, **above))] == [name]
 
 
 def test_the_time_of_a_run_is_estimated_from_its_parts():
