@@ -255,6 +255,11 @@ def verdict(figures: Figures) -> str:
             f"Too few groups to tell: of {f.groups} sampled, none has a signal ({interval}); "
             "raise --num_train_samples."
         )
+    elif f.hardly_any_signal:
+        sentence = (
+            "This model would learn little from this task with these settings: only "
+            f"{f.with_signal} of {f.groups} groups sampled have a signal ({interval})."
+        )
     else:
         sentence = (
             f"This model can learn from this task with these settings: {f.with_signal} of {f.groups} groups "

@@ -169,6 +169,27 @@ def test_where_the_findings_begin(name, below, above):
     assert [finding.name for finding in findings(replace(healthy, **above))] == [name]
 
 
+def test_what_explains_the_others():
+    """All are wrong: because they were cut, because they are in another form, or because they are wrong."""
+    t = trainer(reward_fn=exact)
+    wrong = figures_of(sample_groups(t, unsortable(40)).samples, t.config, True)
+    for change, names in (
+        ({}, ["too hard"]),
+        ({"truncated": 114}, ["cut off", "too hard"]),  # of 128; those that ended are wrong as well
+        ({"truncated": 116}, ["cut off"]),
+        ({"with_answer": 60}, ["form"]),
+    ):
+        assert [finding.name for finding in findings(replace(wrong, **change))] == names
+
+
+def test_a_signal_in_hardly_any_group_is_no_praise(capsys):
+    first = problems(16)[epoch_order(0, 0, 16)[0]]
+    t = trainer(reward_fn=lambda asked, r: [float(p == first and i % 2) for i, p in enumerate(asked)])
+    assert probe_training(t, problems(16), problems(4, seed=1)) == 0
+    said = capsys.readouterr().out
+    assert "would learn little" in said and "only 1 of 16 groups sampled have a signal" in said
+
+
 def test_the_time_of_a_run_is_estimated_from_its_parts():
     config = GSPOConfig(num_epochs=2, batch_size=4, mini_batch_size=1, group_size=8, eval_frequency=10)
     t = trainer(reward_fn=shared_prefix)
