@@ -4,6 +4,7 @@
     python train_gspo.py --model_name Qwen/Qwen2.5-7B-Instruct --dataset gsm8k --use_wandb
     python train_gspo.py --dataset math --algorithm grpo          the baseline, with everything else equal
     torchrun --nproc_per_node 4 train_gspo.py ...                 several processes
+    python train_gspo.py --probe ...                              can the model learn from the task? 0 or 1
 
 Exit codes: 0 done; 1 failure; 2 bad input (one line: what, why, what to do); 3 emergency stop;
 130 interrupted. Whenever it stops, what was learnt is on disk and --resume continues.

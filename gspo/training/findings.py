@@ -24,8 +24,9 @@ MIN_GROUPS = 8
 # Groups without a signal are enough to judge by if the share with one is below this, with 95 % confidence:
 # that takes 16 groups.
 HIGHEST_SIGNAL_SHARE = 0.2
-# Cut off: this share of the responses. Where it explains too hard: this one.
-TRUNCATED_SHARE, MOST_TRUNCATED = 0.25, 0.5
+# Cut off: this share of the responses. From the second on, too few ended to tell whether the problems are too
+# hard as well.
+TRUNCATED_SHARE, MOST_TRUNCATED = 0.25, 0.9
 # An answer of up to this many characters, on one line, is looked for in the responses that earned nothing. Of
 # a longer one, such as a program, nothing follows.
 SHORT_ANSWER = 40
@@ -91,6 +92,10 @@ class Figures:
         return wilson_interval(self.with_signal / self.groups, self.groups)
 
     @property
+    def hardly_any_signal(self) -> bool:
+        return self.with_signal <= (1 - NEARLY_ALL) * self.groups
+
+    @property
     def is_constant(self) -> bool:
         """True if every judged response earned the same, which is neither a pass nor nothing."""
         return self.only_reward is not None and self.only_reward > 0 and not self.only_reward_passes
@@ -113,11 +118,15 @@ class Finding:
         return f"{self.name}: {self.message}"
 
 
+def has_signal(group: Sequence[Sample], config: GSPOConfig) -> bool:
+    """True if a run with these settings would learn from the group."""
+    return keeps(group, "pass" if config.dynamic_sampling == "pass" else "reward")
+
+
 def figures_of(samples: Sequence[Sample], config: GSPOConfig, has_chat_template: bool) -> Figures:
     """Count what the samples of whole groups are like; config: the resolved one they were made with."""
     size = config.group_size
     groups = [samples[i : i + size] for i in range(0, len(samples), size)]
-    signal = "pass" if config.dynamic_sampling == "pass" else "reward"
     passes = [{sample.passed for sample in group if sample.reward is not None} for group in groups]
     judged = [sample for sample in samples if sample.reward is not None]
     rewards = [sample.reward for sample in samples if sample.reward is not None]
@@ -129,7 +138,7 @@ def figures_of(samples: Sequence[Sample], config: GSPOConfig, has_chat_template:
     return Figures(
         groups=len(groups),
         responses=len(samples),
-        with_signal=sum(keeps(group, signal) for group in groups),
+        with_signal=sum(has_signal(group, config) for group in groups),
         all_right=passes.count({True}),
         all_wrong=passes.count({False}),
         reward_mean=sum(rewards) / len(rewards) if rewards else math.nan,
@@ -196,10 +205,9 @@ def findings(figures: Figures) -> list[Finding]:
         )
     is_explained = has_other_form or (is_cut_off and f.truncated >= MOST_TRUNCATED * f.responses)
     enough = f.groups >= MIN_GROUPS
-    hardly_any_signal = f.with_signal <= (1 - NEARLY_ALL) * f.groups
     too_hard = f.all_wrong >= NEARLY_ALL * f.groups and f.reward_mean <= NEARLY_NOTHING
     too_easy = f.all_right >= NEARLY_ALL * f.groups
-    if enough and hardly_any_signal and too_hard and not is_explained:
+    if enough and f.hardly_any_signal and too_hard and not is_explained:
         add(
             "too hard",
             f"{f.all_wrong} of {f.groups} groups have no right response: use an easier --difficulty or "
@@ -213,7 +221,7 @@ def findings(figures: Figures) -> list[Finding]:
             "harder problems; --dynamic_sampling passes over groups without a signal",
         )
     has_cause = f.unjudged or f.is_constant or is_cut_off or has_other_form or too_hard or too_easy
-    if enough and hardly_any_signal and not has_cause:
+    if enough and f.hardly_any_signal and not has_cause:
         add(
             "tied groups",
             f"{f.with_signal} of {f.groups} groups have a signal, though not all are right and not all are "

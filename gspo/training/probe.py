@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from gspo.training.config import GSPOConfig
-from gspo.training.dynamic_sampling import keeps
-from gspo.training.findings import Figures, figures_of, findings
+from gspo.training.findings import Figures, figures_of, findings, has_signal
 from gspo.training.progress import progress_bar
 from gspo.training.rollout_batch import Sample
 from gspo.training.training_run import drop_long_prompts, epoch_order
@@ -113,7 +112,7 @@ def sample_groups(trainer: Any, problems: Sequence) -> Sampled:
         processes.is_main, total=len(queries), desc="probing", unit="query", leave=False
     ) as bar:
         for index, start in enumerate(range(0, len(queries), config.batch_size)):
-            if start >= ENOUGH_QUERIES and not is_undecided(samples, config.group_size):
+            if start >= ENOUGH_QUERIES and not is_undecided(samples, config):
                 break
             chunk = queries[start : start + config.batch_size]
             stream = (config.seed << 64) + (index << 32)  # as in GSPOTrainer.collect()
@@ -127,11 +126,12 @@ def sample_groups(trainer: Any, problems: Sequence) -> Sampled:
     return Sampled(samples, sums, fmean(response_seconds[1:] or response_seconds))
 
 
-def is_undecided(samples: Sequence[Sample], group_size: int) -> bool:
+def is_undecided(samples: Sequence[Sample], config: GSPOConfig) -> bool:
     """True if more groups would tell more: there are rewards, and no group has a signal yet."""
-    groups = [samples[i : i + group_size] for i in range(0, len(samples), group_size)]
+    size = config.group_size
+    groups = [samples[i : i + size] for i in range(0, len(samples), size)]
     is_judged = any(sample.reward is not None for sample in samples)
-    return is_judged and not any(keeps(group, "reward") for group in groups)
+    return is_judged and not any(has_signal(group, config) for group in groups)
 
 
 def measure_passes(trainer: Any, samples: Sequence[Sample]) -> Passes:
@@ -139,7 +139,7 @@ def measure_passes(trainer: Any, samples: Sequence[Sample]) -> Passes:
     config, processes = trainer.config, trainer.processes
     size = config.group_size
     groups = [samples[i : i + size] for i in range(0, len(samples), size)]
-    groups.sort(key=lambda group: not keeps(group, "reward"))  # stable: those with a signal come first
+    groups.sort(key=lambda group: not has_signal(group, config))  # stable: those with a signal come first
     # Every response takes part, as the responses of a group with a signal do.
     minibatch = [
         replace(sample, advantage=1.0, has_signal=True)
@@ -254,6 +254,11 @@ def verdict(figures: Figures) -> str:
         sentence = (
             f"Too few groups to tell: of {f.groups} sampled, none has a signal ({interval}); "
             "raise --num_train_samples."
+        )
+    elif f.hardly_any_signal:
+        sentence = (
+            "This model would learn little from this task with these settings: only "
+            f"{f.with_signal} of {f.groups} groups sampled have a signal ({interval})."
         )
     else:
         sentence = (

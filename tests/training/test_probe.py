@@ -1,10 +1,12 @@
 """The probe: what it says about inputs of which each deserves another advice, and how it samples."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from gspo.policy.rollout import Rollout
 from gspo.training.findings import figures_of, findings
 from gspo.training.probe import Passes, Sampled, probe_training, run_seconds, sample_groups, shown
 from gspo.training.training_run import epoch_order
@@ -57,12 +59,14 @@ def unsortable(count):
     return [replace(problem, answer=problem.answer[::-1]) for problem in problems(count)]
 
 
+ROLLOUT = Rollout([1], [2, 3], [-0.1, -0.2], "12", True)
 LONG = [Sort("7" * 600, "7" * 600) for _ in range(5)]
 CASES = {  # name: (exit code, names of the findings, problems, reward, settings, change of the trainer)
     "can learn": (0, [], problems(20), shared_prefix, {}, None),
     "too hard": (1, ["Too hard"], unsortable(40), exact, {}, None),
     "too easy": (1, ["Too easy"], problems(40), reward_of(1.0), {}, None),
     "cut off": (1, ["Cut off"], problems(40), exact, {"max_new_tokens": 4}, None),
+    "cut off and rewarded": (0, [], problems(20), shared_prefix, {"max_new_tokens": 4}, None),
     "form": (1, ["Form"], problems(40), marked, {}, None),
     "constant reward": (1, ["Constant reward"], problems(40), reward_of(0.5), {}, None),
     "unjudged": (1, ["Unjudged"], problems(20), Failing("0123456789"), {}, None),
@@ -98,6 +102,8 @@ ALL_NAMES = ["Unjudged", "Constant reward", "Cut off", "Form", "Too hard", "Too 
 def test_few_groups_without_a_signal_are_no_verdict(capsys):
     assert probe_training(trainer(reward_fn=exact), unsortable(3), problems(4, seed=1)) == 0
     assert "Too few groups to tell: of 3 sampled, none has a signal" in capsys.readouterr().out
+    for value in (0.5, None):  # for these, few are enough
+        assert probe_training(trainer(reward_fn=reward_of(value)), problems(3), problems(4, seed=1)) == 1
 
 
 def test_more_groups_are_sampled_only_if_none_has_a_signal():
@@ -133,6 +139,55 @@ def test_an_answer_that_stands_there_by_accident_is_no_other_form():
     assert [finding.name for finding in findings(figures)] == ["too hard"]
     right = [replace(s, rollout=replace(s.rollout, text=f"It is {s.problem.answer}.")) for s in samples]
     assert [finding.name for finding in findings(figures_of(right, t.config, True))] == ["form"]
+
+
+@pytest.mark.parametrize(
+    ("name", "below", "above"),
+    [
+        ("noise", {"noise_spread": 0.33}, {"noise_spread": 0.34}),
+        ("noise", {"null_clip_fraction": 0.01}, {"null_clip_fraction": 0.011}),
+        ("slow", {"hours": 24.0}, {"hours": 24.1}),
+        ("no room", {"dropped_problems": 0}, {"dropped_problems": 1, "num_problems": 16}),
+        ("too easy", {"all_right": 14, "with_signal": 2}, {"all_right": 15, "with_signal": 1}),
+        (
+            "too hard",
+            {"all_wrong": 15, "with_signal": 2, "reward_mean": 0.01},
+            {"all_wrong": 15, "with_signal": 1, "reward_mean": 0.01},
+        ),
+        ("cut off", {"truncated": 15}, {"truncated": 16}),
+        ("form", {"with_answer": 14, "with_other_answer": 4.5}, {"with_answer": 14, "with_other_answer": 4}),
+    ],
+)
+def test_where_the_findings_begin(name, below, above):
+    t = trainer()
+    t.engine = SimpleNamespace(generate=lambda prompts, size, _: [ROLLOUT] * (len(prompts) * size))
+    healthy = replace(
+        figures_of(sample_groups(t, problems(16)).samples, t.config, True),
+        with_signal=12, all_right=2, all_wrong=2, reward_mean=0.4, only_reward=None, answerable=50,
+    )  # fmt: skip
+    assert findings(healthy) == findings(replace(healthy, **below)) == []
+    assert [finding.name for finding in findings(replace(healthy, **above))] == [name]
+
+
+def test_what_explains_the_others():
+    """All are wrong: because they were cut, because they are in another form, or because they are wrong."""
+    t = trainer(reward_fn=exact)
+    wrong = figures_of(sample_groups(t, unsortable(40)).samples, t.config, True)
+    for change, names in (
+        ({}, ["too hard"]),
+        ({"truncated": 114}, ["cut off", "too hard"]),  # of 128; those that ended are wrong as well
+        ({"truncated": 116}, ["cut off"]),
+        ({"with_answer": 60}, ["form"]),
+    ):
+        assert [finding.name for finding in findings(replace(wrong, **change))] == names
+
+
+def test_a_signal_in_hardly_any_group_is_no_praise(capsys):
+    first = problems(16)[epoch_order(0, 0, 16)[0]]
+    t = trainer(reward_fn=lambda asked, r: [float(p == first and i % 2) for i, p in enumerate(asked)])
+    assert probe_training(t, problems(16), problems(4, seed=1)) == 0
+    said = capsys.readouterr().out
+    assert "would learn little" in said and "only 1 of 16 groups sampled have a signal" in said
 
 
 def test_the_time_of_a_run_is_estimated_from_its_parts():
