@@ -50,7 +50,6 @@ def test_a_reward_sees_all_columns_and_the_response(write):
         ("print('x' * 100_000)\nreturn 1", [1.0] * 3),
         ("problem.clear()\nreturn 1", [1.0] * 3),
         ("import sys\nreturn len(sys.stdin.read())", [0.0] * 3),
-        ("import os\nos.fork()\nreturn 1", [1.0] * 3),
         ("return True", [1.0] * 3),
     ],
 )
@@ -60,6 +59,12 @@ def test_what_a_reward_may_do(write, body, rewards):
         assert [sum(reward.values()) for reward in found] == [0.5, 1.5, 0.5]
     else:
         assert found == rewards
+
+
+def test_a_copy_of_the_worker_answers_nothing(write, monkeypatch):
+    monkeypatch.setattr(own_reward, "num_workers", lambda: 1)
+    reward = reward_function(write("import os\nos.fork()\nreturn float(response)"))
+    assert reward(ASKED * 3, list("123456789")) == [float(i) for i in range(1, 10)]
 
 
 HOSTILE = [  # what it does, and what is said of it
