@@ -425,7 +425,7 @@ class GSPOTrainer:
             EmergencyStop: a figure is not finite, a ratio is out of bounds, or no response could be judged.
         """
         batch = self.collect(problems, self.step)
-        stop_if(unjudged_reason([batch.metrics]), batch.metrics)
+        stop_if(unjudged_reason([batch.metrics], window=1), batch.metrics)
         metrics = self.update(batch)
         self.finish_batch()
         return metrics
@@ -644,7 +644,7 @@ class GSPOTrainer:
 
         The streams do not depend on the seed, and training's temperature and group size do not matter here.
 
-        Returns: what evaluation_metrics() makes of them.
+        Returns and raises what evaluation_metrics() does with them.
         """
         num_samples, temperature = self.config.eval_samples, self.config.eval_temperature
         assert num_samples is not None  # resolve() has decided it

@@ -463,10 +463,12 @@ def explain(stop: "EmergencyStop", run: "TrainingRun") -> str:
     """The message of an emergency stop: what went wrong, where to look, what to start from."""
     folder, checkpoints = run.folder.path, run.folder.checkpoints()
     before = f"the state before it is {checkpoints[-1]}" if checkpoints else "no checkpoint was written yet"
+    advice = "Start again, from one of them (--model_name) or anew, with a lower --learning_rate"
+    if stop.advice:
+        advice = f"{stop.advice} {folder}"
     return (
         f"emergency stop in rollout batch {run.trainer.step + 1}, before the update: {stop}. The evidence is "
-        f"in {folder}/emergency; {before}, the best state evaluated {folder}/best_model. Start again, from "
-        "one of them (--model_name) or anew, with a lower --learning_rate"
+        f"in {folder}/emergency; {before}, the best state evaluated {folder}/best_model. {advice}"
     )
 
 

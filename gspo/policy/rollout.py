@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -71,6 +72,9 @@ def encode_prompt(
         prompt: a user's message, or chat messages, {"role": ..., "content": ...} each.
         system_prompt: a system message before them; messages that begin with one of their own keep that.
         template_kwargs: what the chat template takes besides, such as {"enable_thinking": False}.
+
+    Raises:
+        ValueError: the chat template refuses the messages or the settings. The message is one line.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system_prompt and messages[0]["role"] != "system":
@@ -78,9 +82,16 @@ def encode_prompt(
     if tokenizer.chat_template is None:
         text = "\n\n".join(message["content"] for message in messages)
         return tokenizer(f"Question: {text}\nAnswer:")["input_ids"]
-    rendered = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=False, **(template_kwargs or {})
-    )
+    try:
+        rendered = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, **(template_kwargs or {})
+        )
+    except (TemplateError, TypeError) as error:  # some know no system message
+        first_line = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"the model's chat template refuses the prompt ({first_line}): leave out --system_prompt or "
+            "--chat_template_kwargs, or change the messages"
+        ) from error
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 

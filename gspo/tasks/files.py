@@ -86,6 +86,11 @@ def _problems_of(rows: Rows, form: RowFormat) -> list[Problem]:
         problems = _with_kinds([place for place, _ in rows], problems)
     # Of problems that differ in white space alone, the first stays.
     different = {" ".join(problem.text.split()): problem for problem in reversed(problems)}
+    if len(different) < len(problems):
+        repeated = (
+            f"{len(problems) - len(different)} of {len(problems)} rows repeat a question and are left out"
+        )
+        warnings.warn(f"{rows[0][0]} and on: {repeated}", stacklevel=WARNING_STACK_LEVEL)
     return list(different.values())
 
 

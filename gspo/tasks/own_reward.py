@@ -162,10 +162,11 @@ def checked(value: Any) -> Reward:
     if value is None:
         return None
     if isinstance(value, dict):
-        parts = {str(name): _number(part, f"the part {name!r}") for name, part in value.items()}
-        if not parts:
+        if not value:
             raise ValueError("the reward is an empty dict; None means: not judged")
-        return parts
+        if not all(isinstance(name, str) for name in value):
+            raise ValueError(f"the parts' names are not all strings: {', '.join(map(repr, value))}")
+        return {name: _number(part, f"the part {name!r}") for name, part in value.items()}
     return _number(value, "the reward")
 
 
@@ -185,7 +186,9 @@ def _traceback_of(error: BaseException, path: str) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = next((i for i, frame in enumerate(frames) if frame.filename == path), len(frames))
     lines = traceback.format_list(frames[own:]) + traceback.format_exception_only(error)
-    return "".join(lines)[-MAX_TRACEBACK:].strip()
+    # The message may quote a response: characters that could move the cursor are escaped.
+    text = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in "".join(lines))
+    return text[-MAX_TRACEBACK:].strip()
 
 
 if __name__ == "__main__":

@@ -78,6 +78,9 @@ def _csv_rows(path: Path, text: str, separator: str) -> Rows:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows: Rows = []
     try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path}, line 1: a name stands twice among {', '.join(names)}")
         for row in reader:
             place = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():
@@ -93,11 +96,13 @@ def _parquet_rows(path: Path, content: bytes) -> Rows:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
-    except (pyarrow.ArrowException, OSError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ValueError(f"{path} is no whole parquet file ({first_line})") from error
-    return [(f"{path}, row {i}", _plain(row)) for i, row in enumerate(table.to_pylist(), start=1)]
+        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+    except Exception as error:  # a damaged file or an odd value can raise any exception in pyarrow
+        first_line = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"{path} cannot be read as parquet ({type(error).__name__}: {first_line})"
+        ) from error
+    return [(f"{path}, row {i}", _plain(row)) for i, row in enumerate(rows, start=1)]
 
 
 def hub_rows(name: str) -> tuple[Rows, Rows | None]:
@@ -135,5 +140,9 @@ def hub_rows(name: str) -> tuple[Rows, Rows | None]:
 
 
 def _plain(row: dict) -> dict:
-    """The row as JSON data: dates and the like become text."""
-    return json.loads(json.dumps(row, default=str))
+    """The row as JSON data: bytes, which some writers make of text, and dates and the like become text."""
+
+    def text(value: Any) -> str:
+        return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+    return json.loads(json.dumps(row, default=text))

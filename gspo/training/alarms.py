@@ -7,6 +7,7 @@ A text is compared with the run's own start, because a model may have rambled fr
 import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist, median
+from typing import Any
 
 import torch
 
@@ -47,15 +48,24 @@ def unreadable_characters(text: str) -> float:
 # ---- emergency stops
 
 
+# What to do if nothing can be judged.
+MEND_REWARD = "Mend the reward and continue with --resume"
+
+
 class EmergencyStop(RuntimeError):
     """Training must not go on; the weights are those before the update that went wrong.
 
-    metrics: what is known about that update, as evidence.
+    metrics: what is known about that update, as evidence. batch: the rollout batch, if it is not the one that
+    is being trained on. advice: what to do, if it is not a lower learning rate.
     """
 
-    def __init__(self, reason: str, metrics: dict | None = None):
+    def __init__(
+        self, reason: str, metrics: dict | None = None, batch: Any = None, advice: str | None = None
+    ):
         super().__init__(reason)
         self.metrics = metrics or {}
+        self.batch = batch
+        self.advice = advice
 
 
 def stop_if(reason: str | None, metrics: dict | None = None) -> None:
@@ -111,14 +121,15 @@ def gibberish_reason(history: Sequence[dict]) -> str | None:
     return f"gibberish: {faults[0]}, and next to nothing was rewarded" if faults else None
 
 
-def unjudged_reason(history: Sequence[dict]) -> str | None:
+def unjudged_reason(history: Sequence[dict], window: int = WINDOW) -> str | None:
     """The reason why there is nothing to learn from, or None.
 
-    No response could be judged, from the first rollout batch to the last, or in WINDOW rollout batches in a
-    row. A few problems that the reward cannot judge do not end a run.
+    No response could be judged in `window` rollout batches in a row. A few problems that the reward cannot
+    judge do not end a run; a reward that judges nothing ends it in its first evaluation.
     """
-    if all(map(_nothing_judged, history)) or all(map(_nothing_judged, history[-WINDOW:])):
-        batches = f"the last {WINDOW} rollout batches" if len(history) >= WINDOW else "the rollout batch"
+    recent = history[-window:]
+    if len(recent) == window and all(map(_nothing_judged, recent)):
+        batches = "the rollout batch" if window == 1 else f"the last {window} rollout batches"
         return f"no response of {batches} could be judged"
     return None
 

@@ -34,11 +34,15 @@ def make_new_folder(path: Path) -> Path:
     """Make a folder of this name, or with -2, -3 and so on behind it if the name is taken. Returns its path.
 
     Making a folder either succeeds or finds it there, so two processes never get the same one.
+
+    Raises:
+        OSError: the folder cannot be made.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
         with contextlib.suppress(FileExistsError):
-            candidate.mkdir(parents=True)
+            candidate.mkdir()
             break
     return candidate
 

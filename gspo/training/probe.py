@@ -88,7 +88,7 @@ def probe_training(trainer: Any, train_problems: Sequence, eval_problems: Sequen
         noise_spread=passes.noise_spread,
         hours=sum(seconds.values()) / 3600,
     )
-    rows = [f"{name:22}{value}" for name, value in table(figures, sampled, passes, seconds)]
+    rows = [f"{name:28}{value}" for name, value in table(figures, sampled, passes, seconds)]
     parts = [examples(sampled.samples, config, trainer.tokenizer), "\n".join(rows), verdict(figures)]
     if figures.failure:
         parts.append(f"The first failure of the reward function:\n{shown(figures.failure)}")

@@ -44,7 +44,11 @@ class OpenRun:
         if self.config.resume is not None:
             before = (settings_of(self.folder.path) or {}).get("reward_function")
             if before is not None and before != described.get("reward_function"):
-                print("warning: the reward function is not the one that the run had so far", file=sys.stderr)
+                print(
+                    "warning: the reward function is not the one that the run had so far: what is on record "
+                    "was earned under another, and a gain compares the two",
+                    file=sys.stderr,
+                )
             self.record.rewind(self.step, self.lines)
         self.folder.write_config({**settings, "problems": self.problems, **described})
         self.record.sinks.append(JsonLines(self.folder.path))

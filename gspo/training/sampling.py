@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gspo.policy.rollout import Rollout, encode_prompt
-from gspo.training.alarms import EmergencyStop
+from gspo.training.alarms import MEND_REWARD, EmergencyStop
 from gspo.training.config import GSPOConfig
 from gspo.training.intervals import wilson_interval
 from gspo.training.processes import Processes
@@ -72,7 +72,7 @@ def sample_and_reward(
             # Whatever kind of numbers they are: checkpoints hold plain data.
             if isinstance(reward, dict):
                 sample.parts = {str(name): float(part) for name, part in reward.items()}
-            sample.reward = sum(sample.parts.values()) if sample.parts else float(reward)
+            sample.reward = float(sum(reward.values()) if isinstance(reward, dict) else reward)
             if not math.isfinite(sample.reward):
                 raise EmergencyStop(
                     "the reward function returned a value that is not finite; None: not judged"
@@ -90,7 +90,12 @@ def evaluation_metrics(samples: Sequence[Sample], group_size: int) -> dict:
         reward_mean, and reward_part/NAME for named parts; response_tokens_mean; pass_by_problem and
         reward_by_problem: the share and the mean reward of each problem, for paired comparisons. A response
         that could not be judged counts as not passed, with reward 0.
+
+    Raises:
+        EmergencyStop: none could be judged. Nothing is on record then, and a resumed run evaluates again.
     """
+    if all(sample.reward is None for sample in samples):
+        raise EmergencyStop("no response to a held-out problem could be judged", advice=MEND_REWARD)
     passed = np.array([sample.passed for sample in samples])  # (Q * G,)
     rewards = np.array([sample.reward or 0.0 for sample in samples])
     # The mean is taken over all responses at once. A mean of the problems' means could differ from it in the

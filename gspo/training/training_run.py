@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from gspo.training.alarms import (
+    MEND_REWARD,
     WINDOW,
     EmergencyStop,
     gibberish_reason,
@@ -235,8 +236,9 @@ class TrainingRun:
             queries = self._next_queries(self._sampled())
             if queries:
                 batch = self.trainer.collect(queries, index)
-                # Before it is pending: with a reward that was mended, a resumed run samples it again.
-                stop_if(self.processes.on_main(self._unjudged_reason, batch), batch.metrics)
+                if reason := self.processes.on_main(self._unjudged_reason, batch):
+                    # It is not pending yet: with a reward that was mended, a resumed run samples it again.
+                    raise EmergencyStop(reason, batch.metrics, batch, MEND_REWARD)
                 self.pending.append(batch)
             self.trainer.stop.check()
 
@@ -269,7 +271,8 @@ class TrainingRun:
 
     def _keep_evidence(self, stop: EmergencyStop) -> None:
         try:
-            self.folder.keep_evidence(self.trainer.step + 1, str(stop), stop.metrics, self.pending[:1])
+            batches = self.pending[:1] if stop.batch is None else [stop.batch]
+            self.folder.keep_evidence(self.trainer.step + 1, str(stop), stop.metrics, batches)
         except CannotSave as error:
             print(error, file=sys.stderr)
 

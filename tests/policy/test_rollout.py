@@ -194,5 +194,13 @@ def test_chat_messages_a_system_prompt_and_settings_of_the_template():
     assert rendered(chat, "S") == "[system]S[user]a[assistant]b[user]c[go]" and len(chat) == 3
     own = [{"role": "system", "content": "mine"}, *chat[:1]]
     assert rendered(own, "S") == "[system]mine[user]a[go]"
+    for refused in ({"messages": 3}, {"tokenize": True}):
+        with pytest.raises(ValueError, match="chat template refuses the prompt"):
+            rendered("hi", None, refused)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('No system!') }}{% endif %}"
+    )
+    with pytest.raises(ValueError, match="refuses the prompt .No system!.: leave out --system_prompt"):
+        rendered("hi", "S")
     tokenizer.chat_template = None
     assert encode_prompt(tokenizer, "hi", "S") == tokenizer("Question: S\n\nhi\nAnswer:")["input_ids"]

@@ -8,6 +8,7 @@ import pytest
 
 from data_loader import Problem, reward_function
 from gspo.tasks import own_reward
+from gspo.training.alarms import EmergencyStop
 from gspo.training.training_run import TrainingRun
 from support.records import lines_of
 from support.sorting import problems, trainer
@@ -70,6 +71,7 @@ def test_a_copy_of_the_worker_answers_nothing(write, monkeypatch):
 HOSTILE = [  # what it does, and what is said of it
     ("raise RuntimeError('boom')", "my_rewards.py.*line 4.*RuntimeError: boom"),
     ("return 1 / 0", "ZeroDivisionError"),
+    ("raise ValueError('\\x1b[2J \\ud800')", r"ValueError: .x1b.2J .xd800"),
     ("return '1'", "the reward is str, not a number: '1'"),
     ("return float('nan')", "not finite"),
     ("return 1e400", "not finite"),
@@ -77,6 +79,7 @@ HOSTILE = [  # what it does, and what is said of it
     ("return [1.0]", "the reward is list"),
     ("return {}", "an empty dict"),
     ("return {'a': 'b'}", "the part 'a' is str"),
+    ("return {'1': 1, 1: 2}", "names are not all strings: '1', 1"),
     ("return 1j", "complex"),
     ("return score", "function"),
     ("raise SystemExit(0)", "SystemExit"),
@@ -143,6 +146,37 @@ def test_a_file_that_does_not_work_is_refused_in_one_line(write, spec, head, sai
     with pytest.raises(ValueError, match=said) as refused:
         reward_function(spec.format(file=file))
     assert "\n" not in str(refused.value)
+
+
+def test_a_reward_that_judges_nothing_stops_before_anything_is_on_record(write, tmp_path):
+    """A mended reward then starts with an evaluation of its own."""
+    settings = {"num_epochs": 1, "output_dir": str(tmp_path), "run_name": "run", "batch_size": 1}
+    asked = [Problem(p.id, "exact", p.prompt, p.answer) for p in problems(12)]
+
+    def run(body, **more):
+        t = trainer(reward_fn=reward_function(write(body)), **settings, **more)
+        return TrainingRun(t, asked[:8], asked[8:]).train()
+
+    with pytest.raises(EmergencyStop, match="held-out problem could be judged") as stop:
+        run("raise KeyError")
+    assert "--resume" in stop.value.advice and not (tmp_path / "run" / "eval.jsonl").exists()
+    # Some problems that it cannot judge do not end a run, even where a rollout batch has one problem.
+    cannot_judge_some = "return None if int(problem['prompt'][0]) % 2 else float(len(response))"
+    before = run(cannot_judge_some, resume="latest")["before"]
+    assert before["reward_mean"] > 0
+    unjudged = [line["unjudged_responses"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")]
+    assert len(unjudged) == 8 and {0, 4} == set(unjudged)
+
+
+def test_five_batches_without_a_judged_response_stop_with_their_evidence(write, tmp_path):
+    body = "return None if int(problem['prompt'][0]) < 9 else float(len(response))"
+    t = trainer(reward_fn=reward_function(write(body)), num_epochs=1, batch_size=1, output_dir=str(tmp_path),
+                run_name="run")  # fmt: skip
+    asked = [Problem(p.id, "exact", p.prompt, p.answer) for p in problems(80)]
+    nine = [p for p in asked if p.prompt[0] == "9"]
+    with pytest.raises(EmergencyStop, match="last 5 rollout batches"):
+        TrainingRun(t, [p for p in asked if p not in nine][:8], nine[:2]).train()
+    assert t.step == 4 and len(lines_of(tmp_path / "run" / "emergency" / "samples.jsonl")) == 4
 
 
 def test_a_run_with_parts_and_failures(write, tmp_path):

@@ -131,9 +131,9 @@ def test_a_run_tells_a_held_out_fall_once(tmp_path, capsys):
 def test_a_run_ends_where_nothing_can_be_judged_and_not_for_a_few_problems():
     unjudged = {**GOOD, "zero_variance_groups": 1.0, "groups_all_right": 0.0, "groups_all_wrong": 0.0}
     tied = {**GOOD, "zero_variance_groups": 1.0, "groups_all_right": 0.5, "groups_all_wrong": 0.5}
-    assert unjudged_reason([unjudged]) == "no response of the rollout batch could be judged"
-    assert unjudged_reason([tied]) is None
-    assert unjudged_reason([GOOD] + [unjudged] * 4) is None
+    assert unjudged_reason([unjudged], window=1) == "no response of the rollout batch could be judged"
+    assert unjudged_reason([tied], window=1) is unjudged_reason([tied] * 5) is None
+    assert unjudged_reason([unjudged] * 4) is unjudged_reason([GOOD] + [unjudged] * 4) is None
     assert "of the last 5 rollout batches" in unjudged_reason([GOOD] + [unjudged] * 5)
 
 
