@@ -320,8 +320,9 @@ def show_task(problems: list[Problem], rewards_of: RewardsOf, system_prompt: str
         _show_prompt(problem, system_prompt)
     code = [f"```python\n{problem.answer}\n```" for problem in problems]
     references = [c if p.kind == "code" else p.answer for p, c in zip(problems, code, strict=True)]
+    has_references = all(problem.answer for problem in problems)
     responses_by_kind = {
-        "the reference answer": references,
+        **({"the reference answer": references} if has_references else {}),
         "an empty text": [""] * len(problems),
         "a copy of the prompt": [problem.text for problem in problems],
     }
@@ -336,7 +337,7 @@ def show_task(problems: list[Problem], rewards_of: RewardsOf, system_prompt: str
         means.append(sum(judged) / len(judged))
         figures = " ".join(f"{figure:8.3f}" for figure in (means[-1], min(judged), max(judged)))
         print(f"  {what:28} {figures} {rewards.count(None):11}")
-    if means[0] > max(means[1:]):  # False for NaN
+    if not has_references or means[0] > max(means[1:]):  # False for NaN
         return 0
     print("The reference answers do not earn more than texts that answer nothing.")
     return 1

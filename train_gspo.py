@@ -197,8 +197,8 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
         difficulty = difficulty_for(num_parameters)
     source = "file" if dataset_path else dataset
     reward, eval_path = config.reward, config.eval_path
-    if reward:
-        path, _, function = reward.rpartition(":")
+    path, _, function = (reward or "").rpartition(":")
+    if path and function:
         reward = f"{os.path.abspath(path)}:{function}"
     left, right = default_clip_range(config, num_parameters)
     config_of_task = replace(

@@ -72,19 +72,32 @@ class Workload:
 
 
 def shape_of(config: Any, parameters: int) -> Shape:
-    """Read the sizes of a model from its transformers configuration."""
+    """Read the sizes of a model from its transformers configuration; guess those that it does not have."""
     config = config.get_text_config(decoder=True)
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+    layers = _size(config, "num_hidden_layers") or 32
+    hidden = _size(config, "hidden_size") or int((parameters / (12 * layers)) ** 0.5)
+    heads = _size(config, "num_attention_heads") or 1
+    intermediate = _size(config, "intermediate_size") or 4 * hidden
     # In a mixture of experts, a token goes through this many.
-    experts = getattr(config, "num_experts_per_tok", None)
+    experts = _size(config, "num_experts_per_tok")
     if experts:
-        intermediate = experts * (getattr(config, "moe_intermediate_size", None) or intermediate)
-        intermediate += getattr(config, "shared_expert_intermediate_size", None) or 0
-    head_width = getattr(config, "head_dim", None) or hidden // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    layers, vocabulary = config.num_hidden_layers, config.vocab_size
+        intermediate = experts * (_size(config, "moe_intermediate_size") or intermediate)
+        intermediate += _size(config, "shared_expert_intermediate_size") or 0
+    head_width = _size(config, "head_dim") or hidden // heads
+    kv_heads = _size(config, "num_key_value_heads") or heads
+    vocabulary = _size(config, "vocab_size") or 0
     return Shape(parameters, layers, hidden, intermediate, vocabulary, kv_heads * head_width)
+
+
+def _size(config: Any, name: str) -> int | None:
+    """A size of the configuration, the largest where layers differ; None if it has none."""
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # some configurations raise where layers differ
+        return None
+    if isinstance(value, list | tuple):
+        value = max(value, default=None)
+    return value if isinstance(value, int) else None
 
 
 def training_memory(shape: Shape, work: Workload) -> dict[str, float]:

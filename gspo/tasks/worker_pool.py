@@ -6,8 +6,8 @@ kills the worker's process group when the deadline passes. The parent's side is 
 side is `serve`. They exchange JSON values over pipes, one per line, without pickle or multiprocessing. So a
 pool works from any `__main__`, from notebooks, from threads and beside torch.
 
-Protocol: the worker writes "ready" when its imports are done, then {"result": ...} or {"error": text} for
-each job line it reads, and ends when its stdin does.
+Protocol: the worker writes "ready" when its imports are done, then {"job": number, "result": ...} or {"job":
+number, "error": text} for each line [number, job] that it reads, and ends when its stdin does.
 """
 
 import atexit
@@ -35,6 +35,7 @@ MAX_FAILED_STARTS = 3  # in a row: then the command itself is wrong, and startin
 PACKAGE_PARENT = str(Path(gspo.__file__).parents[1])
 # Why a job has no result, in WorkerPool.lost.
 TIMED_OUT, DIED = "it took too long", "it ended its process"
+POLL_S = 0.2  # between looks at whether workers live
 JOB_ALARM_S = 120  # a worker whose parent was killed in the middle of a job ends itself
 
 
@@ -94,9 +95,9 @@ class WorkerPool:
                         results[worker.job] = reply.get("result")
                         worker.job = None
                         unfinished -= 1
-                    elif worker.closed or worker.deadline < time.monotonic():
+                    elif worker.has_died() or worker.deadline < time.monotonic():
+                        died = worker.ready and worker.has_died()
                         self._dismiss(worker)
-                        died = worker.ready and worker.closed
                         failed_starts += not worker.ready
                         deaths[worker.job] += died
                         # A worker that does not start, or is killed by accident, says nothing of its job.
@@ -154,7 +155,7 @@ class _Worker:
 
     def assign(self, job: int, jobs: list, timeout_s: float) -> None:
         self.job = job
-        self.outbox += json.dumps(jobs[job]).encode() + b"\n"
+        self.outbox += json.dumps([job, jobs[job]]).encode() + b"\n"
         if self.ready:
             self.deadline = time.monotonic() + timeout_s
 
@@ -176,10 +177,20 @@ class _Worker:
         return True
 
     def take_reply(self) -> dict | None:
+        """The reply to the job, if it is there. A line that is none, which a job wrote, closes the worker."""
         if not (self.ready and b"\n" in self.inbox):
             return None
         line, self.inbox = self.inbox.split(b"\n", 1)
-        return json.loads(line)
+        with contextlib.suppress(ValueError, RecursionError):
+            reply = json.loads(line)
+            if isinstance(reply, dict) and reply.get("job") == self.job:
+                return reply
+        self.closed = True
+        return None
+
+    def has_died(self) -> bool:
+        """True if the process is gone, with nothing more to read. A child of it may hold the pipe open."""
+        return self.closed or (self.process.poll() is not None and not _is_readable(self.stdout))
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -190,15 +201,21 @@ class _Worker:
 
 
 def _exchange(workers: list[_Worker]) -> None:
-    """Wait until a pipe can be read or written, or for the first deadline, then read and write."""
+    """Wait until a pipe can be read or written, for the first deadline or POLL_S, then read and write."""
     with selectors.DefaultSelector() as selector:
         for worker in workers:
             selector.register(worker.stdout, selectors.EVENT_READ, worker.receive)
             if worker.outbox:
                 selector.register(worker.stdin, selectors.EVENT_WRITE, worker.send)
         remaining = min(worker.deadline for worker in workers) - time.monotonic()
-        for key, _ in selector.select(max(0.0, remaining)):
+        for key, _ in selector.select(min(max(0.0, remaining), POLL_S)):
             key.data()
+
+
+def _is_readable(pipe: IO[bytes]) -> bool:
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        return bool(selector.select(0))
 
 
 def serve(make_handle: Callable[[], Callable[[Any], Any]], memory_gb: float = 2.0) -> None:
@@ -222,10 +239,11 @@ def serve(make_handle: Callable[[], Callable[[Any], Any]], memory_gb: float = 2.
     print(json.dumps("ready"), file=replies, flush=True)
     for line in jobs:
         signal.alarm(JOB_ALARM_S)
+        number, job = json.loads(line)
         try:
-            reply = {"result": handle(json.loads(line))}
+            reply = {"job": number, "result": handle(job)}
         except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"[:500]}
+            reply = {"job": number, "error": f"{type(error).__name__}: {error}"[:500]}
         signal.alarm(0)
         if os.getpid() != own_process:  # a job has forked, and this is the copy
             os._exit(0)
