@@ -92,8 +92,9 @@ HOSTILE = [  # what it does, and what is said of it
     ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)", "it ended its process"),
     ("import os\nos.closerange(3, 30)\nreturn 1", "it ended its process"),
     (
-        "import os, contextlib\nfor fd in range(3, 12):\n  with contextlib.suppress(OSError): os.write(fd, b'h\\n')",
-        "it end",
+        "import os, contextlib\nfor fd in range(3, 12):\n"
+        "  with contextlib.suppress(OSError): os.write(fd, b'hi\\n')\nreturn 1",
+        "it ended its process",
     ),
     (
         "import os, time\nif os.fork() == 0:\n  os.setsid()\n  time.sleep(9)\nos._exit(0)",
