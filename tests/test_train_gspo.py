@@ -653,3 +653,9 @@ print(json.dumps([os.environ["GOMP_SPINCOUNT"], str(result["folder"]), saved["da
         assert f"run folder: {folder}" in done.stdout
         assert data["train_problems"] == 8 and "given from Python" in data["source"] and model_name != "auto"
         assert ("torch was imported before the toolkit" in done.stderr) == warns
+
+
+def test_a_dry_run_needs_no_more_of_a_model_than_its_configuration(tmp_path, capsys):
+    make_model("qwen2").config.save_pretrained(tmp_path / "plan")
+    assert train_gspo.main(["--model_name", str(tmp_path / "plan"), "--dataset", "sort", "--dry_run"]) == 0
+    assert "the prompts' lengths are not checked" in capsys.readouterr().out
