@@ -656,6 +656,6 @@ print(json.dumps([os.environ["GOMP_SPINCOUNT"], str(result["folder"]), saved["da
 
 
 def test_a_dry_run_needs_no_more_of_a_model_than_its_configuration(tmp_path, capsys):
-    make_model("qwen2").config.save_pretrained(tmp_path / "plan")
+    make_model("qwen3").config.save_pretrained(tmp_path / "plan")
     assert train_gspo.main(["--model_name", str(tmp_path / "plan"), "--dataset", "sort", "--dry_run"]) == 0
     assert "the prompts' lengths are not checked" in capsys.readouterr().out
