@@ -327,17 +327,24 @@ def show_task(problems: list[Problem], rewards_of: RewardsOf, system_prompt: str
         "a copy of the prompt": [problem.text for problem in problems],
     }
     print(f"Rewards of {len(problems)} problems {'mean':>13} {'lowest':>8} {'highest':>8} {'not judged':>11}")
-    means = []
+    means: list[float] = []
+    references_rewards: list[float | None] = []  # or those of the first row, if there are no references
     for what, responses in responses_by_kind.items():
         rewards = [
             sum(earned.values()) if isinstance(earned, dict) else earned
             for earned in rewards_of(problems, responses)
         ]
+        references_rewards = references_rewards or rewards
         judged = [reward for reward in rewards if reward is not None] or [math.nan]
         means.append(sum(judged) / len(judged))
         figures = " ".join(f"{figure:8.3f}" for figure in (means[-1], min(judged), max(judged)))
         print(f"  {what:28} {figures} {rewards.count(None):11}")
-    if not has_references or means[0] > max(means[1:]):  # False for NaN
+    if None in references_rewards:
+        print(
+            f"{references_rewards.count(None)} of the responses were not judged: mend that before training."
+        )
+        return 1
+    if not has_references or means[0] > max(means[1:]):
         return 0
     print("The reference answers do not earn more than texts that answer nothing.")
     return 1

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from data_loader import (
     DATASETS,
+    RewardsOf,
     RowFormat,
     dataset_named,
     default_max_new_tokens,
@@ -68,6 +69,7 @@ def train(config: GSPOConfig) -> int:
         if config.resume:
             folder = run_folder(settings)
             refuse_other_settings(folder, settings_of(folder) or {}, settings)
+        reward_fn = reward_function(config.reward, config.code_reward)
         print(json.dumps({k: v for k, v in settings.items() if v is not None}, indent=2))
         run_folder(settings)
         problems = load_task(config)
@@ -76,8 +78,8 @@ def train(config: GSPOConfig) -> int:
             check_task(config, *problems)
             return 0
         if config.probe:
-            return probe(config, *problems)
-        run = prepare(config, *problems)
+            return probe(config, reward_fn, *problems)
+        run = prepare(config, reward_fn, *problems)
     except ValueError as error:
         complain(PROGRAM, error)
         return 2
@@ -340,7 +342,9 @@ def difficulty_for(num_parameters: int) -> str:
     return "hard"
 
 
-def prepare(config: GSPOConfig, train_problems: list, eval_problems: list) -> "TrainingRun":
+def prepare(
+    config: GSPOConfig, reward_fn: RewardsOf, train_problems: list, eval_problems: list
+) -> "TrainingRun":
     """The trainer and the run folder.
 
     Raises:
@@ -348,12 +352,12 @@ def prepare(config: GSPOConfig, train_problems: list, eval_problems: list) -> "T
     """
     from gspo.training.training_run import TrainingRun
 
-    trainer = load_trainer(config, train_problems)
+    trainer = load_trainer(config, reward_fn, train_problems)
     source = config.dataset_path or config.dataset
     return TrainingRun(trainer, train_problems, eval_problems, source)
 
 
-def probe(config: GSPOConfig, train_problems: list, eval_problems: list) -> int:
+def probe(config: GSPOConfig, reward_fn: RewardsOf, train_problems: list, eval_problems: list) -> int:
     """Say whether the model can learn from the task with these settings. Returns the exit code.
 
     Raises:
@@ -367,7 +371,7 @@ def probe(config: GSPOConfig, train_problems: list, eval_problems: list) -> int:
             "--probe samples before training, and --resume continues a run: leave one of them out; to probe "
             "what a run has learnt, name its final_model with --model_name"
         )
-    trainer = load_trainer(config, train_problems)
+    trainer = load_trainer(config, reward_fn, train_problems)
     try:
         return probe_training(trainer, train_problems, eval_problems)
     except EmergencyStop as stop:
@@ -375,8 +379,8 @@ def probe(config: GSPOConfig, train_problems: list, eval_problems: list) -> int:
         return 1
 
 
-def load_trainer(config: GSPOConfig, train_problems: list) -> "GSPOTrainer":
-    """The reward, the model and the trainer. What is quick to check comes first.
+def load_trainer(config: GSPOConfig, reward_fn: RewardsOf, train_problems: list) -> "GSPOTrainer":
+    """The model and the trainer.
 
     Raises:
         ValueError: the input cannot work.
@@ -386,7 +390,6 @@ def load_trainer(config: GSPOConfig, train_problems: list) -> "GSPOTrainer":
     from gspo.policy.model_loader import load_model
     from gspo_implementation import GSPOTrainer
 
-    reward_fn = reward_function(config.reward, config.code_reward)
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading the weights
     # On the CPU first: each process then moves the model to its own GPU.
@@ -418,18 +421,17 @@ def load_task(config: GSPOConfig) -> tuple[list, list]:
 
 
 def check_task(config: GSPOConfig, train_problems: list, eval_problems: list) -> None:
-    """Load what a run needs besides the problems and the model's weights, and report what a run would.
+    """Look at the prompts as a run would, without the model's weights.
 
     A plan needs the model's config.json alone: where its tokenizer cannot be had, prompts are not looked at.
 
     Raises:
-        ValueError: the reward cannot be had, or no prompt leaves room.
+        ValueError: no prompt leaves room.
     """
     from gspo.policy.model_loader import load_tokenizer
     from gspo.training.sampling import encode_problem
     from gspo.training.training_run import drop_long_prompts
 
-    reward_function(config.reward, config.code_reward)
     try:
         tokenizer = load_tokenizer(config.model_name, config.trust_remote_code)
     except ValueError as error:
@@ -491,6 +493,7 @@ def describe_finished(run: "TrainingRun") -> str:
 def report(run: "TrainingRun", result: dict) -> None:
     """Print the held-out figures before and after, the gains, the best step, and where everything is."""
     from gspo.training.intervals import describe_gain
+    from gspo.training.rollout_batch import PART_PREFIX
 
     before, after, best, folder = result["before"], result["after"], result["best"], run.folder.path
     if before is None:
@@ -513,6 +516,9 @@ def report(run: "TrainingRun", result: dict) -> None:
     if after["step"]:
         for name, (key, form) in by_problem.items():
             print(f"gain in {name}, paired by problem: {describe_gain(before[key], after[key], form)}")
+        for name in after:
+            if name.startswith(PART_PREFIX):
+                print(f"{name}: {before.get(name, math.nan):.4g} before, {after[name]:.4g} after")
         print(
             f"best evaluation: {when(best['step'])}, pass@1 {best['pass_at_1']:.3f}{mean_reward(best)}: "
             f"{folder / 'best_model'}"

@@ -19,7 +19,7 @@ import torch
 
 import gspo_implementation
 import train_gspo
-from data_loader import DATASETS, Problem
+from data_loader import DATASETS, Problem, reward_function
 from gspo.policy.model_loader import load_model
 from gspo.training.config import GSPOConfig
 from gspo.training.find_run import make_new_folder
@@ -125,7 +125,7 @@ def test_the_data_seed_alone_decides_the_problems(flags, tmp_path):
         config = resolve_for_machine(
             parse([*TINY, *flags, *map(str, seeds), "--output_dir", str(tmp_path), "--run_name", name])
         )
-        run = prepare(config, *load_task(config))
+        run = prepare(config, reward_function(), *load_task(config))
         run.close()
         digests[name] = json.loads((tmp_path / name / "config.json").read_text())["problems"]
     assert digests["a"] == digests["b"] != digests["c"]
@@ -592,6 +592,7 @@ def test_a_task_of_ones_own_from_a_clean_shell(tmp_path):
     done = execute(tmp_path, *flags, "--run_name", "own")
     assert done.returncode == 0, done.stderr
     assert "problems: 8 to train on, 4 held out" in done.stdout and "8 problems x 1 epoch" in done.stdout
+    assert "reward_part/length: " in done.stdout and "reward_part/sorted" in probed.stdout
     folder = tmp_path / "gspo_outputs" / "own"
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {"reward_part/length", "reward_part/sorted", "reward_errors"} <= set(metrics[0])

@@ -98,7 +98,7 @@ def _question(row: dict, form: RowFormat) -> Problem:
     """A row with a question and, if it needs one, an answer. ValueError: it has not."""
     column = form.prompt_column or next((name for name in PROMPT_COLUMNS if name in row), PROMPT_COLUMNS[0])
     if column not in row:
-        raise ValueError(f"no field {column!r} among {_named(row)}; name the question's with --prompt_column")
+        raise ValueError(f"no field {column!r} among {_named(row)}; name the prompt's with --prompt_column")
     prompt = _prompt(column, row[column])
     reference = _reference(row, form)
     problem = Problem("", "math", prompt, reference, {"columns": row})

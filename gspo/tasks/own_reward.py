@@ -13,7 +13,9 @@ function is trusted code: it has the rights of whoever started the run.
 
 import functools
 import hashlib
+import inspect
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -73,7 +75,9 @@ class OwnReward:
         except RuntimeError:  # the workers do not start
             raise ValueError(f"--reward {spec}: importing the file ends its process, or never ends") from None
         if error := answer.get("error"):
-            raise ValueError(f"--reward {spec}: {error.strip().splitlines()[-1]}")
+            lines = re.findall(rf'{re.escape(str(self.path))}", line (\d+)', error)
+            where = f"line {lines[-1]}: " if lines else ""
+            raise ValueError(f"--reward {spec}: {where}{error.strip().splitlines()[-1]}")
 
     def __call__(self, problems: list[Problem], responses: list[str]) -> list[Reward]:
         pairs = zip(problems, responses, strict=True)
@@ -154,6 +158,10 @@ def _import_function(copy: str, path: str, function: str) -> Callable[[dict, str
     if not callable(score):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise AttributeError(f"it has no function {function}, but {', '.join(names) or 'none at all'}")
+    try:
+        inspect.signature(score).bind({}, "")
+    except TypeError:
+        raise TypeError(f"{function} must take two arguments, problem and response") from None
     return score
 
 

@@ -18,7 +18,7 @@ import torch
 from gspo.training.config import GSPOConfig
 from gspo.training.findings import Figures, figures_of, findings, has_signal
 from gspo.training.progress import progress_bar
-from gspo.training.rollout_batch import Sample
+from gspo.training.rollout_batch import Sample, mean_parts
 from gspo.training.training_run import drop_long_prompts, epoch_order
 
 # So many queries are enough if one of their groups has a signal. Otherwise, twice as many are sampled.
@@ -215,6 +215,7 @@ def table(
     parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
     return [
         ("reward mean", f"{f.reward_mean:.3f}"),
+        *[(name, f"{mean:.3f}") for name, mean in mean_parts(sampled.samples).items()],
         *[(f"{name} per response", f"{value / f.responses:.3g}") for name, value in sums.items()],
         (
             "groups with a signal",

@@ -228,5 +228,14 @@ def test_the_command_shows_a_task(tmp_path, capsys):
     (tmp_path / "r.py").write_text("def score(problem, response):\n    return 0.5\n")
     assert data_loader.main(["--dataset_path", path, "--reward", f"{tmp_path}/r.py:score"]) == 1
     assert "do not earn more" in capsys.readouterr().out
+    (tmp_path / "r.py").write_text(
+        "def score(problem, response):\n    return None if '1' in response else 1\n"
+    )
+    assert data_loader.main(["--dataset_path", path, "--reward", f"{tmp_path}/r.py:score"]) == 1
+    assert "of the responses were not judged" in capsys.readouterr().out
+    (tmp_path / "r.py").write_text("def score(problem, response):\n    return 1\n")
+    bare = write(tmp_path / "bare.jsonl", [{"prompt": f"Say {i}."} for i in range(10)])
+    assert data_loader.main(["--dataset_path", bare, "--reward", f"{tmp_path}/r.py:score"]) == 0
+    assert "the reference answer" not in capsys.readouterr().out
     assert data_loader.main(["--dataset_path", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith("data_loader.py: ")
