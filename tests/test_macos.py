@@ -64,6 +64,7 @@ def on_macos(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_training_works(on_macos, tmp_path):
     done = on_macos(
         ROOT / "train_gspo.py", *TINY, "--dataset", "math", "--run_name", "r", "--max_new_tokens", 8
@@ -72,6 +73,7 @@ def test_training_works(on_macos, tmp_path):
     assert (tmp_path / "gspo_outputs" / "r" / "final_model" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_code_problems_are_refused_in_one_line_that_names_what_to_do(on_macos):
     done = on_macos(ROOT / "train_gspo.py", *TINY, "--dataset", "mixed")
     assert done.returncode == 2
@@ -90,6 +92,7 @@ def test_the_commands_start(on_macos):
     assert done.returncode == 0 and done.stdout.startswith("Hardware: "), done.stderr
 
 
+@pytest.mark.slow
 def test_rewards_are_as_expected_without_the_sandbox(on_macos):
     done = on_macos(ROOT / "data_loader.py")
     assert done.returncode == 0, done.stdout + done.stderr

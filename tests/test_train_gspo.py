@@ -572,7 +572,7 @@ def test_dialogpt_shape_without_a_chat_template_trains(tmp_path):
         (["--dataset", "maths"], "unknown data set 'maths'"),
         (["--dataset_path", "nowhere.jsonl"], "nowhere.jsonl is not there"),
         (["--dataset", "sort", "--max_length", "5"], "shorter than every training prompt"),
-        (["--dataset", "math", "--num_train_samples", "100000"], "different problems for train"),
+        (["--dataset", "math", "--num_train_samples", "2000000"], "the most that are generated"),
         (["--dataset", "sort", "--reward", "nowhere.py:score"], "there is no file"),
         (["--dataset", "sort", "--chat_template_kwargs", "[1]"], "must be a JSON object"),
         (["--dataset", "sort", "--prompt_suffix", "x"], "go with data of your own"),

@@ -54,7 +54,9 @@ def wait_for_line(metrics, count, process):
 DYNAMIC = ["--dynamic_sampling", "--batch_size", "2", "--mini_batch_size", "1", "--group_size", "2"]
 
 
-@pytest.mark.parametrize("more", [[], DYNAMIC], ids=["fixed", "dynamic"])
+@pytest.mark.parametrize(
+    "more", [pytest.param([], marks=pytest.mark.slow), DYNAMIC], ids=["fixed", "dynamic"]
+)
 def test_two_processes_train_as_one_does(tmp_path, more):
     flags = [*FLAGS, *more, "--output_dir", tmp_path, "--run_name"]
     one = run_here(*flags, "one")
@@ -104,6 +106,7 @@ def test_a_run_of_two_that_is_killed_and_stopped_goes_on_exactly(tmp_path):
     assert weights_of_run(tmp_path / "stopped") == weights_of_run(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_probe_as_one_does(tmp_path):
     flags = [*TINY, "--probe", "--num_train_samples", 16, "--max_new_tokens", 2]
     code, said = finish(start(tmp_path, *flags), tmp_path)
