@@ -212,7 +212,7 @@ def dataset_named(name: str) -> Dataset:
 
 
 def reward_function(own_reward: str | None = None, code_mode: str = "all") -> RewardsOf:
-    """What rewards responses to problems, for a trainer.
+    """Return the function that rewards responses to problems, as a trainer takes it.
 
     own_reward: FILE.py:FUNCTION, a reward of one's own (gspo/tasks/own_reward.py); None: that of each
     problem's kind. code_mode: as RewardFunction's code_reward.

@@ -48,7 +48,7 @@ PAPER_RESPONSE_TOKENS = 2000
 
 
 def main(arguments: list[str] | None = None) -> int:
-    if os.environ.get("RANK", "0") != "0":  # only rank 0 prints
+    if not is_rank_0():  # only rank 0 prints
         sys.stdout = open(os.devnull, "w")
     try:
         config = parse(arguments)

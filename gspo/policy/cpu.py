@@ -18,7 +18,7 @@ GROWTH = 64 << 20
 
 
 def prepare_cpu() -> None:
-    """What a process that trains on a CPU needs, whoever has imported the toolkit. Can be called again."""
+    """Prepare the process to train on a CPU, and warn if its threads will be slow. Can be called again."""
     keep_freed_memory()
     if SPIN_COUNT_COMES_LATE:
         warnings.warn(

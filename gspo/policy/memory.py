@@ -50,7 +50,7 @@ SHORTEST_ADVICE = 256
 
 @dataclass(frozen=True)
 class Workload:
-    """What a training run does with a model, as far as its memory depends on it. Defaults: those of a run.
+    """The settings of a training run on which its memory depends. The defaults are those of a run.
 
     updated_rows: responses of an optimizer update; sampled_rows: responses sampled at a time. Both are per
     process. reference: a second model is kept for the KL term.
@@ -114,7 +114,7 @@ def training_memory(shape: Shape, work: Workload) -> dict[str, float]:
     compute = 2 if work.bfloat16 else 4  # bytes per number in matrix products
     copies = 2 if work.bfloat16 else 0  # bytes per parameter
     tokens = work.pass_tokens
-    # Of a layer, autograd keeps the residual stream and the normalised states in float32 (16 bytes x hidden).
+    # Autograd keeps a layer's residual stream and normalised states in float32 (16 bytes x hidden).
     # In the compute type, it keeps what the matrix products and attention read: 7 x hidden, 4 x intermediate.
     layer = 16 * shape.hidden + compute * (7 * shape.hidden + 4 * shape.intermediate)
     if work.gradient_checkpointing:  # the input of each layer, and one layer that is being recomputed

@@ -159,15 +159,6 @@ def _tokenizer(source: str | Path, **access: bool) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def count_parameters(name: str, trust_remote_code: bool = False) -> int:
-    """Count a model's parameters from its configuration, without its weights. Tied weights count once.
-
-    Raises:
-        ValueError: the same as in load_model.
-    """
-    return model_shape(name, trust_remote_code).parameters
-
-
 def model_shape(name: str, trust_remote_code: bool = False) -> Shape:
     """Return the sizes of a model from its configuration, without its weights.
 

@@ -84,7 +84,7 @@ def _problems_of(rows: Rows, form: RowFormat) -> list[Problem]:
             raise ValueError(f"{place}: {error}") from error
     if not form.own_reward:
         problems = _with_kinds([place for place, _ in rows], problems)
-    # Of problems that differ in white space alone, the first stays.
+    # Problems that differ in white space alone count as one, and the first of them stays.
     different = {" ".join(problem.text.split()): problem for problem in reversed(problems)}
     if len(different) < len(problems):
         repeated = (

@@ -80,7 +80,7 @@ def _literal(entry: dict) -> str:
 
 
 def _remarks_on_scorer(problems: list[Problem]) -> list[str]:
-    """What is wrong with the scorer on these problems, each a sentence without its subject."""
+    """Return remarks on what the scorer does wrong on these problems; each continues "The generator ..."."""
 
     def rewards_of(answers: list[str]) -> list[Any]:
         return grade_answers([grading_job(p, answer) for p, answer in zip(problems, answers, strict=True)])

@@ -33,7 +33,7 @@ class Problem:
         return self.prompt if isinstance(self.prompt, str) else json.dumps(self.prompt, ensure_ascii=False)
 
     def columns(self) -> dict:
-        """What a reward of one's own gets to see: the columns of the row, as they stand in the file.
+        """Return the dict that a reward of one's own gets: the columns of the row, as they stand in the file.
 
         A problem from elsewhere has id, prompt, answer and its metadata.
         """

@@ -48,7 +48,7 @@ def unreadable_characters(text: str) -> float:
 # ---- emergency stops
 
 
-# What to do if nothing can be judged.
+# The advice of an emergency stop because nothing could be judged.
 MEND_REWARD = "Mend the reward and continue with --resume"
 
 

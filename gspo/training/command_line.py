@@ -32,7 +32,7 @@ def complain(program: str, message: object) -> None:
     The message may quote text of a model or a file. Characters that could move the cursor are escaped, and a
     long message is cut.
     """
-    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(message))
+    text = escaped(str(message))
     if len(text) > MAX_MESSAGE:
         text = f"{text[:MAX_MESSAGE]} ..."
     rank = os.environ.get("RANK", "0")
@@ -40,8 +40,16 @@ def complain(program: str, message: object) -> None:
     print(f"{speaker}: {text}", file=sys.stderr)
 
 
+def escaped(text: str, keep: str = "") -> str:
+    """The text with its unprintable characters, which could move the cursor, as \\x1b and so on.
+
+    keep: unprintable characters that stay as they are, such as line ends.
+    """
+    return "".join(c if c.isprintable() or c in keep else f"\\x{ord(c):02x}" for c in text)
+
+
 def is_rank_0() -> bool:
-    """True in the process that prints; launchers number theirs."""
+    """True in the process that prints. A launcher numbers its processes in RANK."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -1,4 +1,4 @@
-"""What stands in the way of learning: findings about groups of responses sampled with a run's settings.
+"""Findings about groups of responses sampled with a run's settings: each names an obstacle to learning.
 
 figures_of() counts, findings() judges the counts. Both are pure functions. The probe (--probe) reads them
 before training, a run reads them once about its first rollout batches.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from gspo.training.command_line import escaped
 from gspo.training.config import GSPOConfig
 from gspo.training.findings import Figures, figures_of, findings, has_signal
 from gspo.training.progress import progress_bar
@@ -303,5 +304,4 @@ def shown(text: str) -> str:
     if len(text) > SHOWN_CHARACTERS:
         half = SHOWN_CHARACTERS // 2
         text = f"{text[:half]}\n[{len(text) - 2 * half} characters left out]\n{text[-half:]}"
-    plain = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
-    return "\n".join(f"    {line}" for line in plain.split("\n"))
+    return "\n".join(f"    {line}" for line in escaped(text, keep="\n").split("\n"))

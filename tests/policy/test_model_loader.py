@@ -15,8 +15,8 @@ from gspo.policy import model_loader
 from gspo.policy.model_cache import converted_folder, gguf_path
 from gspo.policy.model_loader import (
     TINY_FOLDER,
-    count_parameters,
     load_model,
+    model_shape,
     tiny_tokenizer,
 )
 
@@ -81,7 +81,7 @@ def test_tiny_tokenizer_is_exact(text):
 
 @pytest.mark.parametrize("name", TINY)
 def test_parameters_are_counted_without_weights(name):
-    assert count_parameters(name) == load_model(name, device="cpu")[0].num_parameters()
+    assert model_shape(name).parameters == load_model(name, device="cpu")[0].num_parameters()
 
 
 def test_dtype_is_a_torch_dtype_or_its_name():
@@ -143,7 +143,7 @@ def test_code_that_comes_with_a_model_is_executed_only_when_asked(folder, tmp_pa
         and (tmp_path / "ran").exists()
         and type(model).__name__ == "OwnForCausalLM"
     )
-    assert count_parameters(str(folder), trust_remote_code=True) == count_parameters("tiny")
+    assert model_shape(str(folder), trust_remote_code=True).parameters == model_shape("tiny").parameters
 
 
 def test_folder_without_a_tokenizer(folder):
@@ -218,7 +218,7 @@ def test_hub_out_of_reach(hub):
     hub.server_close()
     assert "the model hub cannot be reached" in one_line_error("Qwen/Qwen2.5-7B-Instruct")
     with pytest.raises(ValueError, match="the model hub cannot be reached"):
-        count_parameters("Qwen/Qwen2.5-7B-Instruct")
+        model_shape("Qwen/Qwen2.5-7B-Instruct")
 
 
 def test_hub_out_of_reach_but_model_in_its_cache(folder, tmp_path, hub, monkeypatch):
@@ -231,7 +231,7 @@ def test_hub_out_of_reach_but_model_in_its_cache(folder, tmp_path, hub, monkeypa
     (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
     for path in list(folder.glob("*.*")):
         path.rename(repository / "snapshots" / ("0" * 40) / path.name)
-    assert load_model("someone/model", device="cpu")[0].num_parameters() == count_parameters("tiny")
+    assert load_model("someone/model", device="cpu")[0].num_parameters() == model_shape("tiny").parameters
 
 
 @pytest.mark.skipif(
@@ -240,7 +240,7 @@ def test_hub_out_of_reach_but_model_in_its_cache(folder, tmp_path, hub, monkeypa
 )
 def test_embedded_model():
     model, tokenizer = load_model("smollm2-135m", device="cpu")
-    assert model.num_parameters() == count_parameters("smollm2-135m")
+    assert model.num_parameters() == model_shape("smollm2-135m").parameters
     assert tokenizer.tokenize("12 + 345") == ["1", "2", "Ġ+", "Ġ", "3", "4", "5"]
     assert tokenizer.tokenize("a  1") == ["a", "ĠĠ", "1"]  # spaces before a digit, as SmolLM2 was trained
     assert tokenizer.eos_token == "<|im_end|>"
