@@ -27,7 +27,6 @@ Shapes: Q queries, G group size, B = Q * G sequences (groups contiguous), T resp
 import math
 import time
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +35,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from gspo.policy.cpu import prepare_cpu
-from gspo.policy.gradient_checkpointing import enable_gradient_checkpointing
 from gspo.policy.rollout import Rollout, Sampling, TransformersEngine
 from gspo.training.alarms import non_finite_weights, stop_if, stop_reason, unjudged_reason
 from gspo.training.config import GSPOConfig
@@ -49,6 +47,7 @@ from gspo.training.progress import progress_bar
 from gspo.training.rollout_batch import RolloutBatch, Sample
 from gspo.training.sampling import encode_problem, evaluation_metrics, sample_and_reward
 from gspo.training.stopping import StopRequest
+from gspo.training.trained_weights import trained_weights
 from gspo.training.training_run import TrainingRun, is_due
 
 # exp() of an unbounded log-ratio overflows to inf, and inf * 0 in the backward of min() is NaN in every
@@ -60,6 +59,10 @@ MAX_LOG_RATIO = 60.0
 EVALUATION_STREAM = 1 << 100
 # Models below this many parameters have a default learning rate of their own.
 SMALL_MODEL = 0.5e9
+# LoRA's adapters learn at ten times the rate of the weights ("LoRA Without Regret").
+LORA_RATE_FACTOR = 10
+# Tokens per forward pass where no plan of the GPU's memory decides otherwise.
+MICRO_BATCH_TOKENS = 4096
 # Problems per step of an evaluation and of its progress bar.
 EVALUATION_CHUNK = 16
 
@@ -337,7 +340,10 @@ def resolve(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
         raise ValueError(f"--algorithm {config.algorithm}: choose one of {', '.join(ALGORITHMS)}")
     algorithm = ALGORITHMS[config.algorithm]
     device = choose_device(config.device)
+    lora_rank = config.lora_rank or 0
     default_rate = 1e-5 if num_parameters < SMALL_MODEL else 1e-6
+    if lora_rank:
+        default_rate *= LORA_RATE_FACTOR
     return replace(
         config,
         left_clip_range=config.left_clip_range or algorithm.left_clip_range,
@@ -347,6 +353,10 @@ def resolve(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
         eval_samples=config.eval_samples or config.group_size,
         device=device,
         dtype=choose_dtype(device, num_parameters)[0] if config.dtype == "auto" else config.dtype,
+        optimizer="adamw" if config.optimizer == "auto" else config.optimizer,
+        lora_rank=lora_rank,
+        micro_batch_tokens=config.micro_batch_tokens or MICRO_BATCH_TOKENS,
+        gradient_checkpointing=bool(config.gradient_checkpointing),
     )
 
 
@@ -357,7 +367,7 @@ class GSPOTrainer:
     """Trains a causal language model with the configured algorithm.
 
     Args:
-        model, tokenizer: the policy. Its weights are kept in float32, whatever the compute type.
+        model, tokenizer: the policy. What of it is trained, and in which type, is in trained_weights.py.
         config: a GSPOConfig.
         reward_fn: (problems, responses) -> for each response a float, a dict of named parts whose sum is the
             reward, or None if it cannot be judged. A problem is any object with a .prompt, a string or chat
@@ -385,16 +395,11 @@ class GSPOTrainer:
         self.forward = ForwardPasses(config, self.processes)
         if config.device == "cpu":
             prepare_cpu()
-        self.model = model.float().to(self.processes.device).eval()
+        self.weights = trained_weights(model, config, self.processes.device)
+        self.model, self.optimizer = self.weights.model, self.weights.optimizer
         self.tokenizer = tokenizer
         self.reward_fn = reward_fn
         self.engine = engine or TransformersEngine(self.model, tokenizer)
-        self.reference_model = deepcopy(self.model).requires_grad_(False) if config.kl_coef else None
-        if config.gradient_checkpointing:
-            enable_gradient_checkpointing(self.model)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda update: min(1.0, (update + 1) / max(1, config.warmup_steps))
         )
@@ -476,9 +481,10 @@ class GSPOTrainer:
         needed = minibatches[1:] if updated_first and not measures_noise else minibatches
         for sample, log_probs in self.forward.all_log_probs(self.model, needed):
             sample.old_log_probs = log_probs
-        if self.reference_model is not None:
-            for sample, log_probs in self.forward.all_log_probs(self.reference_model, minibatches):
-                sample.reference_log_probs = log_probs
+        if config.kl_coef:
+            with self.weights.starting_model() as reference:
+                for sample, log_probs in self.forward.all_log_probs(reference, minibatches):
+                    sample.reference_log_probs = log_probs
         if measures_noise and minibatches:
             metrics["null_clip_fraction"] = self._null_clip_fraction(minibatches)
         metrics["log_prob_s"] = time.perf_counter() - started
@@ -543,12 +549,11 @@ class GSPOTrainer:
         started = time.perf_counter()
         can_clip = self.schedule.last_epoch > batch.updates_before  # else the policy still is pi_old
         parts, log_probs = self.forward.retry(lambda: self._backward(samples), batch.samples)
-        self.processes.sum_gradients(self.model)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
-        if grad_norm > self.config.max_grad_norm:  # otherwise every gradient would be multiplied by 1
-            torch.nn.utils.clip_grads_with_norm_(
-                self.model.parameters(), self.config.max_grad_norm, grad_norm
-            )
+        trained, max_grad_norm = self.weights.parameters, self.config.max_grad_norm
+        self.processes.sum_gradients(trained)
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        if grad_norm > max_grad_norm:  # otherwise every gradient would be multiplied by 1
+            torch.nn.utils.clip_grads_with_norm_(trained, max_grad_norm, grad_norm)
         parts = self.processes.gather(parts)
         if can_clip:
             self._note_ratios(samples, self.processes.gather(log_probs))

@@ -59,8 +59,17 @@ class GSPOConfig:
         "where to train (default: cuda if there is a GPU); Apple GPUs are not used",
         ("cuda", "cpu"),
     )
-    gradient_checkpointing: bool = flag(
-        False, "model", "recompute activations in backward: less memory, slower"
+    lora_rank: int | None = flag(
+        None,
+        "model",
+        "train LoRA adapters of this rank over frozen weights; 0: train all weights (default: all weights, "
+        "or rank 32 if only that fits the GPU)",
+        at_least=0,
+    )
+    gradient_checkpointing: bool | None = flag(
+        None,
+        "model",
+        "recompute activations in backward: less memory, slower (default: if the GPU needs it)",
     )
 
     dataset: str = flag(
@@ -154,8 +163,18 @@ class GSPOConfig:
     warmup_steps: int = flag(0, "training", "optimizer updates of linear warm-up", at_least=0)
     weight_decay: float = flag(0.0, "training", "decoupled weight decay of AdamW", at_least=0)
     max_grad_norm: float = flag(1.0, "training", "clip the gradient norm to this", positive=True)
-    micro_batch_tokens: int = flag(
-        4096, "training", "tokens per forward pass; changes memory, not results", at_least=1
+    optimizer: str = flag(
+        "auto",
+        "training",
+        "adamw: float32 weights and moments; adamw_8bit: bfloat16 weights with unbiased rounding, 8-bit "
+        "moments; auto: adamw, or what fits the GPU",
+        ("auto", "adamw", "adamw_8bit"),
+    )
+    micro_batch_tokens: int | None = flag(
+        None,
+        "training",
+        "tokens per forward pass; changes memory, not results (default: 4096, or what fits the GPU)",
+        at_least=1,
     )
     seed: int = flag(0, "training", "seed of the training order and of the sampling", at_least=0)
 

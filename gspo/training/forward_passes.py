@@ -30,6 +30,7 @@ class ForwardPasses:
     @property
     def max_tokens(self) -> int:
         """Tokens per forward pass."""
+        assert self.config.micro_batch_tokens is not None  # resolve() has decided it
         return self.config.micro_batch_tokens >> self.halvings
 
     def micro_batches(self, model: Any, samples: Sequence[Sample]) -> list[list[int]]:

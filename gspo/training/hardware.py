@@ -68,12 +68,12 @@ def workload(config: GSPOConfig) -> Workload:
     """What a run does with its model, as far as its memory on one GPU depends on it."""
     own_updated = -(-config.mini_batch_size * config.group_size // num_processes())
     return Workload(
-        micro_batch_tokens=config.micro_batch_tokens,
+        micro_batch_tokens=config.micro_batch_tokens or Workload.micro_batch_tokens,
         max_length=config.max_length,
         updated_rows=own_updated,
         sampled_rows=max(MAX_ROWS, config.group_size, config.eval_samples or 0),  # whole groups
         reference=config.kl_coef > 0,
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=bool(config.gradient_checkpointing),
         bfloat16=config.dtype != "float32",
     )
 

@@ -150,8 +150,10 @@ def measure_passes(trainer: Any, samples: Sequence[Sample]) -> Passes:
     num_tokens = sum(sample.num_tokens for sample in minibatch)
     for sample, log_probs in trainer.forward.all_log_probs(trainer.model, [minibatch]):
         sample.old_log_probs = log_probs
-    if trainer.reference_model is not None:
-        for sample, log_probs in trainer.forward.all_log_probs(trainer.reference_model, [minibatch]):
+    if trainer.config.kl_coef:
+        with trainer.weights.starting_model() as reference:
+            pairs = trainer.forward.all_log_probs(reference, [minibatch])
+        for sample, log_probs in pairs:
             sample.reference_log_probs = log_probs
     started = time.perf_counter()
     null_clip_fraction = trainer._null_clip_fraction([minibatch])

@@ -62,9 +62,9 @@ class Processes:
             raise error
         return result
 
-    def sum_gradients(self, model: torch.nn.Module) -> None:
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Replace every gradient by its sum over the processes."""
-        for parameter in model.parameters():
+        for parameter in parameters:
             if parameter.grad is None:  # no row of this process reached it
                 parameter.grad = torch.zeros_like(parameter)
             if self.count > 1:  # accelerate copies the gradient even if there is one process

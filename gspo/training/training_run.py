@@ -41,6 +41,7 @@ from gspo.training.rollout_batch import RolloutBatch
 from gspo.training.run_folder import RunFolder, describe_function
 from gspo.training.sampling import standing
 from gspo.training.stopping import Interrupted, StopRequest
+from gspo.training.trained_weights import TrainedWeights
 from gspo.training.whole_folders import CannotSave, remove
 
 # Checkpoints kept on disk: with float32 weights and AdamW's moments, one takes three times the model.
@@ -51,6 +52,7 @@ class Trainer(Protocol):
     """What a run needs of a trainer: GSPOTrainer, or one that trains in another way."""
 
     model: torch.nn.Module
+    weights: TrainedWeights
     tokenizer: Any
     reward_fn: Any
     config: GSPOConfig
@@ -312,7 +314,8 @@ class TrainingRun:
         for path in others[: max(0, len(others) - CHECKPOINTS_KEPT + 1)]:
             remove(path)
         with self.folder.writing(f"checkpoints/{name}") as folder:
-            self._save_weights(folder)
+            self.trainer.weights.save_checkpoint(folder)
+            self.trainer.tokenizer.save_pretrained(folder)
             state = {
                 "format": STATE_FORMAT,
                 **self.trainer.state_dict(),
@@ -332,11 +335,8 @@ class TrainingRun:
 
     def _save_model(self, name: str) -> None:
         with self.folder.writing(name) as folder:
-            self._save_weights(folder)
-
-    def _save_weights(self, folder: Path) -> None:
-        self.trainer.model.save_pretrained(folder)
-        self.trainer.tokenizer.save_pretrained(folder)
+            self.trainer.weights.save_model(folder)
+            self.trainer.tokenizer.save_pretrained(folder)
 
     # ---- beginning and resuming
 
@@ -365,8 +365,7 @@ class TrainingRun:
         """Take up the state of a checkpoint, in every process."""
         trainer = self.trainer
         state = read_state(checkpoint)
-        saved = type(trainer.model).from_pretrained(checkpoint, dtype=torch.float32)
-        trainer.model.load_state_dict(saved.state_dict())
+        trainer.weights.load_checkpoint(checkpoint)
         trainer.load_state_dict(state)
         counts = [len(batch["samples"]) // batch["group_size"] for batch in state["pending"]]
         self.drawn = state["sampled"] - sum(counts)
