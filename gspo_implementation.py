@@ -39,9 +39,16 @@ from gspo.policy.rollout import Rollout, Sampling, TransformersEngine
 from gspo.training.alarms import non_finite_weights, stop_if, stop_reason, unjudged_reason
 from gspo.training.config import GSPOConfig
 from gspo.training.dynamic_sampling import QueryDraw, keeps
-from gspo.training.forward_passes import ForwardPasses
+from gspo.training.forward_passes import ForwardPasses, to_cpu
 from gspo.training.hardware import choose_device, choose_dtype
-from gspo.training.loss_metrics import loss_metrics, none_eligible, pool_metrics, without_sums
+from gspo.training.loss_metrics import (
+    loss_metrics,
+    none_eligible,
+    pool_metrics,
+    read_metrics,
+    unread_metrics,
+    without_sums,
+)
 from gspo.training.processes import Processes
 from gspo.training.progress import progress_bar
 from gspo.training.rollout_batch import RolloutBatch, Sample
@@ -302,32 +309,15 @@ class Algorithm:
 # token ratio does.
 ALGORITHMS = {
     "gspo": Algorithm(
-        loss=gspo_loss,
-        ratio="sequence ratio s = exp(mean of its tokens' log-ratios)",
-        clip_unit="response",
-        left_clip_range=3e-4,
-        right_clip_range=4e-4,
-        reference="gspo",
-        small_model_factor=20.0,
+        gspo_loss, "sequence ratio s = exp(mean of its tokens' log-ratios)", "response", 3e-4, 4e-4,
+        reference="gspo", small_model_factor=20.0,
     ),
     "gspo_token": Algorithm(
-        loss=gspo_token_loss,
-        ratio="sequence ratio s, with a gradient per token",
-        clip_unit="response",
-        left_clip_range=3e-4,
-        right_clip_range=4e-4,
-        reference="gspo_token",
-        small_model_factor=20.0,
+        gspo_token_loss, "sequence ratio s, with a gradient per token", "response", 3e-4, 4e-4,
+        reference="gspo_token", small_model_factor=20.0,
     ),
-    "grpo": Algorithm(
-        loss=grpo_loss,
-        ratio="token ratio w = pi / pi_old",
-        clip_unit="token",
-        left_clip_range=0.2,
-        right_clip_range=0.27,
-        reference="grpo",
-    ),
-}
+    "grpo": Algorithm(grpo_loss, "token ratio w = pi / pi_old", "token", 0.2, 0.27, reference="grpo"),
+}  # fmt: skip
 
 
 def resolve(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
@@ -595,17 +585,22 @@ class GSPOTrainer:
         (|y|,).
         """
         self.optimizer.zero_grad()  # here, so that an update that was given up leaves nothing behind
-        parts: list[dict] = []
-        computed: list[tuple[int, torch.Tensor]] = []
+        passes = []
         for rows in self.forward.micro_batches(self.model, samples):
             chosen = [samples[row] for row in rows]
             log_probs = self.forward.log_probs(self.model, chosen)
-            loss, metrics = self._loss(chosen, log_probs, denominator=len(samples))
+            with unread_metrics():
+                loss, unread = self._loss(chosen, log_probs, denominator=len(samples))
             loss.backward()
-            own = [values.detach().cpu() for values in log_probs]
-            metrics["loss_sum"] = loss.item() * len(samples)
-            metrics["sampler_gap_sum"] = sum(map(Sample.sampler_gap, chosen, own))
-            parts.append(metrics)
+            loss_sum = loss.detach().double() * len(samples)
+            passes.append((rows, [values.detach() for values in log_probs], unread | {"loss_sum": loss_sum}))
+        # A GPU is waited for from here on, when it has all its work.
+        parts: list[dict] = []
+        computed: list[tuple[int, torch.Tensor]] = []
+        for rows, log_probs, unread in passes:
+            own = to_cpu(log_probs)
+            gaps = [samples[row].sampler_gap(values) for row, values in zip(rows, own, strict=True)]
+            parts.append(read_metrics(unread) | {"sampler_gap_sum": sum(gaps)})
             computed += zip(rows, own, strict=True)
         return parts, computed
 
@@ -639,7 +634,7 @@ class GSPOTrainer:
             reference = _pad([sample.reference_log_probs for sample in samples], device)
             kl = kl_penalty(values, reference, mask, denominator)
             loss = loss + config.kl_coef * kl
-            metrics["kl_sum"] = kl.item() * denominator
+            metrics |= {"kl_sum": kl.detach().double() * denominator}
         return loss, metrics
 
     # ---- evaluation
@@ -691,7 +686,7 @@ class GSPOTrainer:
 
 def _pad(rows: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """Tensors (|y|,) to (B, T)."""
-    return pad_sequence([row.to(device) for row in rows], batch_first=True)
+    return pad_sequence(list(rows), batch_first=True).to(device)
 
 
 def _lacks_pi_old(samples: Sequence[Sample]) -> bool:

@@ -66,8 +66,8 @@ class ForwardPasses:
             with torch.no_grad(), self.compute_type():  # entered once, so that the weights are cast once
                 for number, samples in enumerate(minibatches):
                     for rows in self.micro_batches(model, samples):
-                        log_probs = self.log_probs(model, [samples[row] for row in rows])
-                        computed += [(number, row, x.cpu()) for row, x in zip(rows, log_probs, strict=True)]
+                        log_probs = to_cpu(self.log_probs(model, [samples[row] for row in rows]))
+                        computed += [(number, row, x) for row, x in zip(rows, log_probs, strict=True)]
             return computed
 
         everything = [sample for samples in minibatches for sample in samples]
@@ -108,6 +108,11 @@ class ForwardPasses:
                 "(--micro_batch_tokens)",
                 file=sys.stderr,
             )
+
+
+def to_cpu(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Detached tensors (|y|,) on the CPU, in one transfer."""
+    return list(torch.cat([row.detach() for row in rows]).cpu().split([len(row) for row in rows]))
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

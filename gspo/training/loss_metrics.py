@@ -1,7 +1,9 @@
 """The metrics of a loss: sums over sequences and tokens, which add up, and the averages that they give."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
@@ -20,16 +22,16 @@ def loss_metrics(
     eligible: torch.Tensor,
     mask: torch.Tensor,
 ) -> dict[str, float]:
-    """The metrics of one call of a loss: sums, and their averages.
+    """The metrics of one call of a loss: sums, and their averages; unread inside `unread_metrics`.
 
     ratio: (B, 1) per sequence or (B, T) per token. The others are (B, T) bool: tokens clipped below and above
     the range, tokens that can clip since they have an advantage, and all tokens.
     """
     has_tokens = mask.any(1)
-    # float64, since the square of a ratio overflows float32.
-    ratios = ratio[mask if ratio.shape == mask.shape else has_tokens].double()
-    deviations = ratios - 1
-    extremes = ratios if len(ratios) else ratios.new_ones(1)
+    counted = mask if ratio.shape == mask.shape else has_tokens[:, None]
+    # float64, since the square of a ratio overflows float32. No ratio is picked by its place: a GPU would be
+    # waited for until it knows how many there are.
+    deviations = torch.where(counted, ratio.double() - 1, 0.0)
     sums = {
         "sequences": has_tokens.sum(),
         "clipped_sequences": (clipped_left | clipped_right).any(1).sum(),
@@ -38,14 +40,39 @@ def loss_metrics(
         "eligible_tokens": eligible.sum(),
         "eligible_left_tokens": clipped_left.sum(),
         "eligible_right_tokens": clipped_right.sum(),
+        "ratios": counted.sum(),
         "ratio_deviations": deviations.sum(),
         "ratio_deviations_squared": deviations.square().sum(),
+        "importance_ratio_min": torch.where(counted, ratio, torch.inf).min(),
+        "importance_ratio_max": torch.where(counted, ratio, -torch.inf).max(),
     }
+    return read_metrics(sums) if _READ_AT_ONCE.get() else sums
+
+
+# Whether loss_metrics() reads its figures.
+_READ_AT_ONCE = ContextVar("read_at_once", default=True)
+
+
+@contextmanager
+def unread_metrics() -> Iterator[None]:
+    """Inside, a loss leaves the figures of its metrics on the device, so that a GPU is not waited for."""
+    token = _READ_AT_ONCE.set(False)
+    try:
+        yield
+    finally:
+        _READ_AT_ONCE.reset(token)
+
+
+def read_metrics(figures: dict) -> dict[str, float]:
+    """The metrics as floats, with their averages, from those that `unread_metrics` has left on the device."""
+    unread = {name: value for name, value in figures.items() if isinstance(value, torch.Tensor)}
     # In one tensor, so that a GPU is waited for once.
-    figures = torch.stack([x.double() for x in (*sums.values(), extremes.min(), extremes.max())])
-    *counted, lowest, highest = figures.tolist()
-    plain_sums = dict(zip(sums, counted, strict=True))
-    return _with_averages(plain_sums | {"ratios": float(len(ratios))}, lowest, highest)
+    read = torch.stack([value.double() for value in unread.values()]).tolist() if unread else []
+    sums = figures | dict(zip(unread, read, strict=True))
+    lowest, highest = sums.pop("importance_ratio_min"), sums.pop("importance_ratio_max")
+    if not sums["ratios"]:
+        lowest = highest = 1.0
+    return _with_averages(sums, lowest, highest)
 
 
 def _with_averages(
