@@ -49,6 +49,7 @@ from gspo.training.loss_metrics import (
     unread_metrics,
     without_sums,
 )
+from gspo.training.plan import fit_to_gpu
 from gspo.training.processes import Processes
 from gspo.training.progress import progress_bar
 from gspo.training.rollout_batch import RolloutBatch, Sample
@@ -375,7 +376,12 @@ class GSPOTrainer:
     ):
         if config.model_name == "auto":  # from Python, whose model has a name of its own
             config = replace(config, model_name=model.name_or_path or model.config.model_type)
-        self.config = config = resolve(config, sum(p.numel() for p in model.parameters()))
+        num_parameters = sum(p.numel() for p in model.parameters())
+        resolved = resolve(config, num_parameters)
+        if resolved.device == "cuda" and config.optimizer == "auto":  # train_gspo.py has decided it
+            loss = ALGORITHMS[config.algorithm].loss
+            resolved = resolve(fit_to_gpu(config, model.config, resolved, loss), num_parameters)
+        self.config = config = resolved
         positions = getattr(model.config, "max_position_embeddings", None)
         if positions is not None and config.max_length > positions:
             raise ValueError(f"--max_length {config.max_length} is beyond the model's {positions} positions")

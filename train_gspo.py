@@ -45,6 +45,8 @@ PROGRAM = "train_gspo.py"
 # The response length for which the paper's clip range of GSPO is assumed to be right. The paper gives no
 # length. It says only that it trains on competition mathematics and code, where answers are long.
 PAPER_RESPONSE_TOKENS = 2000
+# On a CPU, training is planned beforehand only where this many bytes per parameter do not fit.
+LEAST_CPU_BYTES = 12
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,6 +78,7 @@ def train(config: GSPOConfig) -> int:
         print(f"\n{describe_objective(replace(config, num_train_samples=len(problems[0])))}\n")
         if config.dry_run:
             check_task(config, *problems)
+            print_plan(config)
             return 0
         if config.probe:
             return probe(config, reward_fn, *problems)
@@ -171,24 +174,62 @@ def with_settings_of_resumed_run(given: dict) -> dict:
 
 
 def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
-    """Decide what depends on the machine, the model's size and the data set, and print the choices."""
+    """Decide what depends on the machine, the model and the data set, and print the choices.
+
+    Raises:
+        ValueError: there is no such model, or training it does not fit the memory.
+    """
     import torch
 
-    from gspo.policy.memory import AUTO_MODELS, refuse_too_large
-    from gspo.policy.model_cache import EMBEDDED_NAME
-    from gspo.policy.model_loader import gpu_memory, model_shape, resolve_model_name
-    from gspo.training.hardware import choose_dtype, num_processes, workload
-    from gspo_implementation import resolve
+    from gspo.policy.known_models import EMBEDDED_NAME
+    from gspo.policy.model_loader import count_parameters, model_config
+    from gspo.training.hardware import choose_device, choose_dtype, machine_for
+    from gspo.training.plan import auto_model, describe_plan, plan_training, require_plan
+    from gspo_implementation import ALGORITHMS, resolve
 
-    model_name, reason = resolve_model_name(config.model_name, config.device, workload(config))
-    is_auto = config.model_name == "auto"
-    if is_auto:
-        print(f"model: {model_name} ({reason})")
-    if is_auto and model_name in AUTO_MODELS:
-        shape = AUTO_MODELS[model_name]  # needs no hub
+    if config.algorithm not in ALGORITHMS:
+        raise ValueError(f"--algorithm {config.algorithm}: choose one of {', '.join(ALGORITHMS)}")
+    loss = ALGORITHMS[config.algorithm].loss
+    device = "cuda" if config.plan_for else choose_device(config.device)
+    machine = machine_for(config.plan_for, device)
+
+    def for_model(name: str, num_parameters: int) -> GSPOConfig:
+        dtype = choose_dtype(device, num_parameters)[0] if config.dtype == "auto" else config.dtype
+        known = replace(config, model_name=name, device=device, dtype=dtype)
+        return with_defaults_of_model(known, num_parameters)
+
+    model_name, plan = config.model_name, None
+    if model_name == "auto" and device == "cuda":
+        model_name, plan = auto_model(for_model, loss, machine)
+        print(f"model: {model_name} (the largest of those known here that fits {machine.name})")
+    elif model_name == "auto":
+        model_name = EMBEDDED_NAME
+        print(f"model: {model_name} ({'the one for CPUs' if config.device == 'cpu' else 'no GPU found'})")
+    if plan:
+        num_parameters = plan.num_parameters
     else:
-        shape = model_shape(model_name, config.trust_remote_code)
-    num_parameters = shape.parameters
+        shapes = model_config(model_name, config.trust_remote_code)
+        num_parameters = count_parameters(shapes, config.trust_remote_code)
+    chosen = for_model(model_name, num_parameters)
+    if device == "cuda" and not plan:
+        # The embedded model is never refused: it is what `auto` takes where none of its others fits.
+        planner = plan_training if model_name == EMBEDDED_NAME else require_plan
+        plan = planner(shapes, chosen, loss, machine)
+    resolved = resolve(plan.config if plan else chosen, num_parameters)
+    if device == "cpu" and LEAST_CPU_BYTES * num_parameters > machine.total_bytes:
+        require_plan(shapes, resolved, loss, machine)
+    if plan and not config.dry_run:  # print_plan() says more
+        print("\n".join(describe_plan(plan, machine)))
+    if device == "cpu" and torch.backends.mps.is_available():
+        print("device: cpu (Apple GPUs are not supported)")
+    print(f"processes: {machine.processes}")
+    if config.dtype == "auto":
+        print(f"dtype: {resolved.dtype} ({choose_dtype(device, num_parameters)[1]})")
+    return resolved
+
+
+def with_defaults_of_model(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
+    """The settings that depend on the model's size and on the data set, and whole paths."""
     dataset, dataset_path = config.dataset, config.dataset_path
     if dataset_path:
         dataset_path = os.path.abspath(dataset_path)  # for a resume from another directory
@@ -203,11 +244,10 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     if path and function:
         reward = f"{os.path.abspath(path)}:{function}"
     left, right = default_clip_range(config, num_parameters)
-    config_of_task = replace(
+    return replace(
         config,
         left_clip_range=left,
         right_clip_range=right,
-        model_name=model_name,
         dataset=dataset,
         dataset_path=dataset_path,
         eval_path=os.path.abspath(eval_path) if eval_path else None,
@@ -215,16 +255,24 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
         difficulty=difficulty,
         max_new_tokens=config.max_new_tokens or default_max_new_tokens(source, difficulty),
     )
-    resolved = resolve(config_of_task, num_parameters)
-    # The embedded model is never refused: it is what `auto` takes on a GPU on which none of its others fits.
-    if resolved.device == "cuda" and model_name != EMBEDDED_NAME:
-        refuse_too_large(model_name, shape, workload(resolved), gpu_memory())
-    if resolved.device == "cpu" and torch.backends.mps.is_available():
-        print("device: cpu (Apple GPUs are not supported)")
-    print(f"processes: {num_processes()}")
-    if config.dtype == "auto":
-        print(f"dtype: {resolved.dtype} ({choose_dtype(str(resolved.device), num_parameters)[1]})")
-    return resolved
+
+
+def print_plan(config: GSPOConfig) -> None:
+    """Print the plan of a resolved configuration: memory, what else would fit, disk and time.
+
+    Raises:
+        ValueError: training does not fit the memory.
+    """
+    from gspo.policy.model_loader import model_config
+    from gspo.training.hardware import machine_for
+    from gspo.training.plan import describe_others, describe_plan, require_plan
+    from gspo_implementation import ALGORITHMS
+
+    loss = ALGORITHMS[config.algorithm].loss
+    machine = machine_for(config.plan_for, str(config.device))
+    shapes = model_config(config.model_name, config.trust_remote_code)
+    plan = require_plan(shapes, config, loss, machine)
+    print("\n".join(["plan:", *describe_plan(plan, machine), *describe_others(plan, shapes, loss, machine)]))
 
 
 def default_clip_range(config: GSPOConfig, num_parameters: int) -> tuple[float | None, float | None]:

@@ -31,15 +31,15 @@ from gspo.checks.training import (
     precision_noise,
     precision_table,
 )
-from gspo.policy.memory import Workload, refuse_too_large
 from gspo.policy.model_cache import EMBEDDED_NAME
-from gspo.policy.model_loader import gpu_memory, load_model, model_shape, resolve_model_name
-from gspo.training.hardware import describe_environment
+from gspo.policy.model_loader import load_model, model_config
+from gspo.training.config import GSPOConfig
+from gspo.training.hardware import describe_environment, machine_for
+from gspo.training.plan import require_plan
+from gspo_implementation import gspo_loss
 
 COMPARED = ("gspo", "grpo")  # the algorithms that part 2 compares
 TINY = ("tiny", "tiny-moe")  # trained in seconds; another model shows its arithmetic and its ratios alone
-# The model itself in float32 stays on the GPU, beside a copy of it in training.
-WORKLOAD = Workload(updated_rows=SHORT.mini_batch_size * SHORT.group_size, reference=True)
 
 
 def prepare(model_name: str, output_dir: Path) -> tuple[str, torch.nn.Module, Any]:
@@ -47,10 +47,16 @@ def prepare(model_name: str, output_dir: Path) -> tuple[str, torch.nn.Module, An
 
     Raises ValueError for a model that cannot be used, OSError for a folder that cannot be written.
     """
-    name, _ = resolve_model_name(model_name, work=WORKLOAD)
+    name = EMBEDDED_NAME if model_name == "auto" else model_name
     disable_progress_bar()  # of loading the weights
     if torch.cuda.is_available() and name not in (EMBEDDED_NAME, *TINY):
-        refuse_too_large(name, model_shape(name), WORKLOAD, gpu_memory())
+        # The model itself in float32 stays on the GPU, beside a copy of it in training.
+        trained = GSPOConfig(
+            model_name=name, optimizer="adamw", lora_rank=0, kl_coef=1.0, device="cuda", dtype="bfloat16",
+            batch_size=SHORT.mini_batch_size, mini_batch_size=SHORT.mini_batch_size,
+            group_size=SHORT.group_size,
+        )  # fmt: skip
+        require_plan(model_config(name), trained, gspo_loss, machine_for(None, "cuda"))
     model, tokenizer = load_model(name)
     output_dir.mkdir(parents=True, exist_ok=True)
     # A folder that cannot be written shows now rather than at the end.

@@ -27,15 +27,7 @@ from transformers import (
 )
 
 from gspo import HUB_TIMEOUT_S
-from gspo.policy.memory import (
-    AUTO_MODELS,
-    EMBEDDED_SHAPE,
-    Shape,
-    Workload,
-    auto_model_name,
-    shape_of,
-    training_memory,
-)
+from gspo.policy.known_models import embedded_config
 from gspo.policy.model_cache import EMBEDDED_NAME, converted_folder, gguf_path
 from gspo.policy.tiny_models import TINY_FOLDER, TINY_NAMES, new_tiny_model, tiny_config, tiny_tokenizer
 
@@ -59,39 +51,6 @@ NOT_ON_HUB = {"Qwen/Qwen2.5-MoE-A2.7B-Instruct": "Qwen/Qwen1.5-MoE-A2.7B-Chat"} 
 CAUSAL_CLASSES = ("CausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
-def gpu_memory() -> float:
-    """Return the memory of this process's GPU in bytes, or 0 if torch finds no GPU."""
-    if not torch.cuda.is_available():
-        return 0
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-
-
-def resolve_model_name(name: str, device: str | None = None, work: Workload | None = None) -> tuple[str, str]:
-    """Replace `auto` by the model that suits this machine, and leave other names as they are.
-
-    Args:
-        device: where the model is trained; "cpu" means that no GPU is used.
-        work: what the run does with the model; None means a run with the default settings.
-
-    Returns:
-        The name, and the reason for it in words.
-    """
-    if name != "auto":
-        return name, "as given"
-    if device == "cpu":
-        return EMBEDDED_NAME, "the one for CPUs"
-    if not torch.cuda.is_available():
-        return EMBEDDED_NAME, "no GPU found"
-    work = work or Workload()
-    gpu_bytes = gpu_memory()
-    chosen = auto_model_name(gpu_bytes, work)
-    gpu = f"{torch.cuda.get_device_name()} with {gpu_bytes / 1e9:.1f} GB"
-    if chosen == EMBEDDED_NAME:
-        return chosen, f"{gpu} is too small to train {list(AUTO_MODELS)[-1]}"
-    needed = sum(training_memory(AUTO_MODELS[chosen], work).values())
-    return chosen, f"the largest that fits {gpu}: training needs about {needed / 1e9:.1f} GB"
-
-
 def load_model(
     name: str,
     dtype: torch.dtype | str | None = None,
@@ -101,7 +60,8 @@ def load_model(
     """Load a causal language model in evaluation mode, with its tokenizer.
 
     Args:
-        name: a hub id, a folder, or one of BUILT_IN.
+        name: a hub id, a folder, or one of BUILT_IN. `auto` is the embedded model here; train_gspo.py takes a
+            larger one where the plan of a run (gspo/training/plan.py) says that it fits the GPU.
         dtype: the type of the weights, a torch.dtype or its name. None means float32: an update at learning
             rate 1e-6 is smaller than the rounding of bfloat16 weights.
         device: None means the GPU where there is one, else the CPU.
@@ -114,7 +74,7 @@ def load_model(
         ValueError: there is no such model, the hub cannot be reached, a licence is not accepted, files are
             damaged, or it is not a causal language model. The message is one line.
     """
-    name, _ = resolve_model_name(name)
+    name = EMBEDDED_NAME if name == "auto" else name
     dtype = _torch_dtype(dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name in TINY_NAMES:
@@ -139,7 +99,7 @@ def load_model(
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that load_model() returns, without the weights. Raises ValueError as it does."""
-    name, _ = resolve_model_name(name)
+    name = EMBEDDED_NAME if name == "auto" else name
     if name in TINY_NAMES:
         return tiny_tokenizer()
     source, local_only = _locate(name)
@@ -159,24 +119,26 @@ def _tokenizer(source: str | Path, **access: bool) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def model_shape(name: str, trust_remote_code: bool = False) -> Shape:
-    """Return the sizes of a model from its configuration, without its weights.
+def model_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return the configuration of a model, without its weights.
 
     Raises:
         ValueError: the same as in load_model.
     """
-    name, _ = resolve_model_name(name)
-    if name == EMBEDDED_NAME:  # its configuration is inside the GGUF file, which is slow to open
-        return EMBEDDED_SHAPE
+    if name in ("auto", EMBEDDED_NAME):
+        return embedded_config()
     if name in TINY_NAMES:
-        config = tiny_config(name)
-    else:
-        source, local_only = _locate(name)
-        config = _read_config(name, source, local_only, trust_remote_code)
+        return tiny_config(name)
+    source, local_only = _locate(name)
+    config = _read_config(name, source, local_only, trust_remote_code)
     _check_causal(name, config)
+    return config
+
+
+def count_parameters(config: PreTrainedConfig, trust_remote_code: bool = False) -> int:
+    """Return the number of a model's parameters, from its configuration."""
     with torch.device("meta"):  # no memory for the weights
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return shape_of(config, model.num_parameters())
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).num_parameters()
 
 
 # Hub ids and folders

@@ -6,6 +6,7 @@ not import torch, so that --help and a mistyped flag are answered at once.
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
@@ -187,6 +188,12 @@ class GSPOConfig:
         at_least=LOWEST_TEMPERATURE,
         positive=True,
     )
+    rollout_rows: int | None = flag(
+        None,
+        "sampling",
+        "responses sampled at a time; changes memory, not samples (default: 128, or what fits the GPU)",
+        at_least=1,
+    )
     eval_temperature: float = flag(
         1.0, "sampling", "temperature of evaluations", at_least=LOWEST_TEMPERATURE, positive=True
     )
@@ -208,7 +215,16 @@ class GSPOConfig:
     resume: str | None = flag(None, "run", "continue a run: its folder, one of its checkpoints, or 'latest'")
     use_wandb: bool = flag(False, "run", "log to wandb as well (WANDB_MODE=offline works)")
     wandb_project: str = flag("gspo", "run", "wandb project")
-    dry_run: bool = flag(False, "run", "print the resolved configuration and the objective, then stop")
+    dry_run: bool = flag(
+        False,
+        "run",
+        "print the resolved configuration, the objective, and the plan: memory and time; then stop",
+    )
+    plan_for: str | None = flag(
+        None,
+        "run",
+        "with --dry_run: plan for other GPUs, by GB each, such as 80 or 8x80 (default: this machine)",
+    )
     probe: bool = flag(
         False,
         "run",
@@ -241,8 +257,20 @@ class GSPOConfig:
             raise ValueError(f"--chat_template_kwargs is not valid JSON ({error})") from None
         if not isinstance(template_kwargs, dict):
             raise ValueError(f"--chat_template_kwargs must be a JSON object, got {self.chat_template_kwargs}")
+        if self.plan_for is not None:
+            if not re.fullmatch(r"([1-9]\d{0,5}x)?[1-9]\d{0,5}", self.plan_for):
+                raise ValueError(f"--plan_for {self.plan_for}: give GB, or GPUs x GB, such as 80 or 8x80")
+            if not self.dry_run:
+                raise ValueError(
+                    "--plan_for goes with --dry_run: a run is planned for the machine it runs on"
+                )
         if self.rollout_engine == "vllm":
             raise ValueError("--rollout_engine vllm is not available yet; use transformers")
+
+    @property
+    def method(self) -> str:
+        """The way of training, once it is decided: "adamw", "adamw_8bit" or "lora"."""
+        return "lora" if self.lora_rank else self.optimizer
 
     def updates_for(self, num_queries: int) -> int:
         """Optimizer updates of a rollout batch of so many queries, but at most those of batch_size."""

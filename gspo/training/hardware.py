@@ -6,17 +6,17 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from gspo.policy.memory import Workload
-from gspo.policy.rollout import MAX_ROWS
-from gspo.training.config import GSPOConfig
-
 # Models with fewer parameters are slower in bfloat16 on a CPU: the casts cost more than the products save.
 SMALL_MODEL = 20e6
+# The share of its memory that a plan may fill. The rest is for gaps between blocks of memory whose sizes
+# change from pass to pass.
+USABLE_SHARE = 0.9
 
 
 def choose_device(device: str | None) -> str:
@@ -64,18 +64,49 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def workload(config: GSPOConfig) -> Workload:
-    """What a run does with its model, as far as its memory on one GPU depends on it."""
-    own_updated = -(-config.mini_batch_size * config.group_size // num_processes())
-    return Workload(
-        micro_batch_tokens=config.micro_batch_tokens or Workload.micro_batch_tokens,
-        max_length=config.max_length,
-        updated_rows=own_updated,
-        sampled_rows=max(MAX_ROWS, config.group_size, config.eval_samples or 0),  # whole groups
-        reference=config.kl_coef > 0,
-        gradient_checkpointing=bool(config.gradient_checkpointing),
-        bfloat16=config.dtype != "float32",
-    )
+def host_memory() -> float:
+    """Bytes of main memory that this process may use: the machine's, or a container's if that is less."""
+    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, float(text))
+    return total
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is made for.
+
+    name: in words. total_bytes: the memory of a GPU, or of the machine if training is on the CPU.
+    processes: how many such GPUs train together, with all weights on each.
+    """
+
+    name: str
+    total_bytes: float
+    processes: int = 1
+
+    @property
+    def usable_bytes(self) -> float:
+        return USABLE_SHARE * self.total_bytes
+
+
+def machine_for(plan_for: str | None, device: str) -> Machine:
+    """The machine that --plan_for names, such as "80" or "8x80" (GPUs x GB); without it, this one."""
+    if plan_for:
+        count, _, size = plan_for.rpartition("x")
+        processes = int(count or num_processes())
+        name = f"a GPU of {size} GB" if processes == 1 else f"each of {processes} GPUs of {size} GB"
+        return Machine(name, float(size) * 1e9, processes)
+    if device == "cuda":
+        total_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        name = f"{torch.cuda.get_device_name()} with {gigabytes(total_bytes)}"
+        return Machine(name, total_bytes, num_processes())
+    total_bytes = host_memory()
+    return Machine(f"this machine's {gigabytes(total_bytes)}", total_bytes, num_processes())
+
+
+def gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"
 
 
 def describe_environment() -> dict:

@@ -48,12 +48,22 @@ def trained_weights(model: Any, config: GSPOConfig, device: torch.device) -> Tra
     return AllWeights(model, config, device)
 
 
+def move(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model with all weights on a device and in a type.
+
+    A model that is there already is left alone: torch cannot convert parameters without memory (plan.py).
+    """
+    if all(p.device == device and p.dtype == dtype for p in model.parameters()):
+        return model
+    return model.to(device).to(dtype)
+
+
 class AllWeights:
     """All weights in float32, trained by AdamW."""
 
     def __init__(self, model: Any, config: GSPOConfig, device: torch.device):
         self.saved_dtype: torch.dtype = model.dtype
-        self.model = model.to(device).float().eval()
+        self.model = move(model, device, torch.float32).eval()
         self.parameters = list(self.model.parameters())
         self._start = deepcopy(self.model).requires_grad_(False) if config.kl_coef else None
         if config.gradient_checkpointing:

@@ -1,0 +1,49 @@
+"""The configurations of models that `auto` chooses from, so that it can choose without the hub."""
+
+from typing import Any
+
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
+
+from gspo.policy.model_cache import EMBEDDED_NAME
+
+
+def _qwen(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **others: Any) -> dict:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": 151_936,
+        "max_position_embeddings": 32_768,
+        "tie_word_embeddings": True,
+        **others,
+    }
+
+
+# On a GPU, largest first.
+AUTO_MODELS = {
+    "Qwen/Qwen2.5-7B-Instruct": _qwen(3584, 18944, 28, 28, 4, vocab_size=152_064, tie_word_embeddings=False),
+    "Qwen/Qwen2.5-3B-Instruct": _qwen(2048, 11008, 36, 16, 2),
+    "Qwen/Qwen2.5-1.5B-Instruct": _qwen(1536, 8960, 28, 12, 2),
+    "Qwen/Qwen2.5-0.5B-Instruct": _qwen(896, 4864, 24, 14, 2),
+}
+
+
+def known_config(name: str) -> PreTrainedConfig:
+    """The configuration of one of AUTO_MODELS or of the embedded model, as far as shapes depend on it."""
+    return embedded_config() if name == EMBEDDED_NAME else Qwen2Config(**AUTO_MODELS[name])
+
+
+def embedded_config() -> PreTrainedConfig:
+    """The shapes of the embedded model: its own configuration is in the GGUF file, which is slow to open."""
+    return LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )

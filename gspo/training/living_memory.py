@@ -1,0 +1,92 @@
+"""Count the bytes of the tensors that are alive, by what they are for, and at their peak.
+
+Under FakeTensorMode a tensor has a shape and no memory, so the update of a model of any size can be counted
+in seconds, on any machine. Real tensors are counted in the same way.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LivingMemory(TorchDispatchMode):
+    """Counts the storages that operations make while it is entered.
+
+    Attributes:
+        peak: the most bytes that were alive at a time since start_peak(), by part.
+    """
+
+    def __init__(self, vocabulary: int | None = None) -> None:
+        """vocabulary: tensors whose last dimension has this size are counted as "logits"."""
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.peak: Counter[str] = Counter()
+        self._alive: Counter[str] = Counter()  # bytes by part
+        self._part = "other"
+        self._storages: dict[int, tuple[str, int, int]] = {}  # by address: part, bytes, number
+        self._number = 0  # of storages so far
+        self._peak_bytes = self._now = self._peak_number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self._count(value)
+        return result
+
+    @contextmanager
+    def counting_as(self, part: str) -> Iterator[None]:
+        """Count what is made inside as this part."""
+        before, self._part = self._part, part
+        try:
+            yield
+        finally:
+            self._part = before
+
+    def start_peak(self) -> None:
+        """Forget the peak so far: what is alive now is the peak."""
+        self._peak_bytes = -1
+        self._note_peak()
+
+    def peak_parts(self, **tensors: Sequence[torch.Tensor]) -> dict[str, float]:
+        """Bytes by part at the peak. The given tensors, which are alive still, are parts of their own."""
+        parts = Counter(self.peak)
+        for name, given in tensors.items():
+            addresses = {tensor.untyped_storage()._cdata for tensor in given}
+            for part, num_bytes, number in (self._storages[address] for address in addresses):
+                if number <= self._peak_number:  # made before the peak
+                    parts[part] -= num_bytes
+                    parts[name] += num_bytes
+        return {part: float(num_bytes) for part, num_bytes in parts.items() if num_bytes}
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._storages:
+            return
+        self._number += 1
+        num_bytes = storage.nbytes()
+        part = self._part
+        if part == "activations" and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary:
+            part = "logits"
+        self._storages[address] = part, num_bytes, self._number
+        self._alive[part] += num_bytes
+        self._now += num_bytes
+        weakref.finalize(storage, self._forget, address)
+        if self._now > self._peak_bytes:
+            self._note_peak()
+
+    def _note_peak(self) -> None:
+        self._peak_bytes, self._peak_number = self._now, self._number
+        self.peak = self._alive.copy()
+
+    def _forget(self, address: int) -> None:
+        part, num_bytes, _ = self._storages.pop(address)
+        self._alive[part] -= num_bytes
+        self._now -= num_bytes

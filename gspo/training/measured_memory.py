@@ -1,0 +1,192 @@
+"""Measure the memory of training a model from its configuration alone, on tensors without memory.
+
+The model is made on tensors that have shapes and nothing else (FakeTensorMode). On them run an update, as the
+trainer makes it (forward pass over the packed row, loss, backward, clipping, optimizer step), and the first
+steps of sampling, while LivingMemory counts what is alive. The same functions run on real tensors, where
+their time is measured (pace.py).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from gspo.policy.log_probs import micro_batches, token_log_probs
+from gspo.policy.planned_device import planned_device
+from gspo.policy.prompt_cache import decoding_mask, prefill
+from gspo.policy.rollout import MAX_ROWS, draw_tokens
+from gspo.training.config import GSPOConfig
+from gspo.training.hardware import Machine
+from gspo.training.living_memory import LivingMemory
+from gspo.training.loss_metrics import unread_metrics
+from gspo.training.trained_weights import TrainedWeights, trained_weights
+
+# The CUDA context with the libraries' workspaces: 0.5 to 1 GB, depending on the GPU.
+CONTEXT_BYTES = 1e9
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part, at the peak of an update and at the peak of sampling."""
+
+    update: dict[str, float]
+    sampling: dict[str, float]
+
+    @property
+    def largest(self) -> dict[str, float]:
+        return max(self.update, self.sampling, key=lambda parts: sum(parts.values()))
+
+    @property
+    def peak(self) -> float:
+        return sum(self.largest.values())
+
+
+def measure(
+    model_config: PreTrainedConfig, config: GSPOConfig, loss: Callable[..., Any], machine: Machine
+) -> Memory:
+    """The memory of training a model with a configuration in which everything is decided.
+
+    Args:
+        loss: a function like gspo_implementation.gspo_loss.
+    """
+    model = model_config.to_json_string(use_diff=False), type(model_config)
+    shared = (
+        machine, config.optimizer, config.lora_rank, config.kl_coef > 0, config.dtype, config.device,
+        config.max_length, config.max_new_tokens, config.group_size,
+    )  # fmt: skip
+    of_updates = (
+        config.gradient_checkpointing, config.micro_batch_tokens, config.mini_batch_size, config.algorithm,
+    )  # fmt: skip
+    context = {"CUDA context": CONTEXT_BYTES} if config.device == "cuda" else {}
+    parts = []
+    for function, key in ((_measure_update, of_updates), (_measure_sampling, (config.rollout_rows,))):
+        known = (function, model, shared, key)
+        if known not in _MEASURED:
+            _MEASURED[known] = function(model_config, config, loss, machine)
+        parts.append(_MEASURED[known] | context)
+    return Memory(*parts)
+
+
+_MEASURED: dict[tuple, dict[str, float]] = {}  # what measure() has measured in this process
+
+
+def _measure_update(
+    model_config: PreTrainedConfig, config: GSPOConfig, loss: Callable[..., Any], machine: Machine
+) -> dict[str, float]:
+    """Bytes by part at the peak of an update."""
+    with _prepared(model_config, config, machine) as (weights, memory):
+        with memory.counting_as("activations"):
+            update(weights, config, loss, machine.processes)
+        gradients = [p.grad for p in weights.parameters if p.grad is not None]
+        return memory.peak_parts(gradients=gradients)
+
+
+def _measure_sampling(
+    model_config: PreTrainedConfig, config: GSPOConfig, _loss: Callable[..., Any], machine: Machine
+) -> dict[str, float]:
+    """Bytes by part at the peak of sampling."""
+    with _prepared(model_config, config, machine) as (weights, memory):
+        with memory.counting_as("activations"):
+            cache = sample(weights, config)
+        return memory.peak_parts(cache=cache)
+
+
+@contextmanager
+def _prepared(
+    model_config: PreTrainedConfig, config: GSPOConfig, machine: Machine
+) -> Iterator[tuple[TrainedWeights, LivingMemory]]:
+    """A model as it is between two updates, on tensors without memory."""
+    vocabulary = model_config.get_text_config(decoder=True).vocab_size
+    planned = planned_device(str(config.device), machine.total_bytes)
+    with planned, FakeTensorMode(), LivingMemory(vocabulary) as memory:
+        with memory.counting_as("weights"):
+            weights = new_weights(model_config, config, torch.device("cpu"))
+        with memory.counting_as("optimizer"):
+            make_optimizer_state(weights)
+        memory.start_peak()
+        yield weights, memory
+
+
+def new_weights(model_config: PreTrainedConfig, config: GSPOConfig, device: torch.device) -> TrainedWeights:
+    """A model of random weights, prepared for training as a run prepares its model."""
+    masters = config.method == "adamw" or config.dtype == "float32"
+    dtype = torch.float32 if masters else torch.bfloat16
+    model = AutoModelForCausalLM.from_config(
+        model_config, dtype=dtype, trust_remote_code=config.trust_remote_code
+    )
+    return trained_weights(model, replace(config, learning_rate=1e-6), device)
+
+
+def make_optimizer_state(weights: TrainedWeights) -> None:
+    """Make a step on gradients of 0, so that the optimizer has its moments."""
+    for parameter in weights.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    weights.optimizer.step()
+    weights.optimizer.zero_grad()
+
+
+def longest_rows(config: GSPOConfig, processes: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and responses of an optimizer update, as long as the configuration lets them be."""
+    longest = min(config.max_new_tokens or config.max_length, config.max_length - 1)
+    rows = -(-config.mini_batch_size * config.group_size // processes)
+    prompts = [[row // config.group_size] * (config.max_length - longest) for row in range(rows)]
+    return prompts, [[0] * longest for _ in range(rows)]
+
+
+def update(weights: TrainedWeights, config: GSPOConfig, loss: Callable[..., Any], processes: int = 1) -> None:
+    """An optimizer update, as GSPOTrainer makes it; its gradients stay.
+
+    It makes as many passes as it takes to reach the peak: with two, the second one finds gradients there.
+    """
+    prompts, responses = longest_rows(config, processes)
+    assert config.micro_batch_tokens is not None
+    passes = micro_batches(weights.model, prompts, responses, config.micro_batch_tokens)
+    for rows in passes[:2]:
+        chosen = [prompts[row] for row in rows], [responses[row] for row in rows]
+        with compute_type(weights, config):
+            log_probs = token_log_probs(weights.model, *chosen, config.temperature)
+        values = pad_sequence(log_probs, batch_first=True)  # (B, T)
+        mask = torch.ones_like(values, dtype=torch.bool)
+        advantages = torch.ones_like(values[:, 0])
+        with unread_metrics():
+            clip_ranges = config.left_clip_range or 1.0, config.right_clip_range or 1.0
+            objective, _ = loss(values, values.detach(), advantages, mask, *clip_ranges, len(prompts))
+        objective.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in weights.parameters if p.grad is not None])
+    torch.nn.utils.clip_grads_with_norm_(weights.parameters, config.max_grad_norm, norm)
+    weights.optimizer.step()
+
+
+def sample(weights: TrainedWeights, config: GSPOConfig) -> list[torch.Tensor]:
+    """The first two tokens of responses, with a cache for whole ones. Returns the cache's tensors."""
+    model = weights.model
+    prompts, responses = longest_rows(config, processes=1)
+    group_size = config.group_size
+    num_prompts = max(1, (config.rollout_rows or MAX_ROWS) // group_size)
+    with torch.no_grad(), compute_type(weights, config):
+        logits, cache, mask = prefill(model, [prompts[0]] * num_prompts)
+        logits = logits.repeat_interleave(group_size, dim=0)  # (B, V)
+        mask = mask.repeat_interleave(group_size, dim=0)  # (B, P)
+        cache.batch_repeat_interleave(group_size)
+        uniform = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+        token, _ = draw_tokens(logits, config.temperature, uniform)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        logits = model(
+            input_ids=token[:, None],
+            attention_mask=decoding_mask(model, cache, mask),
+            position_ids=mask.sum(1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        draw_tokens(logits, config.temperature, uniform)
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def compute_type(weights: TrainedWeights, config: GSPOConfig) -> torch.autocast:
+    device = weights.parameters[0].device.type
+    return torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16")

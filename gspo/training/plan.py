@@ -1,0 +1,257 @@
+"""The plan of a run: what of the model is trained and how, and whether that fits the GPU.
+
+The plan is a measurement (measured_memory.py). It decides what `auto` takes, what is refused, the tokens of a
+forward pass, gradient checkpointing, and how many responses are sampled at a time. A GB is 1e9 bytes.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from gspo.policy.known_models import AUTO_MODELS, known_config
+from gspo.policy.model_cache import EMBEDDED_NAME
+from gspo.policy.model_loader import count_parameters
+from gspo.policy.rollout import MAX_ROWS
+from gspo.training.config import GSPOConfig
+from gspo.training.hardware import Machine, gigabytes, machine_for
+from gspo.training.measured_memory import Memory, measure
+
+# Tokens of a forward pass, if they fit, and the fewest with gradient checkpointing, which comes first.
+PASS_TOKENS = 4096
+CHECKPOINTED_PASS_TOKENS = 512
+# The rank that `auto` gives to LoRA.
+LORA_RANK = 32
+# --max_length is not advised to be shorter than this: most prompts would leave no room for a response.
+SHORTEST_ADVICE = 256
+# The fewest bytes per parameter that a way of training needs: if these do not fit, nothing is measured.
+LEAST_BYTES = {"adamw": 12, "adamw_8bit": 4, "lora": 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration with every setting decided on which memory depends, and its memory."""
+
+    config: GSPOConfig
+    memory: Memory
+    num_parameters: int
+
+
+def plan_training(
+    model_config: PreTrainedConfig, config: GSPOConfig, loss: Callable[..., Any], machine: Machine
+) -> Plan | None:
+    """Decide what the configuration leaves open (None, or "auto"), so that training fits the memory.
+
+    The first way of training that fits is taken; within it gradient checkpointing and shorter passes only if
+    needed, and as many responses at a time as fit.
+
+    Returns:
+        None if nothing fits that the configuration allows.
+    """
+    parameters = count_parameters(model_config, config.trust_remote_code)
+    for method in methods_for(config):
+        if LEAST_BYTES[method] * parameters > machine.usable_bytes:
+            continue
+        candidates = _passes(with_method(config, method))
+        # The smallest first: most ways of training that do not fit end here.
+        if _fitting(model_config, candidates[-1], loss, machine) is None:
+            continue
+        plans = (_fitting(model_config, way, loss, machine) for way in candidates)
+        return next(plan for plan in plans if plan is not None)
+    return None
+
+
+def methods_for(config: GSPOConfig) -> list[str]:
+    """The ways of training that a configuration allows, in the order of preference."""
+    if config.lora_rank:
+        return ["lora"]
+    allowed = [name for name in ("adamw", "adamw_8bit") if config.optimizer in ("auto", name)]
+    if config.dtype == "float32":  # 8-bit moments come with bfloat16 weights
+        allowed = [name for name in allowed if name != "adamw_8bit"]
+    if config.lora_rank is None and config.optimizer == "auto":
+        allowed.append("lora")
+    return allowed
+
+
+def with_method(config: GSPOConfig, method: str) -> GSPOConfig:
+    """The configuration with one way of training decided."""
+    if method == "lora":
+        return replace(config, optimizer="adamw", lora_rank=config.lora_rank or LORA_RANK)
+    return replace(config, optimizer=method, lora_rank=0)
+
+
+def _passes(config: GSPOConfig) -> list[GSPOConfig]:
+    """The configuration with checkpointing and the tokens of a pass decided: candidates, best first.
+
+    The last one takes the least memory. A pass takes a row at least.
+    """
+    choices = [False, True] if config.gradient_checkpointing is None else [config.gradient_checkpointing]
+    candidates = []
+    for checkpointing in choices:
+        tokens = [config.micro_batch_tokens or PASS_TOKENS]
+        if config.micro_batch_tokens is None:
+            shortest = CHECKPOINTED_PASS_TOKENS if checkpointing else PASS_TOKENS // 2
+            while tokens[-1] // 2 >= max(shortest, config.max_length):
+                tokens.append(tokens[-1] // 2)
+        candidates += [
+            replace(config, gradient_checkpointing=checkpointing, micro_batch_tokens=t) for t in tokens
+        ]
+    return candidates
+
+
+def _fitting(
+    model_config: PreTrainedConfig, config: GSPOConfig, loss: Callable[..., Any], machine: Machine
+) -> Plan | None:
+    """The plan of a configuration, with as many rows sampled at a time as fit; None if it does not fit."""
+    rows = config.rollout_rows or max(MAX_ROWS, config.group_size)
+    while True:
+        decided = replace(config, rollout_rows=rows)
+        memory = measure(model_config, decided, loss, machine)
+        if memory.peak <= machine.usable_bytes:
+            return Plan(decided, memory, count_parameters(model_config, config.trust_remote_code))
+        too_large = sum(memory.update.values()) > machine.usable_bytes
+        if too_large or config.rollout_rows is not None or rows == config.group_size:
+            return None
+        rows = max(rows // 2, config.group_size)
+
+
+def auto_model(
+    config_for: Callable[[str, int], GSPOConfig], loss: Callable[..., Any], machine: Machine
+) -> tuple[str, Plan | None]:
+    """The model that `auto` stands for on a GPU: the largest that fits, else the embedded one; and its plan.
+
+    config_for: the configuration of a run with a model of this name and number of parameters.
+    """
+    for name in (*AUTO_MODELS, EMBEDDED_NAME):
+        model_config = known_config(name)
+        plan = plan_training(model_config, config_for(name, count_parameters(model_config)), loss, machine)
+        if plan is not None:
+            break
+    return name, plan
+
+
+def require_plan(
+    model_config: PreTrainedConfig, config: GSPOConfig, loss: Callable[..., Any], machine: Machine
+) -> Plan:
+    """plan_training(), or a refusal.
+
+    Raises:
+        ValueError: nothing fits. The message is one line: what is needed and for what, what there is, and
+            which flags would make it fit.
+    """
+    plan = plan_training(model_config, config, loss, machine)
+    if plan is not None:
+        return plan
+    least = _passes(with_method(config, methods_for(config)[-1]))[-1]
+    least = replace(least, rollout_rows=config.rollout_rows or config.group_size)
+    memory = measure(model_config, least, loss, machine)
+    raise ValueError(
+        f"--model_name {config.model_name}: training needs {gigabytes(memory.peak)} of GPU memory "
+        f"({list_parts(memory.largest)}), and {gigabytes(machine.usable_bytes)} of {machine.name} can be "
+        f"planned with; it fits with {' or '.join(remedies(model_config, config, loss, machine))}"
+    )
+
+
+def fit_to_gpu(
+    config: GSPOConfig, model_config: PreTrainedConfig, resolved: GSPOConfig, loss: Callable[..., Any]
+) -> GSPOConfig:
+    """The configuration with what it leaves open decided for this GPU.
+
+    resolved: the same configuration with its other settings decided.
+
+    Raises:
+        ValueError: nothing fits (require_plan).
+    """
+    known = replace(config, device="cuda", dtype=resolved.dtype, max_new_tokens=resolved.max_new_tokens)
+    return require_plan(model_config, known, loss, machine_for(None, "cuda")).config
+
+
+def remedies(
+    model_config: PreTrainedConfig, config: GSPOConfig, loss: Callable[..., Any], machine: Machine
+) -> list[str]:
+    """The flags that make training fit, each as it is typed: the mildest change, then a smaller model."""
+    passes: dict[str, Any] = {
+        "micro_batch_tokens": None,
+        "gradient_checkpointing": None,
+        "rollout_rows": None,
+    }
+    method: dict[str, Any] = {"lora_rank": None, "optimizer": "auto"}
+    found: list[str] = []
+    for opened in (passes, method, passes | method):
+        plan = plan_training(model_config, replace(config, **opened), loss, machine)
+        if plan is not None:
+            found = [_as_flags(plan.config, config, opened)]
+            break
+    length = config.max_length
+    while not found and length > SHORTEST_ADVICE:
+        length = max(length // 2, SHORTEST_ADVICE)
+        shorter = replace(
+            config, max_length=length, max_new_tokens=min(config.max_new_tokens or length, length)
+        )
+        if plan_training(model_config, shorter, loss, machine):
+            found = [f"--max_length {length}"]
+    all_open = replace(config, **passes, **method)
+    smaller, plan = auto_model(lambda *_: all_open, loss, machine)
+    if plan is not None:
+        return [*found, f"--model_name {smaller}"]
+    return found or ["--device cpu"]
+
+
+def _as_flags(decided: GSPOConfig, config: GSPOConfig, names: Iterable[str]) -> str:
+    """The settings of these names that differ from a configuration's, as they are typed."""
+    flags = []
+    for name in names:
+        value = getattr(decided, name)
+        if value != getattr(config, name):
+            flags.append(f"--{name}" if value is True else f"--{name} {value}")
+    return " ".join(flags)
+
+
+# ---- what is said about it
+
+
+def list_parts(parts: dict[str, float]) -> str:
+    """Parts with their sizes, largest first; those too small to matter are left out."""
+    shown = sorted(parts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {num_bytes / 1e9:.1f}" for name, num_bytes in shown if num_bytes >= 5e7)
+
+
+def describe_method(config: GSPOConfig) -> str:
+    """What is trained of the model, in words and as flags."""
+    words = {
+        "adamw": "all weights, with float32 masters and AdamW (--optimizer adamw --lora_rank 0)",
+        "adamw_8bit": "all weights in bfloat16, unbiased rounding, 8-bit moments (--optimizer adamw_8bit)",
+        "lora": f"LoRA adapters over frozen weights (--lora_rank {config.lora_rank})",
+    }
+    return words[config.method]
+
+
+def describe_plan(plan: Plan, machine: Machine) -> list[str]:
+    """Lines on what is trained, and the memory that it takes."""
+    config, memory = plan.config, plan.memory
+    checkpointing = ", with gradient checkpointing" if config.gradient_checkpointing else ""
+    return [
+        f"trained: {describe_method(config)}",
+        f"memory at its peak: {gigabytes(memory.peak)} of {machine.name}",
+        f"  an update, {config.micro_batch_tokens} tokens per pass{checkpointing}: "
+        f"{gigabytes(sum(memory.update.values()))} ({list_parts(memory.update)})",
+        f"  sampling {config.rollout_rows} responses at a time: {gigabytes(sum(memory.sampling.values()))} "
+        f"({list_parts(memory.sampling)})",
+    ]
+
+
+def describe_others(
+    plan: Plan, model_config: PreTrainedConfig, loss: Callable[..., Any], machine: Machine
+) -> list[str]:
+    """Lines on the other ways of training: what they take, or that they do not fit."""
+    lines = []
+    for method in LEAST_BYTES:
+        open_config = replace(plan.config, optimizer="auto", lora_rank=None)
+        if method == plan.config.method or method not in methods_for(open_config):
+            continue
+        other = with_method(open_config, method)
+        found = plan_training(model_config, other, loss, machine)
+        said = f"would fit too, with {gigabytes(found.memory.peak)}" if found else "would not fit"
+        lines.append(f"  {describe_method(other)} {said}")
+    return lines
