@@ -3,6 +3,8 @@
 from torch import nn
 from transformers import PreTrainedModel
 
+from gspo.policy.group_attention import checkpoint_contexts
+
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     """Recompute activations in the backward pass, with dropout still off.
@@ -11,7 +13,8 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     training mode would also turn on the dropout that GPT-2 and others have. This function therefore sets only
     the layers themselves to training mode; the modules inside them stay in evaluation mode.
     """
-    settings = {"use_reentrant": False}
+    # A layer that attended to a packed row does so again when it is recomputed.
+    settings = {"use_reentrant": False, "context_fn": checkpoint_contexts}
     if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.23 has renamed it
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
