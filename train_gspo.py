@@ -77,8 +77,7 @@ def train(config: GSPOConfig) -> int:
         problems = load_task(config)
         print(f"\n{describe_objective(replace(config, num_train_samples=len(problems[0])))}\n")
         if config.dry_run:
-            check_task(config, *problems)
-            print_plan(config)
+            print_plan(config, check_task(config, *problems))
             return 0
         if config.probe:
             return probe(config, reward_fn, *problems)
@@ -257,14 +256,19 @@ def with_defaults_of_model(config: GSPOConfig, num_parameters: int) -> GSPOConfi
     )
 
 
-def print_plan(config: GSPOConfig) -> None:
-    """Print the plan of a resolved configuration: memory, what else would fit, disk and time.
+def print_plan(config: GSPOConfig, prompt_tokens: int | None) -> None:
+    """Print the plan of a resolved configuration: memory, what else would fit, and time.
+
+    prompt_tokens: of a prompt on average, if it is known.
 
     Raises:
         ValueError: training does not fit the memory.
     """
+    import torch
+
     from gspo.policy.model_loader import model_config
     from gspo.training.hardware import machine_for
+    from gspo.training.pace import estimate_pace, in_words
     from gspo.training.plan import describe_others, describe_plan, require_plan
     from gspo_implementation import ALGORITHMS
 
@@ -273,6 +277,23 @@ def print_plan(config: GSPOConfig) -> None:
     shapes = model_config(config.model_name, config.trust_remote_code)
     plan = require_plan(shapes, config, loss, machine)
     print("\n".join(["plan:", *describe_plan(plan, machine), *describe_others(plan, shapes, loss, machine)]))
+    num_batches, num_updates = config.count_updates(config.num_train_samples)
+    responses = num_batches * config.batch_size * config.group_size
+    print(
+        f"work: at most {num_batches} rollout batches, {num_updates} updates, {responses} responses and "
+        f"{responses * (config.max_new_tokens or config.max_length) / 1e6:.3g} million sampled tokens"
+    )
+    if config.plan_for is None:
+        device = torch.device(str(config.device))
+        prompt_tokens = prompt_tokens or config.max_length // 4
+        pace = estimate_pace(shapes, config, loss, device, prompt_tokens, machine.processes)
+        evaluations = 2 + (num_batches - 1) // (config.eval_frequency or num_batches)
+        total = num_batches * pace.rollout_batch + evaluations * pace.evaluation
+        print(
+            f"time: at most about {in_words(total)} here: {in_words(pace.rollout_batch)} a rollout batch "
+            f"(sampling {in_words(pace.sampling)}, log-probabilities {in_words(pace.log_probs)}, updates "
+            f"{in_words(pace.updates)}), {in_words(pace.evaluation)} an evaluation; rewards not counted"
+        )
 
 
 def default_clip_range(config: GSPOConfig, num_parameters: int) -> tuple[float | None, float | None]:
@@ -468,10 +489,13 @@ def load_task(config: GSPOConfig) -> tuple[list, list]:
     return train_problems, eval_problems
 
 
-def check_task(config: GSPOConfig, train_problems: list, eval_problems: list) -> None:
+def check_task(config: GSPOConfig, train_problems: list, eval_problems: list) -> int | None:
     """Look at the prompts as a run would, without the model's weights.
 
     A plan needs the model's config.json alone: where its tokenizer cannot be had, prompts are not looked at.
+
+    Returns:
+        The tokens of a training prompt on average; None without a tokenizer.
 
     Raises:
         ValueError: no prompt leaves room.
@@ -484,14 +508,15 @@ def check_task(config: GSPOConfig, train_problems: list, eval_problems: list) ->
         tokenizer = load_tokenizer(config.model_name, config.trust_remote_code)
     except ValueError as error:
         print(f"the prompts' lengths are not checked: {error}")
-        return
+        return None
 
     def encode(problem: Any) -> list[int]:
         return encode_problem(tokenizer, problem, config)
 
     warn_of_unreadable_prompts(tokenizer, config, train_problems)
-    drop_long_prompts(train_problems, encode, config, "training")
+    kept = drop_long_prompts(train_problems, encode, config, "training")
     drop_long_prompts(eval_problems, encode, config, "evaluation")
+    return round(sum(len(encode(problem)) for problem in kept) / len(kept))
 
 
 def warn_of_unreadable_prompts(tokenizer: Any, config: GSPOConfig, problems: list) -> None:

@@ -145,21 +145,30 @@ def update(weights: TrainedWeights, config: GSPOConfig, loss: Callable[..., Any]
     """
     prompts, responses = longest_rows(config, processes)
     assert config.micro_batch_tokens is not None
-    passes = micro_batches(weights.model, prompts, responses, config.micro_batch_tokens)
-    for rows in passes[:2]:
-        chosen = [prompts[row] for row in rows], [responses[row] for row in rows]
-        with compute_type(weights, config):
-            log_probs = token_log_probs(weights.model, *chosen, config.temperature)
-        values = pad_sequence(log_probs, batch_first=True)  # (B, T)
-        mask = torch.ones_like(values, dtype=torch.bool)
-        advantages = torch.ones_like(values[:, 0])
-        with unread_metrics():
-            clip_ranges = config.left_clip_range or 1.0, config.right_clip_range or 1.0
-            objective, _ = loss(values, values.detach(), advantages, mask, *clip_ranges, len(prompts))
-        objective.backward()
+    for rows in micro_batches(weights.model, prompts, responses, config.micro_batch_tokens)[:2]:
+        backward(weights, config, loss, [prompts[row] for row in rows], [responses[row] for row in rows])
     norm = torch.nn.utils.get_total_norm([p.grad for p in weights.parameters if p.grad is not None])
     torch.nn.utils.clip_grads_with_norm_(weights.parameters, config.max_grad_norm, norm)
     weights.optimizer.step()
+
+
+def backward(
+    weights: TrainedWeights,
+    config: GSPOConfig,
+    loss: Callable[..., Any],
+    prompts: list[list[int]],
+    responses: list[list[int]],
+) -> None:
+    """A forward and a backward pass over these rows."""
+    with compute_type(weights, config):
+        log_probs = token_log_probs(weights.model, prompts, responses, config.temperature)
+    values = pad_sequence(log_probs, batch_first=True)  # (B, T)
+    mask = torch.ones_like(values, dtype=torch.bool)
+    advantages = torch.ones_like(values[:, 0])
+    clip_ranges = config.left_clip_range or 1.0, config.right_clip_range or 1.0
+    with unread_metrics():
+        objective, _ = loss(values, values.detach(), advantages, mask, *clip_ranges, len(prompts))
+    objective.backward()
 
 
 def sample(weights: TrainedWeights, config: GSPOConfig) -> list[torch.Tensor]:
