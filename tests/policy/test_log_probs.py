@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gspo.checks import float64_reference as reference
-from gspo.policy import group_attention
 from gspo.policy import log_probs as log_probs_module
+from gspo.policy import padded_attention
 from gspo.policy.group_attention import can_pack
 from gspo.policy.log_probs import micro_batches, token_log_probs
 from support.models import VOCABULARY
@@ -41,10 +41,10 @@ def gradient_of(model, loss):
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("scores_at_a_time", [group_attention.MAX_SCORES, 300])
+@pytest.mark.parametrize("scores_at_a_time", [padded_attention.MAX_SCORES, 300])
 @pytest.mark.parametrize("rows", [ragged_rows, groups])
 def test_values_and_gradients_match_those_of_single_rows(any_model, rows, scores_at_a_time, monkeypatch):
-    monkeypatch.setattr(group_attention, "MAX_SCORES", scores_at_a_time)
+    monkeypatch.setattr(padded_attention, "MAX_SCORES", scores_at_a_time)
     prompts, responses = rows()
     weights = [torch.linspace(-1, 1, len(r)) for r in responses]
     log_probs = token_log_probs(any_model, prompts, responses, temperature=0.7)
