@@ -41,6 +41,7 @@ def flash_attention_on_cpu() -> Iterator[list[str]]:
         _check(query, key, value, query_bounds, key_bounds, longest_query, longest_key)
         assert grad_output.shape == output.shape == query.shape and grad_output.dtype == query.dtype
         assert log_sums.shape == (query.shape[1], query.shape[0]) and log_sums.dtype == torch.float32
+        assert log_sums.is_contiguous(), "the kernel reads its memory as it lies"
         assert dropout == 0 and rng_state.dtype == torch.uint64
         grads = [torch.zeros(states.shape, dtype=torch.float64) for states in (query, key, value)]
         for queries, keys in _segments(query_bounds, key_bounds):
