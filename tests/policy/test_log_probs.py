@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from gspo.checks import float64_reference as reference
-from gspo.policy import group_attention
 from gspo.policy import log_probs as log_probs_module
+from gspo.policy import padded_attention
 from gspo.policy.group_attention import can_pack
-from gspo.policy.log_probs import micro_batches, token_log_probs
+from gspo.policy.log_probs import logit_tokens, micro_batches, token_log_probs
+from gspo.policy.planned_device import planned_device
 from support.models import VOCABULARY
 
 
@@ -41,10 +42,10 @@ def gradient_of(model, loss):
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("scores_at_a_time", [group_attention.MAX_SCORES, 300])
+@pytest.mark.parametrize("scores_at_a_time", [padded_attention.MAX_SCORES, 300])
 @pytest.mark.parametrize("rows", [ragged_rows, groups])
 def test_values_and_gradients_match_those_of_single_rows(any_model, rows, scores_at_a_time, monkeypatch):
-    monkeypatch.setattr(group_attention, "MAX_SCORES", scores_at_a_time)
+    monkeypatch.setattr(padded_attention, "MAX_SCORES", scores_at_a_time)
     prompts, responses = rows()
     weights = [torch.linspace(-1, 1, len(r)) for r in responses]
     log_probs = token_log_probs(any_model, prompts, responses, temperature=0.7)
@@ -148,6 +149,20 @@ def test_logits_are_computed_at_response_positions_only(llama):
     assert sum(lengths) == sum(len(response) for response in responses)
     # the model works as before afterwards
     assert llama(input_ids=torch.tensor([[3, 4, 5]])).logits.shape == (1, 3, VOCABULARY)
+
+
+def test_logits_are_held_for_as_many_tokens_as_the_gpu_has_memory_for(llama):
+    assert logit_tokens(49_152, None) == 682
+    assert logit_tokens(152_064, 80e9) == 2740  # logits, softmax and gradient take 5 GB
+    assert logit_tokens(152_064, 8e9) == 274
+    assert logit_tokens(152_064, 4e9) == 256  # smaller chunks would spend their time on casting weights
+    assert logit_tokens(1000, 80e9) == 4096
+    chunks = []
+    handle = llama.lm_head.register_forward_hook(lambda _m, inputs, _o: chunks.append(inputs[0].shape[1]))
+    with planned_device("cuda", 1e6), torch.no_grad():
+        token_log_probs(llama, [[3]] * 10, [[4] * 30] * 10)
+    handle.remove()
+    assert chunks == [256, 44]
 
 
 def test_only_empty_responses(llama):
