@@ -204,11 +204,8 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     elif model_name == "auto":
         model_name = EMBEDDED_NAME
         print(f"model: {model_name} ({'the one for CPUs' if config.device == 'cpu' else 'no GPU found'})")
-    if plan:
-        num_parameters = plan.num_parameters
-    else:
-        shapes = model_config(model_name, config.trust_remote_code)
-        num_parameters = count_parameters(shapes, config.trust_remote_code)
+    shapes = model_config(model_name, config.trust_remote_code)
+    num_parameters = count_parameters(shapes, config.trust_remote_code)
     chosen = for_model(model_name, num_parameters)
     if device == "cuda" and not plan:
         # The embedded model is never refused: it is what `auto` takes where none of its others fits.

@@ -1,4 +1,4 @@
-"""The configurations of models that `auto` chooses from, so that it can choose without the hub."""
+"""The configurations of the models that `auto` chooses from: it needs no hub and no weights to choose."""
 
 from typing import Any
 
@@ -30,20 +30,19 @@ AUTO_MODELS = {
 }
 
 
+# The embedded model's own configuration is in the GGUF file, which is slow to open.
+EMBEDDED: dict[str, Any] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49_152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+
+
 def known_config(name: str) -> PreTrainedConfig:
     """The configuration of one of AUTO_MODELS or of the embedded model, as far as shapes depend on it."""
-    return embedded_config() if name == EMBEDDED_NAME else Qwen2Config(**AUTO_MODELS[name])
-
-
-def embedded_config() -> PreTrainedConfig:
-    """The shapes of the embedded model: its own configuration is in the GGUF file, which is slow to open."""
-    return LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    )
+    return LlamaConfig(**EMBEDDED) if name == EMBEDDED_NAME else Qwen2Config(**AUTO_MODELS[name])

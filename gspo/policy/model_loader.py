@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from gspo import HUB_TIMEOUT_S
-from gspo.policy.known_models import embedded_config
+from gspo.policy.known_models import AUTO_MODELS, known_config
 from gspo.policy.model_cache import EMBEDDED_NAME, converted_folder, gguf_path
 from gspo.policy.tiny_models import TINY_FOLDER, TINY_NAMES, new_tiny_model, tiny_config, tiny_tokenizer
 
@@ -120,13 +120,15 @@ def _tokenizer(source: str | Path, **access: bool) -> PreTrainedTokenizerBase:
 
 
 def model_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Return the configuration of a model, without its weights.
+    """Return the configuration of a model, without its weights. For the models of `auto` it needs no hub.
 
     Raises:
         ValueError: the same as in load_model.
     """
+    if name in AUTO_MODELS:
+        return known_config(name)
     if name in ("auto", EMBEDDED_NAME):
-        return embedded_config()
+        return known_config(EMBEDDED_NAME)
     if name in TINY_NAMES:
         return tiny_config(name)
     source, local_only = _locate(name)

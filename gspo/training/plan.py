@@ -35,7 +35,6 @@ class Plan:
 
     config: GSPOConfig
     memory: Memory
-    num_parameters: int
 
 
 def plan_training(
@@ -109,7 +108,7 @@ def _fitting(
         decided = replace(config, rollout_rows=rows)
         memory = measure(model_config, decided, loss, machine)
         if memory.peak <= machine.usable_bytes:
-            return Plan(decided, memory, count_parameters(model_config, config.trust_remote_code))
+            return Plan(decided, memory)
         too_large = sum(memory.update.values()) > machine.usable_bytes
         if too_large or config.rollout_rows is not None or rows == config.group_size:
             return None
