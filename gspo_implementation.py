@@ -35,7 +35,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from gspo.policy.cpu import prepare_cpu
-from gspo.policy.rollout import Rollout, Sampling, TransformersEngine
+from gspo.policy.rollout import MAX_ROWS, Rollout, Sampling, TransformersEngine
 from gspo.training.alarms import non_finite_weights, stop_if, stop_reason, unjudged_reason
 from gspo.training.config import GSPOConfig
 from gspo.training.dynamic_sampling import QueryDraw, keeps
@@ -395,7 +395,7 @@ class GSPOTrainer:
         self.model, self.optimizer = self.weights.model, self.weights.optimizer
         self.tokenizer = tokenizer
         self.reward_fn = reward_fn
-        self.engine = engine or TransformersEngine(self.model, tokenizer)
+        self.engine = engine or TransformersEngine(self.model, tokenizer, config.rollout_rows or MAX_ROWS)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda update: min(1.0, (update + 1) / max(1, config.warmup_steps))
         )

@@ -4,8 +4,11 @@ Responses are sampled from softmax(logits / temperature) over the whole vocabula
 or repetition penalty, whatever the model's generation_config says. log_probs.py computes log-probabilities
 under exactly this distribution; under any other, an importance ratio would have no meaning.
 
-Two things make it fast. Each prompt goes through the model once, and its keys and values are repeated for the
-G responses of the group. Rows whose responses have ended leave the batch.
+Four things make it fast. Each prompt goes through the model once, and its keys and values are repeated for
+the G responses of the group. The cache is allocated once. Rows whose responses have ended leave the batch. A
+GPU is waited for only every few tokens, to see which these are.
+
+If memory runs out, the batch is sampled again with half the rows, now and from then on.
 
 Samples are reproducible because every response has a random stream of its own. A sample depends on the seed
 and the prompt, not on the other rows in the batch.
@@ -14,6 +17,7 @@ Shapes: Q prompts, G group size, B = Q * G responses or those of them still bein
 P padded prompt length, V vocabulary.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,10 +26,12 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 from torch.nn import functional as F
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gspo.policy.cpu import packed_weights
-from gspo.policy.prompt_cache import can_share_prompts, decoding_mask, prefill
+from gspo.policy.out_of_memory import is_out_of_memory
+from gspo.policy.prompt_cache import can_share_prompts, decode, prefill
 
 # The most responses sampled at a time. It bounds the key-value cache when an evaluation passes hundreds of
 # prompts.
@@ -33,6 +39,9 @@ MAX_ROWS = 128
 # Ended rows leave the batch when they make up this share of it. Were each to leave by itself, the key-value
 # cache would be copied at almost every step.
 COMPACT_SHARE = 0.25
+# After every so many tokens, a GPU is asked which rows have ended. It must finish all its work to answer, and
+# is idle until it gets more. Rows that have ended in between cost up to this many tokens each.
+LOOK_EVERY = 8
 # How many tokens of the vocabulary form a block when a token is drawn.
 CDF_BLOCK = 256
 
@@ -104,13 +113,21 @@ def unknown_share(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> f
 class TransformersEngine:
     """Samples with the model object that is being trained, so its weights are always current.
 
+    Args:
+        max_rows: responses sampled at a time. A group that is larger is sampled as a whole.
+
     Raises:
         ValueError: the model has recurrent layers.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_rows: int = MAX_ROWS
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.max_rows = max_rows
+        # The most rows that are tried. It is halved when memory runs out, and may then split a group.
+        self.row_limit = sys.maxsize
         self.end_ids = _end_token_ids(model, tokenizer)
         if not can_share_prompts(model):
             raise ValueError(
@@ -128,19 +145,37 @@ class TransformersEngine:
 
         Raises:
             ValueError: a prompt is empty, or leaves no room for a token under sampling.max_length.
+            RuntimeError: memory does not suffice for a single response.
         """
-        budgets = torch.tensor([_response_budget(prompt, sampling) for prompt in prompts])
-        budgets = budgets.repeat_interleave(group_size)  # (len(prompts) * G,)
-        longest = int(budgets.max())
-        prompts_per_batch = max(1, MAX_ROWS // group_size)
-        most_rows = min(len(budgets), prompts_per_batch * group_size)
-        rollouts = []
-        with _evaluation_mode(self.model), torch.no_grad(), packed_weights(self.model, most_rows):
-            for start in range(0, len(prompts), prompts_per_batch):
-                batch = prompts[start : start + prompts_per_batch]
-                batch_budgets = budgets[start * group_size :][: len(batch) * group_size]
-                uniforms = draw_uniforms(sampling.seed + start, len(batch), group_size, longest)
-                rollouts += self._sample_batch(batch, batch_budgets, sampling.temperature, uniforms)
+        budgets = [_response_budget(prompt, sampling) for prompt in prompts]
+        total = len(prompts) * group_size
+        rows = self._rows(group_size, total)
+        rollouts: list[Rollout] = []
+        with _evaluation_mode(self.model), torch.no_grad(), packed_weights(self.model, rows):
+            while len(rollouts) < total:
+                # The next responses: those to some prompts, or if no group fits, a part of one group.
+                prompt, first_response = divmod(len(rollouts), group_size)
+                num_responses = min(rows, group_size - first_response)  # to each prompt
+                batch = slice(prompt, prompt + max(1, rows // group_size))
+                batch_budgets = torch.tensor(budgets[batch]).repeat_interleave(num_responses)  # (B,)
+                uniforms = draw_uniforms(
+                    sampling.seed + prompt,
+                    len(budgets[batch]),
+                    num_responses,
+                    max(budgets[batch]),
+                    first_response,
+                )
+                try:
+                    rollouts += self._sample_batch(
+                        prompts[batch], batch_budgets, sampling.temperature, uniforms
+                    )
+                    continue
+                except RuntimeError as error:
+                    if not is_out_of_memory(error) or len(batch_budgets) == 1:
+                        raise
+                # After the handler, which holds the failed attempt's tensors.
+                self._halve(len(batch_budgets))
+                rows = self._rows(group_size, total)
         return rollouts
 
     def _sample_batch(
@@ -150,48 +185,52 @@ class TransformersEngine:
         temperature: float,
         uniforms: torch.Tensor,
     ) -> list[Rollout]:
-        """Sample responses of at most `budgets` (B,) tokens each, drawn with `uniforms` (B, T)."""
+        """Sample responses of at most `budgets` (B,) tokens each, drawn with `uniforms` (B, T).
+
+        On a GPU, the loop waits only when it looks which rows have ended, every LOOK_EVERY tokens. This reads
+        `ended`, and writes the indices of the rows that stay. Some models wait within `decode`, such as those
+        with a sliding window, for which transformers examines the attention mask.
+        """
         device = self.model.get_input_embeddings().weight.device
         num_rows, longest = len(budgets), int(budgets.max())
         group_size = num_rows // len(prompts)
-        budgets = budgets.to(device)
+        look_every = _look_every(device)
         uniforms = uniforms.to(device)
-        end_ids = torch.tensor(self.end_ids, device=device)
+        end_ids = torch.tensor(self.end_ids, dtype=torch.long, device=device)
         tokens = torch.zeros(num_rows, longest, dtype=torch.long, device=device)  # (B, T)
         log_probs = torch.zeros(num_rows, longest, device=device)  # (B, T)
-        lengths = torch.zeros_like(budgets)  # (B,)
 
-        logits, cache, attention_mask = prefill(self.model, prompts)
-        logits = logits.repeat_interleave(group_size, dim=0)  # (B, V)
-        attention_mask = attention_mask.repeat_interleave(group_size, dim=0)  # (B, P)
-        cache.batch_repeat_interleave(group_size)
-        # Which response each row of the batch holds. logits, cache and attention_mask have the same order.
+        logits, cache, mask = prefill(self.model, prompts, group_size, longest)
+        # Which response each row of the batch holds. All that is (B, ...) below has the same order.
         rows = torch.arange(num_rows, device=device)
-        ended = torch.zeros_like(rows, dtype=torch.bool)
+        prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        prompt_lengths = prompt_lengths.repeat_interleave(group_size)  # (B,)
+        last_step = budgets.to(device) - 1  # (B,)
+        ended = torch.zeros_like(rows, dtype=torch.bool)  # (B,)
         for step in range(longest):
             token, log_prob = draw_tokens(logits, temperature, uniforms[rows, step])
             # Ended rows that are still in the batch write here too, behind the end of their responses.
             tokens[rows, step], log_probs[rows, step] = token, log_prob
-            lengths[rows[~ended]] = step + 1
-            ended = ended | torch.isin(token, end_ids) | (budgets[rows] == step + 1)
-            if ended.all():
+            ended = ended | _is_any_of(token, end_ids) | (last_step == step)
+            if step + 1 == longest:
                 break
-            if ended.float().mean() >= COMPACT_SHARE:
-                kept = (~ended).nonzero().squeeze(1)
-                cache.batch_select_indices(kept)
-                rows, token, ended = rows[kept], token[kept], ended[kept]
-                attention_mask = attention_mask[kept]
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
-            logits = self.model(
-                input_ids=token[:, None],
-                attention_mask=decoding_mask(self.model, cache, attention_mask),
-                position_ids=attention_mask.sum(1, keepdim=True) - 1,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
+            if (step + 1) % look_every == 0:
+                kept_rows = [row for row, has_ended in enumerate(ended.tolist()) if not has_ended]
+                if not kept_rows:
+                    break
+                if len(kept_rows) <= (1 - COMPACT_SHARE) * len(rows):
+                    kept = torch.tensor(kept_rows, device=device)
+                    cache.batch_select_indices(kept)
+                    rows, token, ended, mask = rows[kept], token[kept], ended[kept], mask[kept]
+                    prompt_lengths, last_step = prompt_lengths[kept], last_step[kept]
+            # Ended rows stay at their last position: the model may have no more.
+            position = prompt_lengths + last_step.clamp(max=step)
+            logits = decode(self.model, cache, mask, token, position)
 
+        # Each is transferred at once, and not by row.
+        tokens, log_probs = tokens.cpu(), log_probs.cpu()
         rollouts = []
-        for row, length in enumerate(lengths.tolist()):
+        for row, length in enumerate(_lengths(tokens, end_ids.cpu(), budgets).tolist()):
             response_ids = tokens[row, :length].tolist()
             rollouts.append(
                 Rollout(
@@ -204,12 +243,31 @@ class TransformersEngine:
             )
         return rollouts
 
+    def _rows(self, group_size: int, total: int) -> int:
+        """Return how many of `total` responses are sampled at a time: whole groups, if one of them fits."""
+        rows = min(total, max(self.max_rows, group_size), self.row_limit)
+        return rows // group_size * group_size or rows
 
-def draw_uniforms(seed: int, num_prompts: int, group_size: int, length: int) -> torch.Tensor:
-    """Return float64 numbers (B, length) uniform in [0, 1), from an independent stream for each response."""
+    def _halve(self, rows: int) -> None:
+        """Sample at most half of these rows at a time from now on."""
+        self.row_limit = rows // 2
+        torch.cuda.empty_cache()
+        tqdm.write(
+            f"out of memory: from now on, at most {self.row_limit} responses are sampled at a time",
+            file=sys.stderr,
+        )
+
+
+def draw_uniforms(
+    seed: int, num_prompts: int, group_size: int, length: int, first_response: int = 0
+) -> torch.Tensor:
+    """Return float64 numbers (B, length) uniform in [0, 1), from an independent stream for each response.
+
+    first_response: the first of the responses to each prompt, where a group is sampled in parts.
+    """
     rows = []
     for i in range(num_prompts):
-        for g in range(group_size):
+        for g in range(first_response, first_response + group_size):
             stream = np.random.SeedSequence(seed + i, spawn_key=(g,))
             rows.append(np.random.default_rng(stream).random(length))
     return torch.from_numpy(np.stack(rows))
@@ -258,6 +316,23 @@ def _first_above(cdf: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     # Rounding may have raised the threshold to the last entry or a little above it, where none would follow.
     threshold = torch.minimum(threshold, cdf[:, -1:] * (1 - 2**-52))
     return torch.searchsorted(cdf, threshold, right=True)
+
+
+def _is_any_of(token: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Return whether each token is one of the ids (N,). Of many ids, a GPU would wait in torch.isin."""
+    return (token[..., None] == ids).any(-1)
+
+
+def _lengths(tokens: torch.Tensor, end_ids: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
+    """Return the lengths (B,) of the responses in `tokens` (B, T): up to an end token or their budget."""
+    steps = torch.arange(1, tokens.shape[1] + 1)
+    ends = torch.where(_is_any_of(tokens, end_ids), steps, tokens.shape[1])  # (B, T)
+    return torch.minimum(ends.amin(1), budgets)
+
+
+def _look_every(device: torch.device) -> int:
+    """Return after how many tokens to look which rows have ended. On a CPU, this costs nothing."""
+    return 1 if device.type == "cpu" else LOOK_EVERY
 
 
 def _response_budget(prompt: Sequence[int], sampling: Sampling) -> int:

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from tqdm import tqdm
 
 from gspo.policy.log_probs import micro_batches, token_log_probs
+from gspo.policy.out_of_memory import is_out_of_memory
 from gspo.training.config import GSPOConfig
 from gspo.training.processes import Processes
 from gspo.training.rollout_batch import Sample
@@ -98,7 +98,7 @@ class ForwardPasses:
             try:
                 return work()
             except RuntimeError as error:
-                if not _is_out_of_memory(error) or self.max_tokens <= longest:
+                if not is_out_of_memory(error) or self.max_tokens <= longest:
                     raise
             # After the handler, which holds the failed attempt's tensors.
             self.halvings += 1
@@ -113,8 +113,3 @@ class ForwardPasses:
 def to_cpu(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Detached tensors (|y|,) on the CPU, in one transfer."""
     return list(torch.cat([row.detach() for row in rows]).cpu().split([len(row) for row in rows]))
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """True for a GPU's error, for that of torch's CPU allocator, and for oneDNN's, which names no reason."""
-    return should_reduce_batch_size(error) or "could not create a primitive" in str(error)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from gspo.policy.log_probs import micro_batches, token_log_probs
 from gspo.policy.planned_device import planned_device
-from gspo.policy.prompt_cache import decoding_mask, prefill
+from gspo.policy.prompt_cache import decode, prefill
 from gspo.policy.rollout import MAX_ROWS, draw_tokens
 from gspo.training.config import GSPOConfig
 from gspo.training.hardware import Machine
@@ -175,24 +175,13 @@ def sample(weights: TrainedWeights, config: GSPOConfig) -> list[torch.Tensor]:
     """The first two tokens of responses, with a cache for whole ones. Returns the cache's tensors."""
     model = weights.model
     prompts, responses = longest_rows(config, processes=1)
-    group_size = config.group_size
-    num_prompts = max(1, (config.rollout_rows or MAX_ROWS) // group_size)
+    num_prompts = max(1, (config.rollout_rows or MAX_ROWS) // config.group_size)
     with torch.no_grad(), compute_type(weights, config):
-        logits, cache, mask = prefill(model, [prompts[0]] * num_prompts)
-        logits = logits.repeat_interleave(group_size, dim=0)  # (B, V)
-        mask = mask.repeat_interleave(group_size, dim=0)  # (B, P)
-        cache.batch_repeat_interleave(group_size)
-        uniform = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+        logits, cache, mask = prefill(model, [prompts[0]] * num_prompts, config.group_size, len(responses[0]))
+        uniform = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)  # (B,)
         token, _ = draw_tokens(logits, config.temperature, uniform)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        logits = model(
-            input_ids=token[:, None],
-            attention_mask=decoding_mask(model, cache, mask),
-            position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
-        draw_tokens(logits, config.temperature, uniform)
+        position = torch.full_like(token, len(prompts[0]))
+        draw_tokens(decode(model, cache, mask, token, position), config.temperature, uniform)
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 

@@ -145,7 +145,7 @@ def _times(
 def _decoding_seconds(weights: TrainedWeights, config: GSPOConfig, device: torch.device) -> float:
     """Seconds of one step of decoding, with as many rows as a rollout batch has."""
     no_end = SimpleNamespace(eos_token_id=None, decode=lambda ids, skip_special_tokens: "")
-    engine = TransformersEngine(weights.model, no_end)  # type: ignore[arg-type]
+    engine = TransformersEngine(weights.model, no_end, _decoded_rows(config))  # type: ignore[arg-type]
     engine.end_ids = []
     prompts = [[0]] * max(1, _decoded_rows(config) // config.group_size)
 

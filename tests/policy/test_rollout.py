@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gspo.policy import prompt_cache
+from gspo.policy import rollout
 from gspo.policy.cpu import packed_weights
 from gspo.policy.gradient_checkpointing import enable_gradient_checkpointing
 from gspo.policy.log_probs import token_log_probs
 from gspo.policy.model_loader import load_model
+from gspo.policy.prompt_cache import PreallocatedLayer, decode, prefill
 from gspo.policy.rollout import Sampling, TransformersEngine, draw_tokens, draw_uniforms, encode_prompt
 from support.models import VOCABULARY, make_model
 
@@ -39,8 +42,8 @@ def test_log_probs_are_those_of_token_log_probs(any_model):
             any_model, [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], temperature=0.8
         )
     assert len({len(r.response_ids) for r in rollouts}) > 1, "rows must leave the batch at different times"
-    for rollout, expected in zip(rollouts, log_probs, strict=True):
-        torch.testing.assert_close(torch.tensor(rollout.log_probs), expected, rtol=1e-4, atol=1e-4)
+    for r, expected in zip(rollouts, log_probs, strict=True):
+        torch.testing.assert_close(torch.tensor(r.log_probs), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_responses_end_at_the_first_end_token(any_model):
@@ -137,12 +140,141 @@ def test_packed_weights_multiply_as_bfloat16_does(any_model):
         assert not any("forward" in vars(module) for module in any_model.modules())
 
 
-def test_a_cache_keeps_its_content_when_it_grows(llama, monkeypatch):
-    sampling = Sampling(max_new_tokens=12, seed=3)
-    grown_never = engine(llama).generate(PROMPTS, 2, sampling)
-    monkeypatch.setattr(prompt_cache, "SPARE_TOKENS", 1)
-    grown_often = engine(llama).generate(PROMPTS, 2, sampling)
-    assert [r.response_ids for r in grown_often] == [r.response_ids for r in grown_never]
+def test_the_cache_is_allocated_once(llama, monkeypatch):
+    shapes = []
+    new_buffer = PreallocatedLayer._new_buffer
+
+    def recorded(layer, states):
+        buffer = new_buffer(layer, states)
+        shapes.append(tuple(buffer.shape))
+        return buffer.fill_(float("nan"))  # so that what was never written shows
+
+    monkeypatch.setattr(PreallocatedLayer, "_new_buffer", recorded)
+    rollouts = engine(llama).generate(PROMPTS, 3, Sampling(max_new_tokens=14, temperature=0.8, seed=1))
+    assert shapes == [(12, 2, 7 + 14, 8)] * 4, "keys and values of two layers: (B, heads, P + T, head width)"
+    assert len({len(r.response_ids) for r in rollouts}) > 3, "rows must leave the batch at different times"
+
+
+def test_samples_do_not_depend_on_how_often_ended_rows_are_looked_for(any_model, monkeypatch):
+    sampling = Sampling(max_new_tokens=14, seed=1)
+    always = engine(any_model).generate(PROMPTS, 3, sampling)
+    monkeypatch.setattr(rollout, "_look_every", lambda device: 5)
+    seldom = engine(any_model).generate(PROMPTS, 3, sampling)
+    assert [r.response_ids for r in seldom] == [r.response_ids for r in always]
+    assert [r.finished for r in seldom] == [r.finished for r in always]
+    for one, other in zip(seldom, always, strict=True):
+        torch.testing.assert_close(torch.tensor(one.log_probs), torch.tensor(other.log_probs))
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which a GPU would have to finish its work first."""
+
+    NAMES = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "lift_fresh"}
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else []
+        self.count += name in self.NAMES or any(x is not None and x.dtype == torch.bool for x in indices)
+        return function(*args, **(kwargs or {}))
+
+
+def test_between_two_looks_nothing_waits_for_the_device(llama, monkeypatch):
+    monkeypatch.setattr(rollout, "_look_every", lambda device: 1000)
+    counts = []
+    for tokens in (2, 9):
+        with Waits() as waits:
+            engine(llama).generate(PROMPTS, 2, Sampling(max_new_tokens=tokens))
+        counts.append(waits.count)
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2", "mistral"])
+def test_a_prompt_and_a_token_run_on_fake_tensors(family):
+    with FakeTensorMode(), torch.no_grad():
+        model = make_model(family).bfloat16()  # the one type in which torch's grouped products can be faked
+        logits, cache, mask = prefill(model, PROMPTS, 3, 5)
+        token, _ = draw_tokens(logits, 1.0, torch.rand(12, dtype=torch.float64))
+        logits = decode(model, cache, mask, token, mask[:, :7].sum(1))
+    assert logits.shape == (12, VOCABULARY) and mask.shape == (12, 7 + 5)
+    assert cache.get_seq_length() == 8
+
+
+def test_an_ended_row_asks_for_no_position_that_the_model_does_not_have(monkeypatch):
+    # gpt2 has 64 positions; the rows of the long prompt end after 4 tokens and stay in the batch
+    monkeypatch.setattr(rollout, "COMPACT_SHARE", 1.0)
+    prompts = [[5 + i % 50 for i in range(60)], [9], [17, 18]]
+    sampler = engine(make_model("gpt2"))
+    sampler.end_ids = []
+    rollouts = sampler.generate(prompts, 1, Sampling(max_new_tokens=30, max_length=64))
+    assert [len(r.response_ids) for r in rollouts] == [4, 30, 30]
+
+
+class SmallMemory:
+    """A hook of a model: more rows than fit raise an error. It also counts the prompts that are processed."""
+
+    def __init__(self, rows):
+        self.rows, self.prompts = rows, 0
+
+    def __call__(self, model, args, kwargs):
+        rows, tokens = kwargs["input_ids"].shape
+        if rows > self.rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        self.prompts += rows * (tokens > 1)
+
+
+@pytest.mark.parametrize("fitting, then", [(7, 4), (4, 4), (3, 2), (1, 1)])
+def test_without_memory_for_all_rows_the_same_responses_come_in_smaller_batches(fitting, then, capfd):
+    model = make_model("llama")
+    sampling = Sampling(max_new_tokens=12, seed=5)
+    expected = [r.response_ids for r in engine(model).generate(PROMPTS, 4, sampling)]
+    sampler = engine(model)
+    hook = SmallMemory(fitting)
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    assert [r.response_ids for r in sampler.generate(PROMPTS, 4, sampling)] == expected
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert lines[-1] == f"out of memory: from now on, at most {then} responses are sampled at a time"
+    assert sampler.row_limit == then and len(lines) == {4: 2, 2: 3, 1: 4}[then]
+    assert [r.response_ids for r in sampler.generate(PROMPTS, 4, sampling)] == expected
+    assert not capfd.readouterr().err, "the second call begins with what fits"
+
+
+def test_batches_sampled_before_memory_ran_out_are_kept():
+    model = make_model("llama")
+    expected = engine(model).generate(PROMPTS, 4, Sampling(max_new_tokens=12, seed=5))
+    hook = SmallMemory(8)
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    sampler = TransformersEngine(model, IdTokenizer(), max_rows=10)  # two groups of four
+    sample_batch, sampled = sampler._sample_batch, []
+
+    def recorded(prompts, *args):
+        rollouts = sample_batch(prompts, *args)
+        sampled.append(len(rollouts))
+        hook.rows = 3
+        return rollouts
+
+    sampler._sample_batch = recorded
+    rollouts = sampler.generate(PROMPTS, 4, Sampling(max_new_tokens=12, seed=5))
+    assert [r.response_ids for r in rollouts] == [r.response_ids for r in expected]
+    assert sampled == [8, 2, 2, 2, 2]
+
+
+def test_other_errors_and_a_single_row_that_does_not_fit_are_raised(capfd):
+    model = make_model("llama")
+    hook = SmallMemory(0)
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine(model).generate(PROMPTS, 2, Sampling(max_new_tokens=4))
+    assert "at most 1 responses" in capfd.readouterr().err
+    handle.remove()
+
+    def broken(*_):
+        raise RuntimeError("shapes do not match")
+
+    model.register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        engine(model).generate(PROMPTS, 2, Sampling(max_new_tokens=4))
+    assert not capfd.readouterr().err
 
 
 def test_temperature_zero_is_greedy(llama):
