@@ -330,7 +330,7 @@ def resolve(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
     if config.algorithm not in ALGORITHMS:
         raise ValueError(f"--algorithm {config.algorithm}: choose one of {', '.join(ALGORITHMS)}")
     algorithm = ALGORITHMS[config.algorithm]
-    device = choose_device(config.device)
+    device = "cuda" if config.plan_for else choose_device(config.device)
     lora_rank = config.lora_rank or 0
     default_rate = 1e-5 if num_parameters < SMALL_MODEL else 1e-6
     if lora_rank:

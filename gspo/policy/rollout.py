@@ -151,7 +151,7 @@ class TransformersEngine:
         total = len(prompts) * group_size
         rows = self._rows(group_size, total)
         rollouts: list[Rollout] = []
-        with _evaluation_mode(self.model), torch.no_grad(), packed_weights(self.model, rows):
+        with evaluation_mode(self.model), torch.no_grad(), packed_weights(self.model, rows):
             while len(rollouts) < total:
                 # The next responses: those to some prompts, or if no group fits, a part of one group.
                 prompt, first_response = divmod(len(rollouts), group_size)
@@ -359,7 +359,7 @@ def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 @contextmanager
-def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     """Set evaluation mode (no dropout, no gradient checkpointing), and restore every module's mode after."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from gspo.policy.log_probs import micro_batches, token_log_probs
 from gspo.policy.planned_device import planned_device
 from gspo.policy.prompt_cache import decode, prefill
-from gspo.policy.rollout import MAX_ROWS, draw_tokens
+from gspo.policy.rollout import MAX_ROWS, draw_tokens, evaluation_mode
 from gspo.training.config import GSPOConfig
 from gspo.training.hardware import Machine
 from gspo.training.living_memory import LivingMemory
@@ -176,7 +176,7 @@ def sample(weights: TrainedWeights, config: GSPOConfig) -> list[torch.Tensor]:
     model = weights.model
     prompts, responses = longest_rows(config, processes=1)
     num_prompts = max(1, (config.rollout_rows or MAX_ROWS) // config.group_size)
-    with torch.no_grad(), compute_type(weights, config):
+    with evaluation_mode(model), torch.no_grad(), compute_type(weights, config):
         logits, cache, mask = prefill(model, [prompts[0]] * num_prompts, config.group_size, len(responses[0]))
         uniform = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)  # (B,)
         token, _ = draw_tokens(logits, config.temperature, uniform)

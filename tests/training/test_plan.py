@@ -1,0 +1,291 @@
+"""The plan: what fits a GPU, what `auto` takes, what is refused, and the measurement behind it."""
+
+import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen2MoeConfig
+
+import train_gspo
+from gspo.policy import known_models
+from gspo.policy.known_models import AUTO_MODELS, known_config
+from gspo.policy.model_cache import EMBEDDED_NAME
+from gspo.training import plan as plans
+from gspo.training.config import GSPOConfig
+from gspo.training.hardware import CONTEXT_BYTES, Machine, machine_for
+from gspo.training.living_memory import LivingMemory
+from gspo.training.measured_memory import make_optimizer_state, measure, new_weights, update
+from gspo.training.plan import auto_model, plan_training, remedies, require_plan
+from gspo_implementation import gspo_loss
+from support import ROOT
+from train_gspo import parse, resolve_for_machine
+
+GPUS = (8, 12, 16, 24, 40, 48, 80, 141, 192)
+# Shapes of which no way of training needs a GB, so that a plan takes a second.
+SMALL = Qwen2Config(
+    hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=20_000, tie_word_embeddings=True, architectures=["Qwen2ForCausalLM"],
+)  # fmt: skip
+OPEN = GSPOConfig(device="cuda", dtype="bfloat16", max_length=256, max_new_tokens=128)
+METHODS = {
+    "adamw": {"optimizer": "adamw", "lora_rank": 0},
+    "adamw_8bit": {"optimizer": "adamw_8bit", "lora_rank": 0},
+    "lora": {"optimizer": "adamw", "lora_rank": 32},
+}
+
+
+def settings(method, **others):
+    passes = {"micro_batch_tokens": 4096, "gradient_checkpointing": False, "rollout_rows": 32}
+    return GSPOConfig(**{**vars(OPEN), **METHODS[method], **passes, **others})
+
+
+def machine(num_bytes, processes=1):
+    return Machine("a GPU", num_bytes / 0.9 + 1, processes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tensors_without_memory_count_as_real_ones_do(method):
+    """The same update on real tensors holds as many bytes at its peak."""
+    config = settings(method, device="cpu")
+    planned = measure(SMALL, config, gspo_loss, Machine("this machine", 1e10))
+    memory = LivingMemory(SMALL.vocab_size)
+    with memory:
+        weights = new_weights(SMALL, config, torch.device("cpu"))
+        make_optimizer_state(weights)
+        memory.start_peak()
+        update(weights, config, gspo_loss)
+    assert sum(memory.peak.values()) == pytest.approx(sum(planned.update.values()), rel=0.01)
+
+
+def test_parts_are_what_they_are_called():
+    memory = measure(SMALL, settings("adamw"), gspo_loss, machine(1e10))
+    weights = 4 * 4 * (256 * 256 * 1.5 * 2 / 2 + 256 * 1024 * 3 / 4)
+    parameters = plans.count_parameters(SMALL)
+    assert memory.update["weights"] == pytest.approx(4 * parameters, rel=0.01), weights
+    assert memory.update["optimizer"] == pytest.approx(8 * parameters, rel=0.01)
+    assert memory.update["CUDA context"] == memory.sampling["CUDA context"] == CONTEXT_BYTES
+    # Keys and values of 32 responses of 256 tokens: 4 layers, 2 heads of 64, in bfloat16.
+    assert memory.sampling["cache"] == pytest.approx(32 * 256 * 4 * 2 * 2 * 64 * 2, rel=0.05)
+    assert memory.sampling["weights"] == memory.update["weights"]
+
+
+def test_each_setting_counts():
+    def peak(method="adamw", processes=1, **others):
+        config = settings(method, **{"mini_batch_size": 4, **others})
+        return sum(measure(SMALL, config, gspo_loss, machine(1e10, processes)).update.values())
+
+    assert peak("lora") < peak("adamw_8bit") < peak("adamw")
+    assert peak(gradient_checkpointing=True) < peak()
+    assert peak(micro_batch_tokens=1024) < peak()
+    assert peak(processes=4) < peak()
+    assert peak(kl_coef=0.1) == pytest.approx(peak() + 4 * plans.count_parameters(SMALL), rel=0.01)
+    assert peak("lora", kl_coef=0.1) == pytest.approx(peak("lora"), rel=0.01)  # adapters are switched off
+
+
+def test_a_smaller_gpu_gets_the_next_way_of_training():
+    def planned(num_bytes, **others):
+        return plan_training(SMALL, GSPOConfig(**{**vars(OPEN), **others}), gspo_loss, machine(num_bytes))
+
+    everything = planned(100e9)
+    assert everything.config.method == "adamw" and not everything.config.gradient_checkpointing
+    assert everything.config.micro_batch_tokens == 4096 and everything.config.rollout_rows == 128
+    seen, num_bytes = [], everything.memory.peak
+    while (found := planned(num_bytes)) is not None:
+        assert found.memory.peak <= num_bytes
+        config = found.config
+        seen.append((config.method, config.gradient_checkpointing, config.micro_batch_tokens))
+        num_bytes = found.memory.peak - 1
+    assert seen == sorted(seen, key=lambda way: (list(METHODS).index(way[0]), way[1], -way[2]))
+    assert {way[0] for way in seen} == set(METHODS)
+    # What is given stays.
+    assert planned(num_bytes=everything.memory.peak - 1, optimizer="adamw", lora_rank=0).config.method == "adamw"
+    assert planned(num_bytes, optimizer="adamw", lora_rank=0) is None
+
+
+def test_a_refusal_names_what_fits():
+    smallest = measure(
+        SMALL,
+        settings("lora", gradient_checkpointing=True, micro_batch_tokens=512, rollout_rows=8),
+        gspo_loss,
+        machine(1e10),
+    )
+    gpu = machine(1.05 * smallest.peak)
+    config = GSPOConfig(**{**vars(OPEN), "model_name": "mine", "optimizer": "adamw", "lora_rank": 0})
+    with pytest.raises(ValueError) as refusal:
+        require_plan(SMALL, config, gspo_loss, gpu)
+    said = str(refusal.value)
+    assert re.match(r"--model_name mine: training needs \d+\.\d GB of GPU memory \(", said) and "\n" not in said
+    assert "it fits with --lora_rank 32" in said
+
+
+@pytest.mark.parametrize("given, machine", [("80", (80e9, 1)), ("8x80", (80e9, 8)), ("2x141", (141e9, 2))])
+def test_plan_for(given, machine):
+    planned = machine_for(given, "cuda")
+    assert (planned.total_bytes, planned.processes) == machine
+
+
+@pytest.mark.parametrize("wrong", ["0", "80GB", "x80", "8x", "-1", "8x80x2", "1e3", ""])
+def test_a_wrong_plan_for_is_refused(wrong):
+    with pytest.raises(ValueError, match="--plan_for"):
+        GSPOConfig(dry_run=True, plan_for=wrong)
+
+
+def test_plan_for_goes_with_dry_run():
+    with pytest.raises(ValueError, match="--plan_for goes with --dry_run"):
+        GSPOConfig(plan_for="80")
+
+
+def test_a_dry_run_plans_for_another_gpu(tmp_path, capsys):
+    """From a config.json alone."""
+    SMALL.save_pretrained(tmp_path)
+    command = ["--model_name", str(tmp_path), "--dataset", "math", "--dry_run", "--plan_for", "8x80"]
+    assert train_gspo.main(command) == 0
+    said = capsys.readouterr().out
+    for line in (
+        r"trained: all weights, with float32 masters and AdamW \(--optimizer adamw --lora_rank 0\)",
+        r"memory at its peak: \d+\.\d GB of each of 8 GPUs of 80 GB",
+        r"  an update, 4096 tokens per pass: \d+\.\d GB \(",
+        r"  sampling 128 responses at a time: \d+\.\d GB \(",
+        r"  LoRA adapters over frozen weights \(--lora_rank 32\) would fit too, with \d+\.\d GB",
+    ):
+        assert re.search(line, said), (line, said)
+
+
+@pytest.fixture
+def small_auto(monkeypatch):
+    """`auto` chooses between a larger and a smaller model, of which none takes long to plan."""
+    shapes = {"large": {**SMALL.to_dict(), "num_hidden_layers": 8}, "small": SMALL.to_dict()}
+    for module in (known_models, plans):
+        monkeypatch.setattr(module, "AUTO_MODELS", shapes)
+
+
+def test_auto_takes_the_largest_that_fits_and_it_is_not_refused(small_auto):
+    def chosen(num_bytes):
+        return auto_model(lambda *_: OPEN, gspo_loss, machine(num_bytes))
+
+    name, plan = chosen(100e9)
+    assert name == "large"
+    least = plan.memory.peak
+    while name == "large":
+        least = plan.memory.peak
+        name, plan = chosen(least - 1)
+    assert name == "small" and plan.memory.peak <= least
+    assert plan_training(SMALL, plan.config, gspo_loss, machine(least - 1)) == plan
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Return a function that makes torch see a GPU of so many bytes."""
+
+    def see(total_memory):
+        properties = SimpleNamespace(name="A GPU", total_memory=total_memory)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+    return see
+
+
+def test_on_the_cpu_auto_takes_the_embedded_model_whatever_the_gpu(gpu):
+    gpu(192 * 10**9)
+    assert resolve_for_machine(parse(["--device", "cpu"])).model_name == EMBEDDED_NAME
+
+
+# ---- with the models that people train; these take minutes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gb", GPUS)
+def test_every_gpu_gets_a_model_that_fits(gb, gpu, capsys):
+    gpu(gb * 10**9)
+    taken = resolve_for_machine(parse([]))
+    said = capsys.readouterr().out
+    peak = float(re.search(r"memory at its peak: (\d+\.\d) GB", said)[1])
+    assert peak <= 0.9 * gb
+    # A resumed run names the model, and is not refused.
+    again = resolve_for_machine(parse(["--model_name", taken.model_name]))
+    assert again.model_name == taken.model_name and again.method == taken.method
+
+
+QWEN_7B = AUTO_MODELS["Qwen/Qwen2.5-7B-Instruct"]
+SEED_COMMANDS = {
+    "7B": (Qwen2Config(**QWEN_7B), []),
+    "7B, GRPO": (Qwen2Config(**QWEN_7B), ["--algorithm", "grpo"]),
+    "7B, long": (Qwen2Config(**QWEN_7B), ["--max_length", "2048", "--batch_size", "8", "--mini_batch_size", "2"]),
+    "14B": (
+        Qwen2Config(**{**QWEN_7B, "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48,
+                       "num_attention_heads": 40, "num_key_value_heads": 8}),
+        [],
+    ),
+    "Llama 8B": (
+        LlamaConfig(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                    num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072),
+        [],
+    ),
+    "MoE A2.7B": (
+        Qwen2MoeConfig(hidden_size=2048, intermediate_size=5632, moe_intermediate_size=1408,
+                       shared_expert_intermediate_size=5632, num_hidden_layers=24, num_attention_heads=16,
+                       num_key_value_heads=16, num_experts=60, num_experts_per_tok=4, vocab_size=151936),
+        [],
+    ),
+    "DialoGPT": (GPT2Config(n_embd=1024, n_layer=24, n_head=16), []),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEED_COMMANDS)
+def test_the_commands_that_people_come_for_fit_80_gb(name, tmp_path, capsys):
+    model_config, flags = SEED_COMMANDS[name]
+    model_config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = {"gpt2": ["GPT2LMHeadModel"]}.get(config["model_type"], ["Qwen2ForCausalLM"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = ["--model_name", str(tmp_path), "--dry_run", "--plan_for", "80", "--dataset", "math", *flags]
+    assert train_gspo.main(command) == 0
+    assert float(re.search(r"memory at its peak: (\d+\.\d) GB", capsys.readouterr().out)[1]) <= 72
+
+
+REAL_UPDATE = """
+import resource, sys, torch
+from tests_plan import *
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [EMBEDDED_NAME, "Qwen/Qwen2.5-0.5B-Instruct"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_planned_peak_is_near_that_of_a_real_update(model, method):
+    """Resident memory of a process that makes two updates, beyond what it has before the model."""
+    script = f"""
+import resource, torch
+from gspo.policy.known_models import known_config
+from gspo.training.config import GSPOConfig
+from gspo.training.hardware import Machine
+from gspo.training.measured_memory import make_optimizer_state, measure, new_weights, update
+from gspo_implementation import gspo_loss
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+config = GSPOConfig(device="cpu", dtype="bfloat16", max_length=256, max_new_tokens=192, rollout_rows=8,
+                    micro_batch_tokens=4096, gradient_checkpointing=False, **{METHODS[method]!r})
+shapes = known_config({model!r})
+planned = measure(shapes, config, gspo_loss, Machine("this machine", 24e9))
+before = resident()
+weights = new_weights(shapes, config, torch.device("cpu"))
+make_optimizer_state(weights)
+update(weights, config, gspo_loss)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+print(sum(planned.update.values()), peak)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    planned, real = map(float, done.stdout.split()[-2:])
+    assert planned == pytest.approx(real, rel=0.1)
+    assert remedies
