@@ -188,8 +188,8 @@ class TransformersEngine:
         """Sample responses of at most `budgets` (B,) tokens each, drawn with `uniforms` (B, T).
 
         On a GPU, the loop waits only when it looks which rows have ended, every LOOK_EVERY tokens. This reads
-        `ended`, and writes the indices of the rows that stay. Some models wait within `decode`, such as those
-        with a sliding window, for which transformers examines the attention mask.
+        `ended`, and writes the indices of the rows that stay. A model may wait by itself within `decode`: of
+        the families in our tests, gemma3 does, once a token.
         """
         device = self.model.get_input_embeddings().weight.device
         num_rows, longest = len(budgets), int(budgets.max())
