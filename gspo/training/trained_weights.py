@@ -40,7 +40,7 @@ class TrainedWeights(Protocol):
         """Take the trained weights of save_checkpoint()."""
 
     def save_model(self, folder: Path) -> None:
-        """Write the trained model into a folder, for use elsewhere: from_pretrained loads it."""
+        """Write the trained model for use elsewhere, in the type that it came in: from_pretrained loads it."""
 
 
 def trained_weights(model: Any, config: GSPOConfig, device: torch.device) -> TrainedWeights:
@@ -53,6 +53,7 @@ class AllWeights:
 
     def __init__(self, model: Any, config: GSPOConfig, device: torch.device):
         self.saved_dtype: torch.dtype = model.dtype
+        # float() goes parameter by parameter, and frees each in its old type.
         self.model = model.to(device).float().eval()
         self.parameters = list(self.model.parameters())
         self._start = deepcopy(self.model).requires_grad_(False) if config.kl_coef else None
@@ -75,4 +76,4 @@ class AllWeights:
         load_weights(self.model, folder)
 
     def save_model(self, folder: Path) -> None:
-        save_model(self.model, folder)
+        save_model(self.model, folder, self.saved_dtype)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from gspo.policy.saved_model import save_tokenizer
 from gspo.training.alarms import (
     MEND_REWARD,
     WINDOW,
@@ -28,7 +29,14 @@ from gspo.training.alarms import (
     stop_if,
     unjudged_reason,
 )
-from gspo.training.checkpoints import STATE_FILE, STATE_FORMAT, random_states, read_state, set_random_states
+from gspo.training.checkpoints import (
+    drop_moments,
+    random_states,
+    read_moments,
+    read_state,
+    set_random_states,
+    write_state,
+)
 from gspo.training.command_line import is_rank_0
 from gspo.training.config import GSPOConfig
 from gspo.training.dynamic_sampling import MAX_DRAWN
@@ -44,7 +52,7 @@ from gspo.training.stopping import Interrupted, StopRequest
 from gspo.training.trained_weights import TrainedWeights
 from gspo.training.whole_folders import CannotSave, remove
 
-# Checkpoints kept on disk: with float32 weights and AdamW's moments, one takes three times the model.
+# Checkpoints kept on disk. The newest has the optimizer's moments, with AdamW twice the size of the weights.
 CHECKPOINTS_KEPT = 2
 
 
@@ -315,9 +323,8 @@ class TrainingRun:
             remove(path)
         with self.folder.writing(f"checkpoints/{name}") as folder:
             self.trainer.weights.save_checkpoint(folder)
-            self.trainer.tokenizer.save_pretrained(folder)
+            save_tokenizer(self.trainer.tokenizer, folder)
             state = {
-                "format": STATE_FORMAT,
                 **self.trainer.state_dict(),
                 "pending": [batch.state_dict() for batch in self.pending],
                 "sampled": self._sampled(),
@@ -325,7 +332,10 @@ class TrainingRun:
                 "lines": self.record.line_counts(self.trainer.step),
                 "random": random_states(),
             }
-            torch.save(state, folder / STATE_FILE)
+            write_state(folder, state)
+        for path in self.folder.checkpoints():
+            if path.name != name:
+                drop_moments(path)
         self._saved_progress = self._progress()
 
     def _progress(self) -> tuple[int, int, int, int]:
@@ -336,7 +346,7 @@ class TrainingRun:
     def _save_model(self, name: str) -> None:
         with self.folder.writing(name) as folder:
             self.trainer.weights.save_model(folder)
-            self.trainer.tokenizer.save_pretrained(folder)
+            save_tokenizer(self.trainer.tokenizer, folder)
 
     # ---- beginning and resuming
 
@@ -366,6 +376,14 @@ class TrainingRun:
         trainer = self.trainer
         state = read_state(checkpoint)
         trainer.weights.load_checkpoint(checkpoint)
+        moments = read_moments(checkpoint, lazily=self.processes.device.type != "cpu")
+        if moments is None and self.processes.is_main:
+            print(
+                f"warning: {checkpoint} is an older checkpoint, whose optimizer state was dropped to save disk "
+                "space: training goes on from its weights with fresh moments, so not exactly as before",
+                file=sys.stderr,
+            )
+        state["optimizer"]["state"] = moments or {}
         trainer.load_state_dict(state)
         counts = [len(batch["samples"]) // batch["group_size"] for batch in state["pending"]]
         self.drawn = state["sampled"] - sum(counts)
