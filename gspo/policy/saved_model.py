@@ -1,8 +1,8 @@
 """Write a model into a folder that from_pretrained loads, and read weights back into a model.
 
-transformers 5 saves some settings under names that transformers 4 does not know. Tools for serving and evaluation
-still use transformers 4, which then takes its defaults without a word: rotary positions of base 10000, for
-instance. So these settings are written under both names. tests/policy/test_saved_model.py tries it with 4.57.
+transformers 5 saves some settings under names that transformers 4 does not know. Tools for serving and
+evaluation still use transformers 4, which then takes its defaults without a word: a rope_theta of 10000,
+for instance. So these settings are written under both names. tests/policy/test_saved_model.py tries 4.57.
 """
 
 import json

@@ -1,7 +1,7 @@
 """A run's checkpoints: which there are, which is whole, and what they hold besides the weights.
 
-checkpoints/step-N/ holds the model and the tokenizer as from_pretrained loads them, and STATE_FILE. The newest
-checkpoint also has MOMENTS_FILE.
+checkpoints/step-N/ holds the model and the tokenizer as from_pretrained loads them, and STATE_FILE. The
+newest checkpoint also has MOMENTS_FILE.
 """
 
 import random

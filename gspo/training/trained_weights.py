@@ -40,7 +40,7 @@ class TrainedWeights(Protocol):
         """Take the trained weights of save_checkpoint()."""
 
     def save_model(self, folder: Path) -> None:
-        """Write the trained model for use elsewhere, in the type that it came in: from_pretrained loads it."""
+        """Write the trained model, in the type that it came in, into a folder that from_pretrained loads."""
 
 
 def trained_weights(model: Any, config: GSPOConfig, device: torch.device) -> TrainedWeights:

@@ -379,8 +379,8 @@ class TrainingRun:
         moments = read_moments(checkpoint, lazily=self.processes.device.type != "cpu")
         if moments is None and self.processes.is_main:
             print(
-                f"warning: {checkpoint} is an older checkpoint, whose optimizer state was dropped to save disk "
-                "space: training goes on from its weights with fresh moments, so not exactly as before",
+                f"warning: {checkpoint} is an older checkpoint, whose optimizer state was dropped to save "
+                "room: training goes on from its weights with fresh moments, so not exactly as before",
                 file=sys.stderr,
             )
         state["optimizer"]["state"] = moments or {}

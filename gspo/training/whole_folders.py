@@ -5,8 +5,8 @@ step-12/             is whole: every file was on the disk before the folder got 
 step-12.previous/    is what step-12 replaces; if a kill between two renames leaves it alone, it is put back
 SHA256SUMS           is in each folder, with the number of its files; `sha256sum -c SHA256SUMS` checks it
 
-A file is never changed once its folder is whole. So equal weights in several folders can be one file on the disk,
-with a hard link in each folder.
+A file is never changed once its folder is whole. So equal weights in several folders can be one file on the
+disk, with a hard link in each folder.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 CHECKSUMS = "SHA256SUMS"
-# Only weights are linked. Smaller files are edited by hand sometimes, and an editor may write into the file itself,
-# which would change it in all folders. (safetensors writes a new file.)
+# Only weights are linked. Smaller files are edited by hand sometimes, and an editor may write into the file
+# itself, which would change it in all folders. (safetensors writes a new file.)
 LINKED = ".safetensors"
 
 
@@ -181,7 +181,7 @@ def _write_checksums(folder: Path) -> None:
 
 
 def _read_checksums(folder: Path) -> tuple[dict[str, str], str | None]:
-    """The digests that a folder lists, by the files' names; or none of them, and what is wrong with the list."""
+    """The digests that a folder lists, by the files' names; or none, and what is wrong with the list."""
     try:
         header, *lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines() or [""]
     except (OSError, UnicodeDecodeError):
