@@ -41,6 +41,7 @@ from gspo.training.command_line import is_rank_0
 from gspo.training.config import GSPOConfig
 from gspo.training.dynamic_sampling import MAX_DRAWN
 from gspo.training.findings import FirstBatches
+from gspo.training.model_card import model_card
 from gspo.training.processes import Processes
 from gspo.training.progress import progress_bar
 from gspo.training.record import Record
@@ -204,7 +205,7 @@ class TrainingRun:
             if trainer.step == 0 or finished or is_due(trainer.step, config.eval_frequency):
                 self._evaluate()
             if finished:
-                self.processes.on_main(self._save_model, "final_model")
+                self.processes.on_main(self._save_model, "final_model", self._evaluations())
                 return
             if is_due(trainer.step, config.save_frequency):
                 self.processes.on_main(self.save_checkpoint)
@@ -295,7 +296,8 @@ class TrainingRun:
             return
         metrics = self.trainer.evaluate(self.eval_problems)
         if all(standing(metrics) > standing(earlier) for earlier in recorded):
-            self.processes.on_main(self._save_model, "best_model")
+            evaluations = [*recorded, {"step": step, **metrics}]
+            self.processes.on_main(self._save_model, "best_model", evaluations)
         self.processes.on_main(lambda: self.record.add_evaluation(step, metrics))
         fall = held_out_fall([*recorded, {"step": step, **metrics}])
         if fall and not held_out_fall(recorded) and self.processes.is_main:
@@ -343,10 +345,14 @@ class TrainingRun:
         updates = sum(len(batch.updates) for batch in self.pending)
         return self.trainer.step, len(self.pending), updates, len(self.record.evaluations())
 
-    def _save_model(self, name: str) -> None:
+    def _save_model(self, name: str, evaluations: list[dict]) -> None:
+        """Write the model with its card. The last of the evaluations so far is its own."""
+        counts = len(self.train_problems), len(self.eval_problems)
+        card = model_card(self.config, self.source, *counts, evaluations)
         with self.folder.writing(name) as folder:
             self.trainer.weights.save_model(folder)
             save_tokenizer(self.trainer.tokenizer, folder)
+            (folder / "README.md").write_text(card, encoding="utf-8")
 
     # ---- beginning and resuming
 

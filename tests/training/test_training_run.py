@@ -337,7 +337,7 @@ def test_the_best_model_goes_by_pass_rate_and_then_by_mean_reward(tmp_path):
         return without_step(EVALUATION) | dict(zip(("pass_at_1", "reward_mean"), next(found), strict=True))
 
     run.trainer.evaluate = evaluate
-    run._save_model = lambda name: saved.append((name, run.trainer.step))
+    run._save_model = lambda name, _: saved.append((name, run.trainer.step))
     result = run.train()
     assert saved == [("best_model", 0), ("best_model", 1), ("best_model", 3), ("final_model", 4)]
     assert [result[name]["step"] for name in ("before", "best", "after")] == [0, 3, 4]
