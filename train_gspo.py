@@ -458,8 +458,11 @@ def load_trainer(config: GSPOConfig, reward_fn: RewardsOf, train_problems: list)
 
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading the weights
-    # On the CPU first: each process then moves the model to its own GPU.
-    model, tokenizer = load_model(config.model_name, device="cpu", trust_remote_code=config.trust_remote_code)
+    # On the CPU first: each process then moves the model to its own GPU, and makes it float32 there. In the
+    # type of the files it takes no memory here but the files' own pages, which processes share.
+    model, tokenizer = load_model(
+        config.model_name, dtype="auto", device="cpu", trust_remote_code=config.trust_remote_code
+    )
     warn_of_unreadable_prompts(tokenizer, config, train_problems)
     return GSPOTrainer(model, tokenizer, config, reward_fn)
 

@@ -277,6 +277,21 @@ def test_run_folder_is_complete(finished_run):
     )
 
 
+def test_a_trained_model_has_a_card(finished_run):
+    _, run, _ = finished_run
+    evaluations = lines_of(run / "eval.jsonl")
+    card = (run / "final_model" / "README.md").read_text()
+    assert (
+        f"held-out pass@1: {evaluations[-1]['pass_at_1']:.3f}" in card
+        and "training: 6 rollout batches" in card
+    )
+    best = max(evaluations, key=lambda line: (line["pass_at_1"], line["reward_mean"]))
+    card = (run / "best_model" / "README.md").read_text()
+    assert f"held-out pass@1: {best['pass_at_1']:.3f}" in card
+    assert f"before training {evaluations[0]['pass_at_1']:.3f}" in card
+    assert f"training: {best['step']} rollout batches" in card
+
+
 def test_final_model_gives_the_trainers_greedy_answers(finished_run):
     t, run, _ = finished_run
     saved = AutoModelForCausalLM.from_pretrained(run / "final_model")

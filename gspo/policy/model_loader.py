@@ -62,8 +62,9 @@ def load_model(
     Args:
         name: a hub id, a folder, or one of BUILT_IN. `auto` is the embedded model here; train_gspo.py takes a
             larger one where the plan of a run (gspo/training/plan.py) says that it fits the GPU.
-        dtype: the type of the weights, a torch.dtype or its name. None means float32: an update at learning
-            rate 1e-6 is smaller than the rounding of bfloat16 weights.
+        dtype: the type of the weights, a torch.dtype or its name; "auto" is the one that the model's files
+            have. None means float32: an update at learning rate 1e-6 is smaller than the rounding of bfloat16
+            weights.
         device: None means the GPU where there is one, else the CPU.
         trust_remote_code: whether code that comes with the model may be executed.
 
@@ -79,7 +80,9 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name in TINY_NAMES:
         model = new_tiny_model(name, load_file(TINY_FOLDER / f"{name}.safetensors"))
-        return model.to(device, dtype), tiny_tokenizer()
+        if dtype != "auto":
+            model.to(dtype)
+        return model.to(device), tiny_tokenizer()
     source, local_only = _locate(name)
     _check_causal(name, _read_config(name, source, local_only, trust_remote_code))
     access = {"local_files_only": local_only, "trust_remote_code": trust_remote_code}
@@ -250,8 +253,8 @@ def _suggestion(name: str) -> str:
     return f" (did you mean {closest}?)"
 
 
-def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype or torch.float32
     if dtype not in names:

@@ -1,17 +1,116 @@
-"""Write a model into a folder that from_pretrained loads, and read weights back into a model."""
+"""Write a model into a folder that from_pretrained loads, and read weights back into a model.
 
+transformers 5 saves some settings under names that transformers 4 does not know. Tools for serving and
+evaluation still use transformers 4, which then takes its defaults without a word: a rope_theta of 10000,
+for instance. So these settings are written under both names. tests/policy/test_saved_model.py tries 4.57.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 
 
-def save_model(model: Any, folder: Path) -> None:
-    """Write the weights and the configuration."""
-    model.save_pretrained(folder)
+def save_model(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the weights, in this type (None: as they are), and the configuration."""
+    weights = None if dtype is None else _cast(model.state_dict(), dtype)
+    model.save_pretrained(folder, state_dict=weights)
+    with _edited(folder / "config.json") as saved:
+        if dtype is not None:
+            saved["dtype"] = str(dtype).removeprefix("torch.")
+        _add_older_names(saved, model.config)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the tokenizer."""
+    tokenizer.save_pretrained(folder)
+    with _edited(folder / "tokenizer_config.json") as saved:
+        for loading in ("is_local", "local_files_only"):  # how it was loaded here
+            saved.pop(loading, None)
+        # tokenizer.json has all that the tokenizer does, and this class does no more. transformers 4 lacks
+        # some of the classes of 5, and others add tokens by defaults of their own.
+        if saved.pop("backend", None) == "tokenizers":
+            saved["tokenizer_class"] = "PreTrainedTokenizerFast"
+            saved["model_input_names"] = tokenizer.model_input_names
+        # transformers 4 has a list under another name, and under this one a dictionary.
+        if isinstance(saved.get("extra_special_tokens"), list):
+            saved["additional_special_tokens"] = saved.pop("extra_special_tokens")
+        if named := saved.get("model_specific_special_tokens"):
+            saved["extra_special_tokens"] = named
 
 
 def load_weights(model: Any, folder: Path) -> None:
-    """Give the model the weights of save_model(). They keep the model's type and device."""
+    """Give the model the weights of save_model(). They keep the model's type and device.
+
+    The present ones are given up first, so that two models are never in memory.
+    """
+    shapes = [parameter.shape for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    # from_pretrained(), since mixtures of experts have other names and shapes on disk.
     saved = type(model).from_pretrained(folder, dtype=torch.float32)
-    model.load_state_dict(saved.state_dict())
+    for parameter, source, shape in zip(model.parameters(), saved.parameters(), shapes, strict=True):
+        assert source.shape == shape, "the checkpoint is of another model"
+        # A copy: source may be the file itself, mapped into memory, and its checkpoint is removed some day.
+        parameter.data = source.data.to(parameter.device, parameter.dtype, copy=True)
+        source.data = source.data.new_empty(0)
+
+
+def _cast(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights on the CPU and, but for integers, in this type. Tied weights stay tied."""
+    cast: dict[tuple, torch.Tensor] = {}
+    result = {}
+    for name, tensor in weights.items():
+        storage = tensor.device, tensor.data_ptr(), tensor.shape
+        if storage not in cast:
+            cast[storage] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+        result[name] = cast[storage]
+    return result
+
+
+@contextmanager
+def _edited(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield what is in a JSON file, and write it back."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    yield content
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _add_older_names(saved: dict[str, Any], config: Any) -> None:
+    """Add to a configuration, as transformers 5 saves it, what transformers 4 reads."""
+    if "dtype" in saved:
+        saved["torch_dtype"] = saved["dtype"]
+    for other_name, name in config.attribute_map.items():
+        if name in saved:
+            saved.setdefault(other_name, saved[name])
+    older = saved | _older_rope(saved.get("rope_parameters") or {})
+    # Some families of transformers 5 alone would misread the names that they never had.
+    if "rope_parameters" in saved:
+        read_back = type(config)(**deepcopy(older))
+        if read_back.rope_parameters == config.rope_parameters:
+            saved.update(older)
+    for name in config.sub_configs:
+        if isinstance(saved.get(name), dict):
+            _add_older_names(saved[name], getattr(config, name))
+
+
+def _older_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """The settings of rotary positions under the names of transformers 4."""
+    older = {}
+    if "full_attention" in rope:  # one entry for each type of layer; transformers 4 scales this one alone
+        older["rope_local_base_freq"] = rope.get("sliding_attention", {}).get("rope_theta")
+        rope = rope["full_attention"]
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rope:
+            older[name] = rope[name]
+    scaling = {name: value for name, value in rope.items() if name not in older}
+    if "long_factor" in rope:  # Phi-3, which refuses any other entry
+        scaling = {name: rope[name] for name in ("short_factor", "long_factor")} | {"type": "longrope"}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = scaling
+    return older

@@ -1,6 +1,7 @@
 """A run's checkpoints: which there are, which is whole, and what they hold besides the weights.
 
-checkpoints/step-N/ holds the model and the tokenizer as from_pretrained loads them, and STATE_FILE.
+checkpoints/step-N/ holds the model and the tokenizer as from_pretrained loads them, and STATE_FILE. The
+newest checkpoint also has MOMENTS_FILE.
 """
 
 import random
@@ -11,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gspo.training.whole_folders import damage
+from gspo.training.whole_folders import damage, drop_file, lists
 
 STATE_FILE = "training_state.pt"
+# The optimizer's moments: with AdamW twice the size of the weights. An older checkpoint has them no more.
+MOMENTS_FILE = "optimizer_moments.pt"
 # The version of what STATE_FILE holds. A checkpoint of another version is refused, not misread.
-STATE_FORMAT = 3
+STATE_FORMAT = 4
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -39,17 +42,38 @@ def newest_whole(candidates: list[Path]) -> Path | None:
     return None
 
 
-def read_state(checkpoint: Path, lazily: bool = False) -> dict:
-    """The training state of a checkpoint, on the CPU.
+def write_state(checkpoint: Path, state: dict) -> None:
+    """Write the training state, which has the optimizer's state_dict(), into a new checkpoint."""
+    optimizer = state["optimizer"]
+    torch.save(optimizer["state"], checkpoint / MOMENTS_FILE)
+    without_moments = {"format": STATE_FORMAT, **state, "optimizer": optimizer | {"state": {}}}
+    torch.save(without_moments, checkpoint / STATE_FILE)
+
+
+def drop_moments(checkpoint: Path) -> None:
+    """Free the room that the optimizer's moments take. A link to a folder elsewhere is left alone."""
+    if not checkpoint.is_symlink():
+        drop_file(checkpoint, MOMENTS_FILE)
+
+
+def read_moments(checkpoint: Path, lazily: bool) -> dict | None:
+    """The optimizer's moments on the CPU: the "state" of its state_dict(). None in an older checkpoint.
 
     Args:
-        lazily: read the tensors from the file only when they are used, for a look at the rest.
+        lazily: read them from the file only when they are used, for weights that are elsewhere.
+    """
+    if not lists(checkpoint, MOMENTS_FILE):
+        return None
+    return torch.load(checkpoint / MOMENTS_FILE, map_location="cpu", weights_only=True, mmap=lazily)
+
+
+def read_state(checkpoint: Path) -> dict:
+    """The training state of a checkpoint on the CPU, without the optimizer's moments.
 
     Raises:
         ValueError: another version of this toolkit wrote it.
     """
-    # On the CPU: the optimizer moves its state to the weights, and random states stay there.
-    state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True, mmap=lazily)
+    state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
     if state.get("format") != STATE_FORMAT:
         raise ValueError(
             f"--resume {checkpoint}: another version of this toolkit wrote it; go on with that one, or start "

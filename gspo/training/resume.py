@@ -102,7 +102,7 @@ def _find_checkpoint(run: OpenRun, num_queries: int) -> None:
     checkpoint = _whole_checkpoint(folder, str(config.resume), saved)
     if checkpoint is None:
         return
-    state = read_state(checkpoint, lazily=True)
+    state = read_state(checkpoint)
     refuse_other_settings(checkpoint, state["settings"], settings)
     if state["sampled"] > num_queries:
         raise ValueError(

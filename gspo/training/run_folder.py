@@ -85,10 +85,15 @@ class RunFolder:
         return checkpoints_in(self.path)
 
     def writing(self, name: str) -> AbstractContextManager[Path]:
-        """whole_folder() of a folder in this one, after the record's lines are on the disk."""
+        """whole_folder() of a folder in this one, after the record's lines are on the disk.
+
+        Weights that several of the run's folders have are on the disk once.
+        """
         for path in self.path.glob("*.jsonl"):
             sync(path)
-        return whole_folder(self.path / name)
+        folders = [*self.checkpoints(), self.path / "best_model", self.path / "final_model"]
+        others = [path for path in folders if path != self.path / name and not path.is_symlink()]
+        return whole_folder(self.path / name, others)
 
     def keep_evidence(self, step: int, reason: str, metrics: dict, batches: Sequence[RolloutBatch]) -> None:
         """Write emergency/: why the run stopped, with the metrics, and the rollout batch if there is one."""

@@ -40,7 +40,7 @@ class TrainedWeights(Protocol):
         """Take the trained weights of save_checkpoint()."""
 
     def save_model(self, folder: Path) -> None:
-        """Write the trained model into a folder, for use elsewhere: from_pretrained loads it."""
+        """Write the trained model, in the type that it came in, into a folder that from_pretrained loads."""
 
 
 def trained_weights(model: Any, config: GSPOConfig, device: torch.device) -> TrainedWeights:
@@ -55,7 +55,7 @@ def move(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """
     if all(p.device == device and p.dtype == dtype for p in model.parameters()):
         return model
-    return model.to(device).to(dtype)
+    return model.to(device).to(dtype)  # parameter by parameter: each is freed in its old type
 
 
 class AllWeights:
@@ -85,4 +85,4 @@ class AllWeights:
         load_weights(self.model, folder)
 
     def save_model(self, folder: Path) -> None:
-        save_model(self.model, folder)
+        save_model(self.model, folder, self.saved_dtype)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from gspo.policy.saved_model import save_tokenizer
 from gspo.training.alarms import (
     MEND_REWARD,
     WINDOW,
@@ -28,11 +29,19 @@ from gspo.training.alarms import (
     stop_if,
     unjudged_reason,
 )
-from gspo.training.checkpoints import STATE_FILE, STATE_FORMAT, random_states, read_state, set_random_states
+from gspo.training.checkpoints import (
+    drop_moments,
+    random_states,
+    read_moments,
+    read_state,
+    set_random_states,
+    write_state,
+)
 from gspo.training.command_line import is_rank_0
 from gspo.training.config import GSPOConfig
 from gspo.training.dynamic_sampling import MAX_DRAWN
 from gspo.training.findings import FirstBatches
+from gspo.training.model_card import model_card
 from gspo.training.processes import Processes
 from gspo.training.progress import progress_bar
 from gspo.training.record import Record
@@ -44,7 +53,7 @@ from gspo.training.stopping import Interrupted, StopRequest
 from gspo.training.trained_weights import TrainedWeights
 from gspo.training.whole_folders import CannotSave, remove
 
-# Checkpoints kept on disk: with float32 weights and AdamW's moments, one takes three times the model.
+# Checkpoints kept on disk. The newest has the optimizer's moments, with AdamW twice the size of the weights.
 CHECKPOINTS_KEPT = 2
 
 
@@ -196,7 +205,7 @@ class TrainingRun:
             if trainer.step == 0 or finished or is_due(trainer.step, config.eval_frequency):
                 self._evaluate()
             if finished:
-                self.processes.on_main(self._save_model, "final_model")
+                self.processes.on_main(self._save_model, "final_model", self._evaluations())
                 return
             if is_due(trainer.step, config.save_frequency):
                 self.processes.on_main(self.save_checkpoint)
@@ -287,7 +296,8 @@ class TrainingRun:
             return
         metrics = self.trainer.evaluate(self.eval_problems)
         if all(standing(metrics) > standing(earlier) for earlier in recorded):
-            self.processes.on_main(self._save_model, "best_model")
+            evaluations = [*recorded, {"step": step, **metrics}]
+            self.processes.on_main(self._save_model, "best_model", evaluations)
         self.processes.on_main(lambda: self.record.add_evaluation(step, metrics))
         fall = held_out_fall([*recorded, {"step": step, **metrics}])
         if fall and not held_out_fall(recorded) and self.processes.is_main:
@@ -315,9 +325,8 @@ class TrainingRun:
             remove(path)
         with self.folder.writing(f"checkpoints/{name}") as folder:
             self.trainer.weights.save_checkpoint(folder)
-            self.trainer.tokenizer.save_pretrained(folder)
+            save_tokenizer(self.trainer.tokenizer, folder)
             state = {
-                "format": STATE_FORMAT,
                 **self.trainer.state_dict(),
                 "pending": [batch.state_dict() for batch in self.pending],
                 "sampled": self._sampled(),
@@ -325,7 +334,10 @@ class TrainingRun:
                 "lines": self.record.line_counts(self.trainer.step),
                 "random": random_states(),
             }
-            torch.save(state, folder / STATE_FILE)
+            write_state(folder, state)
+        for path in self.folder.checkpoints():
+            if path.name != name:
+                drop_moments(path)
         self._saved_progress = self._progress()
 
     def _progress(self) -> tuple[int, int, int, int]:
@@ -333,10 +345,14 @@ class TrainingRun:
         updates = sum(len(batch.updates) for batch in self.pending)
         return self.trainer.step, len(self.pending), updates, len(self.record.evaluations())
 
-    def _save_model(self, name: str) -> None:
+    def _save_model(self, name: str, evaluations: list[dict]) -> None:
+        """Write the model with its card. The last of the evaluations so far is its own."""
+        counts = len(self.train_problems), len(self.eval_problems)
+        card = model_card(self.config, self.source, *counts, evaluations)
         with self.folder.writing(name) as folder:
             self.trainer.weights.save_model(folder)
-            self.trainer.tokenizer.save_pretrained(folder)
+            save_tokenizer(self.trainer.tokenizer, folder)
+            (folder / "README.md").write_text(card, encoding="utf-8")
 
     # ---- beginning and resuming
 
@@ -366,6 +382,14 @@ class TrainingRun:
         trainer = self.trainer
         state = read_state(checkpoint)
         trainer.weights.load_checkpoint(checkpoint)
+        moments = read_moments(checkpoint, lazily=self.processes.device.type != "cpu")
+        if moments is None and self.processes.is_main:
+            print(
+                f"warning: {checkpoint} is an older checkpoint, whose optimizer state was dropped to save "
+                "room: training goes on from its weights with fresh moments, so not exactly as before",
+                file=sys.stderr,
+            )
+        state["optimizer"]["state"] = moments or {}
         trainer.load_state_dict(state)
         counts = [len(batch["samples"]) // batch["group_size"] for batch in state["pending"]]
         self.drawn = state["sampled"] - sum(counts)

@@ -4,18 +4,24 @@ step-12.partial/     is being written; a kill leaves it behind, and the next sta
 step-12/             is whole: every file was on the disk before the folder got its name
 step-12.previous/    is what step-12 replaces; if a kill between two renames leaves it alone, it is put back
 SHA256SUMS           is in each folder, with the number of its files; `sha256sum -c SHA256SUMS` checks it
+
+A file is never changed once its folder is whole. So equal weights in several folders can be one file on the
+disk, with a hard link in each folder.
 """
 
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 CHECKSUMS = "SHA256SUMS"
+# Only weights are linked. Smaller files are edited by hand sometimes, and an editor may write into the file
+# itself, which would change it in all folders. (safetensors writes a new file.)
+LINKED = ".safetensors"
 
 
 class CannotSave(RuntimeError):
@@ -36,8 +42,11 @@ def saving(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path, others: Sequence[Path] = ()) -> Iterator[Path]:
     """Yield a new folder to fill, which takes the target's place when it is complete.
+
+    Args:
+        others: whole folders on the same disk. Weights in them that equal new ones take no room of their own.
 
     Raises:
         CannotSave: it could not be completed; the target is as it was, and nothing else is left.
@@ -52,6 +61,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
             _write_checksums(partial)
             for path in (partial, *partial.rglob("*")):
                 sync(path)
+            _share_equal_files(partial, others)
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -104,17 +114,9 @@ def damage(folder: Path, needed: str) -> str | None:
 
     needed: a file without which the folder is of no use.
     """
-    try:
-        header, *lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines() or [""]
-    except (OSError, UnicodeDecodeError):
-        return f"it has no readable {CHECKSUMS}"
-    listed: dict[str, str] = {}  # name to digest
-    for line in lines:
-        digest, separator, name = line.partition("  ")
-        if separator:
-            listed[name] = digest
-    if header != _header(len(listed)):
-        return f"{CHECKSUMS} is cut short or damaged"
+    listed, wrong = _read_checksums(folder)
+    if wrong:
+        return wrong
     for name in (needed, *listed):
         if name not in listed or not (folder / name).is_file():
             return f"{name} is missing"
@@ -122,6 +124,20 @@ def damage(folder: Path, needed: str) -> str | None:
         if _digest(folder / name) != digest:
             return f"{name} is cut short or damaged"
     return None
+
+
+def lists(folder: Path, name: str) -> bool:
+    """True if a file belongs to a whole folder."""
+    return name in _read_checksums(folder)[0]
+
+
+def drop_file(folder: Path, name: str) -> None:
+    """Take a file out of a whole folder, which stays whole if a kill comes in between. Raises CannotSave."""
+    listed, wrong = _read_checksums(folder)
+    if listed.pop(name, None):
+        write_whole(folder / CHECKSUMS, _checksum_lines(listed))
+    if not wrong:
+        (folder / name).unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -142,10 +158,47 @@ def _set_usual_modes(folder: Path) -> None:
             path.chmod(0o666 & ~umask)
 
 
+def _share_equal_files(new: Path, others: Sequence[Path]) -> None:
+    """Replace weights in other whole folders that equal new ones by links to these.
+
+    The old files give way: the new ones have just been read, while the old ones may be damaged since.
+    """
+    own = {digest: name for name, digest in _read_checksums(new)[0].items() if name.endswith(LINKED)}
+    link = new / "link"
+    for other in others:
+        for name, digest in _read_checksums(other)[0].items():
+            if digest in own:
+                with suppress(OSError):  # a disk without hard links keeps the copies
+                    os.link(new / own[digest], link)
+                    os.replace(link, other / name)
+                link.unlink(missing_ok=True)
+
+
 def _write_checksums(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
-    (folder / CHECKSUMS).write_text("".join([_header(len(files)) + "\n", *lines]), encoding="utf-8")
+    listed = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    (folder / CHECKSUMS).write_text(_checksum_lines(listed), encoding="utf-8")
+
+
+def _read_checksums(folder: Path) -> tuple[dict[str, str], str | None]:
+    """The digests that a folder lists, by the files' names; or none, and what is wrong with the list."""
+    try:
+        header, *lines = (folder / CHECKSUMS).read_text(encoding="utf-8").splitlines() or [""]
+    except (OSError, UnicodeDecodeError):
+        return {}, f"it has no readable {CHECKSUMS}"
+    listed: dict[str, str] = {}
+    for line in lines:
+        digest, separator, name = line.partition("  ")
+        if separator:
+            listed[name] = digest
+    if header != _header(len(listed)):
+        return {}, f"{CHECKSUMS} is cut short or damaged"
+    return listed, None
+
+
+def _checksum_lines(listed: dict[str, str]) -> str:
+    lines = [f"{digest}  {name}\n" for name, digest in listed.items()]
+    return "".join([_header(len(listed)) + "\n", *lines])
 
 
 def _header(count: int) -> str:

@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from gspo.training.checkpoints import checkpoints_in, newest_whole, random_states, set_random_states
-from gspo.training.whole_folders import CannotSave, damage, recover, remove, whole_folder, write_whole
+from gspo.training.whole_folders import (
+    CHECKSUMS,
+    CannotSave,
+    damage,
+    drop_file,
+    lists,
+    recover,
+    remove,
+    whole_folder,
+    write_whole,
+)
 
 
 def write(target, text):
@@ -121,6 +131,49 @@ def test_a_text_file_is_replaced_whole(tmp_path, monkeypatch):
     with pytest.raises(CannotSave, match="No space left"):
         write_whole(tmp_path / "config.json", "second")
     assert (tmp_path / "config.json").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
+def write_model(target, weights, others=()):
+    with whole_folder(target, others) as folder:
+        (folder / "model.safetensors").write_text(weights)
+        (folder / "tokenizer.json").write_text("the same everywhere")
+
+
+def test_equal_weights_are_one_file(tmp_path, monkeypatch):
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    files = [folder / "model.safetensors" for folder in folders]
+    write_model(folders[0], "first")
+    write_model(folders[1], "second", folders[:1])
+    assert not files[0].samefile(files[1])
+    files[1].write_text("damaged")
+    write_model(folders[2], "second", folders[:2])
+    assert files[1].samefile(files[2]) and not files[0].samefile(files[2])
+    assert not (folders[1] / "tokenizer.json").samefile(folders[2] / "tokenizer.json")
+    assert [damage(folder, "model.safetensors") for folder in folders] == [None] * 3  # one was mended
+    remove(folders[2])
+    write_model(folders[1], "third", folders)  # its old file is in the folder that gives way
+    assert files[1].read_text() == "third" and damage(folders[1], "model.safetensors") is None
+    monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("no links on this disk")))
+    write_model(folders[2], "third", folders)
+    assert files[2].read_text() == "third" and not files[1].samefile(files[2])
+    assert sorted(path.name for path in folders[2].iterdir()) == [
+        CHECKSUMS,
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+
+
+def test_a_file_is_dropped_and_the_folder_stays_whole(tmp_path, monkeypatch):
+    """Also if a kill comes between the list and the file."""
+    folder = tmp_path / "step-1"
+    write_model(folder, "weights")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("pathlib.Path.unlink", lambda *_, **__: 1 / 0)
+        drop_file(folder, "tokenizer.json")
+    for left in (True, False):
+        assert (folder / "tokenizer.json").exists() == left and not lists(folder, "tokenizer.json")
+        assert damage(folder, "model.safetensors") is None
+        drop_file(folder, "tokenizer.json")
 
 
 def draws():

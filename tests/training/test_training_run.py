@@ -104,10 +104,29 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(uninterrupted
     newest = tmp_path / "run" / "checkpoints" / "step-6" / "training_state.pt"
     os.truncate(newest, newest.stat().st_size // 2)
     resumed = TrainingRun(new_trainer(tmp_path, resume="latest"), TRAIN, EVAL)
-    assert "step-6 is not used: training_state.pt is cut short" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "step-6 is not used: training_state.pt is cut short" in said
+    assert "step-4 is an older checkpoint" in said and "with fresh moments" in said
     assert resumed.trainer.step == 4 == len(lines_of(tmp_path / "run" / "metrics.jsonl"))
+    assert not resumed.trainer.optimizer.state
     resumed.train()
+    found, whole = (record_of(run)["metrics.jsonl"] for run in (tmp_path / "run", uninterrupted[1]))
+    # The batch after the resume was sampled by the same weights from the same random states.
+    assert found[:4] == whole[:4] and found[4]["reward_mean"] == whole[4]["reward_mean"]
+    assert len(found) == len(whole) == 6 and found[5] != whole[5]
+
+
+def test_a_kill_before_the_older_checkpoint_is_trimmed_changes_nothing(uninterrupted, tmp_path, monkeypatch):
+    seed_everything()
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("gspo.training.training_run.drop_moments", lambda _: 1 / 0)
+        new_trainer(tmp_path).train(TRAIN, EVAL)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert len(list(checkpoints.glob("*/optimizer_moments.pt"))) == 2
+    new_trainer(tmp_path, resume="latest").train(TRAIN, EVAL)
     assert record_of(tmp_path / "run") == record_of(uninterrupted[1])
+    assert weights_of_run(tmp_path / "run") == weights_of_run(uninterrupted[1])
+    assert [path.parent.name for path in checkpoints.glob("*/optimizer_moments.pt")] == ["step-6"]
 
 
 def test_more_epochs_go_on_where_fewer_ended(uninterrupted, tmp_path):
@@ -181,14 +200,18 @@ def test_a_kill_while_the_record_is_rewound_is_made_good(uninterrupted, tmp_path
     seed_everything()
     new_trainer(tmp_path).train(TRAIN, EVAL)
     run, older = tmp_path / "run", str(tmp_path / "run" / "checkpoints" / "step-4")
-    run.rename(tmp_path / "copy")
+    shutil.copytree(run, tmp_path / "copy")
+    new_trainer(tmp_path, resume=older).train(TRAIN, EVAL)
+    from_older = record_of(run)
+    shutil.rmtree(run)
     for survived in range(4):
         shutil.copytree(tmp_path / "copy", run)
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
             dies_after(survived, patch)
             TrainingRun(new_trainer(tmp_path, resume=older), TRAIN, EVAL)
         new_trainer(tmp_path, resume=str(run)).train(TRAIN, EVAL)
-        assert record_of(run) == record_of(uninterrupted[1])
+        # The newer checkpoint is the first thing to go. An older one has no moments.
+        assert record_of(run) == (from_older if survived else record_of(uninterrupted[1]))
         shutil.rmtree(run)
 
 
@@ -314,7 +337,7 @@ def test_the_best_model_goes_by_pass_rate_and_then_by_mean_reward(tmp_path):
         return without_step(EVALUATION) | dict(zip(("pass_at_1", "reward_mean"), next(found), strict=True))
 
     run.trainer.evaluate = evaluate
-    run._save_model = lambda name: saved.append((name, run.trainer.step))
+    run._save_model = lambda name, _: saved.append((name, run.trainer.step))
     result = run.train()
     assert saved == [("best_model", 0), ("best_model", 1), ("best_model", 3), ("final_model", 4)]
     assert [result[name]["step"] for name in ("before", "best", "after")] == [0, 3, 4]
