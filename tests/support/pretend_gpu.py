@@ -1,43 +1,37 @@
 """A pretend GPU: CPU tensors under another device name, for tests of GPU code on machines without a GPU.
 
     with pretend_gpu() as device:
-        trainer("tiny", device="cuda").train(TRAIN, EVAL)         # GSPOTrainer trains on the pretend GPU
+        trainer("tiny", device="cuda").train_step(TRAIN)          # GSPOTrainer trains on the pretend GPU
         torch.zeros(3, device=device) + torch.zeros(3)            # RuntimeError, as on CUDA
-
-    with count_synchronisations() as counted:
-        ...
-    counted.reads, counted.uploads                                # how often the CPU would wait, by place
 
 A tensor on the device is a wrapper around a CPU tensor. Every operation reaches _run(), which checks the
 devices, unwraps the arguments, computes on the CPU and wraps the results.
 
-What agrees with CUDA: an operation on tensors of both devices is an error, except for those that CUDA allows
-(_check_devices has the list); .numpy() and .pin_memory() are errors; autocast casts what CUDA's autocast
-casts. What does not: speed, memory, kernels and their rounding, and that torch.load without map_location
-returns CPU tensors.
+As on CUDA, an operation on tensors of both devices is an error, except for those in _check_devices();
+.numpy() and .pin_memory() are errors; and autocast casts what CUDA's autocast casts. Other things are not as
+on CUDA: speed, memory, kernels and their rounding, and torch.load without map_location, which returns CPU
+tensors. synchronisations.py counts how often the CPU would wait for the device.
 """
 
 import functools
-import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 import gspo_implementation
 from gspo.training.processes import Processes
-from support import ROOT
+from support.pretend_autocast import register_autocast
 
 NAME = "pretend"
+# Called with every operation, its arguments and its keyword arguments, before it is done.
+observers: list[Callable[[Any, Sequence[Any], dict[str, Any]], None]] = []
 
 # ------------------------------------------------------------------------------------------------ the tensors
 
@@ -107,45 +101,57 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor) and _is_on_device(kwargs.get("device")):
+        if func in (torch.tensor, torch.as_tensor) and is_on_device(kwargs.get("device")):
             return func(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
         return func(*args, **kwargs)
 
 
-def _is_on_device(device: Any) -> bool:
+def is_on_device(device: Any) -> bool:
+    """Return whether this device, a string or a torch.device, is the pretend GPU; None is not."""
     return device is not None and torch.device(device).type == NAME
 
 
 def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Do one operation of torch. Raises RuntimeError where CUDA would, for tensors on different devices."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors: list[torch.Tensor] = []
+
+    def host_of(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+        return value.host if isinstance(value, DeviceTensor) else value
+
+    host_args, host_kwargs = _map(host_of, args), _map(host_of, kwargs)
     uses_device = any(isinstance(tensor, DeviceTensor) for tensor in tensors)
     if uses_device:
         _check_devices(func, args, tensors)
-    name = func.name()
-    device = kwargs.get("device")
-    to_device = uses_device if device is None else _is_on_device(device)
-    for counted in _counters:
-        counted.note(func, args, kwargs, uses_device, to_device)
-    if device is not None:
-        kwargs = {**kwargs, "device": torch.device("cpu")}
-    unwrapped = {id(_host(tensor)): tensor for tensor in tensors}
-    args, kwargs = tree_map(_host, args), tree_map(_host, kwargs)
-    compute = _integer_histc if name == "aten::histc" and uses_device else func
-    results = compute(*args, **kwargs)
-    for host, tensor in zip(map(_host, tensors), tensors, strict=True):
-        assert host.shape == tensor.shape, f"{name} changes the shape of a tensor in place"
+    to_device = uses_device
+    if kwargs.get("device") is not None:
+        to_device = is_on_device(kwargs["device"])
+        host_kwargs["device"] = torch.device("cpu")
+    for observer in observers:
+        observer(func, args, kwargs)
+    compute = _integer_histc if uses_device and func.name() == "aten::histc" else func
+    results = compute(*host_args, **host_kwargs)
+
+    arguments = {id(host_of(tensor)): tensor for tensor in tuple(tensors)}
 
     def wrap(result: Any) -> Any:
-        if id(result) in unwrapped:  # an operation in place returns its argument
-            return unwrapped[id(result)]
+        if id(result) in arguments:  # an operation in place returns its argument
+            argument = arguments[id(result)]
+            assert argument.shape == result.shape, f"{func.name()} changes a shape in place: not supported"
+            return argument
         return DeviceTensor(result) if to_device and isinstance(result, torch.Tensor) else result
 
-    return tree_map(wrap, results)
+    return _map(wrap, results)
 
 
-def _host(value: Any) -> Any:
-    return value.host if isinstance(value, DeviceTensor) else value
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to the arguments or results of an operation, as torch's tree_map does, but faster."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([_map(function, item) for item in value])
+    if isinstance(value, dict):
+        return {name: _map(function, item) for name, item in value.items()}
+    return function(value)
 
 
 def _integer_histc(values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -190,47 +196,7 @@ TAKES_SCALARS = {
 }  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------- autocast
-
-# Operations by what CUDA's autocast does to them, from torch's autocast_mode.h: those that a language model
-# may use. The others compute in the types that they are given.
-LOWER_PRECISION = (
-    "linear", "matmul", "mm", "bmm", "mv", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "conv1d",
-    "linalg_vecdot", "scaled_dot_product_attention",
-)  # fmt: skip
-FLOAT32 = (
-    "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "pow.Tensor_Scalar",
-    "pow.Tensor_Tensor", "pow.Scalar", "softplus", "layer_norm", "native_layer_norm", "rms_norm", "group_norm",
-    "nll_loss", "kl_div", "mse_loss", "l1_loss", "smooth_l1_loss", "logsumexp", "prod", "prod.dim_int",
-    "softmax.int", "log_softmax.int", "cumprod", "cumsum", "linalg_vector_norm", "sum", "sum.dim_IntList",
-)  # fmt: skip
-WIDEST = ("addcdiv", "addcmul", "atan2", "dot", "vdot", "index_put", "scatter_add", "tensordot")
-
-
-def _register_autocast(library: torch.library.Library, name: str, choose: Callable[..., torch.dtype]) -> None:
-    """Give an operation of aten the cast that torch.autocast makes on the device.
-
-    choose: the types of the arguments to the type that floating-point arguments are cast to.
-    """
-    packet, _, overload = name.partition(".")
-    operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
-    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
-
-    def autocast(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(key):
-            floats = [leaf for leaf in tree_leaves((args, kwargs)) if _is_castable(leaf)]
-            if not floats or kwargs.get("dtype") is not None:
-                return operation(*args, **kwargs)
-            dtype = choose([tensor.dtype for tensor in floats])
-            cast = functools.partial(tree_map, lambda x: x.to(dtype) if _is_castable(x) else x)
-            return operation(*cast(args), **cast(kwargs))
-
-    library.impl(name, autocast, "AutocastPrivateUse1")
-
-
-def _is_castable(value: Any) -> bool:
-    is_on_device = isinstance(value, torch.Tensor) and value.device.type == NAME
-    return is_on_device and value.is_floating_point() and value.dtype != torch.float64
+# ---------------------------------------------------------------------------------------------------- its use
 
 
 class _Backend(_DummyBackendModule):
@@ -241,21 +207,10 @@ class _Backend(_DummyBackendModule):
 
 
 @functools.cache
-def _register() -> tuple[torch.library.Library, ...]:
+def _register() -> list[torch.library.Library]:
     """Register the device with torch, once per process: it stays as long as the result is kept."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
-    others, library = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
-    others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")  # all but those that follow
-    for name in LOWER_PRECISION:
-        _register_autocast(library, name, lambda _: torch.get_autocast_dtype(NAME))
-    for name in FLOAT32:
-        _register_autocast(library, name, lambda _: torch.float32)
-    for name in WIDEST:
-        _register_autocast(library, name, lambda dtypes: functools.reduce(torch.promote_types, dtypes))
-    return others, library
-
-
-# ------------------------------------------------------------------------------------------------ its use
+    return register_autocast(NAME)
 
 
 class _PretendProcesses(Processes):
@@ -263,7 +218,7 @@ class _PretendProcesses(Processes):
 
     def __init__(self, device: str):
         super().__init__("cpu")
-        self.device = torch.device(NAME, 0) if device == "cuda" else self.device
+        self.device = torch.device(NAME, 0) if device == "cuda" else torch.device("cpu")
 
 
 @contextmanager
@@ -289,82 +244,3 @@ def pretend_gpu() -> Iterator[torch.device]:
         stack.enter_context(_Operations())
         stack.enter_context(_Functions())
         yield torch.device(NAME, 0)
-
-
-# ----------------------------------------------------------------------------------------- synchronisations
-
-# Operations whose results have a shape that depends on the values, for which the CPU has to wait.
-SHAPED_BY_VALUES = {
-    "aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
-    "aten::bincount",
-}  # fmt: skip
-
-
-@dataclass
-class Synchronisations:
-    """Where the CPU would have waited for a GPU, by place: "gspo/policy/rollout.py:196 _sample_batch".
-
-    A place is the innermost line of the toolkit; without one, as in torch's backward, it is "elsewhere".
-
-    Attributes:
-        reads: values copied to the CPU (.item(), .tolist(), .cpu(), bool()), and results whose shape depends
-            on values (nonzero(), unique(), indexing with a mask).
-        uploads: CPU tensors copied to the device without non_blocking=True. From memory that is not pinned
-            they wait, too.
-    """
-
-    reads: Counter[str] = field(default_factory=Counter)
-    uploads: Counter[str] = field(default_factory=Counter)
-
-    def note(
-        self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], uses_device: bool, to_device: bool
-    ) -> None:
-        """Count one operation. to_device: its results are on the device."""
-        name = func.name()
-        copies = name in COPIES
-        if copies and name != "aten::_to_copy":
-            to_device = isinstance(args[0], DeviceTensor)
-            source_on_device = isinstance(args[1], DeviceTensor)
-        else:
-            source_on_device = uses_device
-        if copies and to_device and not source_on_device and not kwargs.get("non_blocking"):
-            self.uploads[_place()] += 1
-        if not uses_device:
-            return
-        if name == "aten::_local_scalar_dense" or name == "aten::equal" or name in SHAPED_BY_VALUES:
-            self.reads[_place()] += 1
-        elif copies and source_on_device and not to_device:
-            self.reads[_place()] += 1
-        elif name == "aten::repeat_interleave.Tensor" and kwargs.get("output_size") is None:
-            self.reads[_place()] += 1
-        elif name in INDEXING:
-            indices = [index for index in args[1] if index is not None]
-            if any(index.dtype in (torch.bool, torch.uint8) for index in indices):
-                self.reads[_place()] += 1
-            if not all(isinstance(index, DeviceTensor) for index in indices):
-                self.uploads[_place()] += 1
-
-
-_counters: list[Synchronisations] = []
-
-
-@contextmanager
-def count_synchronisations() -> Iterator[Synchronisations]:
-    """Count what the CPU would wait for inside, on the pretend GPU. Counters can be nested."""
-    counted = Synchronisations()
-    _counters.append(counted)
-    try:
-        yield counted
-    finally:
-        _counters.remove(counted)
-
-
-def _place() -> str:
-    frame = sys._getframe()
-    toolkit = (str(ROOT / "gspo"), str(ROOT / "gspo_implementation.py"))
-    while frame is not None:
-        if frame.f_code.co_filename.startswith(toolkit):
-            path = frame.f_code.co_filename.removeprefix(f"{ROOT}/")
-            return f"{path}:{frame.f_lineno} {frame.f_code.co_name}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "elsewhere"
