@@ -27,7 +27,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 import gspo_implementation
 from gspo.training.processes import Processes
-from support.pretend_autocast import register_autocast
+from support.pretend_autocast import map_arguments, register_autocast
 
 NAME = "pretend"
 # Called with every operation, its arguments and its keyword arguments, before it is done.
@@ -66,6 +66,10 @@ class DeviceTensor(torch.Tensor):
     def tolist(self) -> list:
         """Return the values as lists; torch itself does this for no subclass of its tensors."""
         return self.cpu().tolist()
+
+    def new_tensor(self, data: Any, **kwargs: Any) -> torch.Tensor:
+        """Return new values, on the device unless another one is named."""
+        return torch.tensor(data, **{"dtype": self.dtype, "device": self.device, **kwargs})
 
     def numpy(self, *, force: bool = False) -> Any:
         """Return the values as an array, if it is forced to copy them. Raises TypeError otherwise."""
@@ -120,7 +124,7 @@ def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             tensors.append(value)
         return value.host if isinstance(value, DeviceTensor) else value
 
-    host_args, host_kwargs = _map(host_of, args), _map(host_of, kwargs)
+    host_args, host_kwargs = map_arguments(host_of, args), map_arguments(host_of, kwargs)
     uses_device = any(isinstance(tensor, DeviceTensor) for tensor in tensors)
     if uses_device:
         _check_devices(func, args, tensors)
@@ -142,16 +146,7 @@ def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             return argument
         return DeviceTensor(result) if to_device and isinstance(result, torch.Tensor) else result
 
-    return _map(wrap, results)
-
-
-def _map(function: Callable[[Any], Any], value: Any) -> Any:
-    """Apply a function to the arguments or results of an operation, as torch's tree_map does, but faster."""
-    if isinstance(value, (list, tuple)):
-        return type(value)([_map(function, item) for item in value])
-    if isinstance(value, dict):
-        return {name: _map(function, item) for name, item in value.items()}
-    return function(value)
+    return map_arguments(wrap, results)
 
 
 def _integer_histc(values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
