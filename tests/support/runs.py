@@ -38,3 +38,25 @@ def new_trainer(folder, reward_fn=noisy, **other):
 
 def seed_everything():
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
+
+
+def whole_and_resumed(folder, train, held_out, **settings):
+    """Train without interruption, and once more with a stop after the first rewards of training.
+
+    Returns the trainer and the run folder of the first, and the run folder of the second.
+    """
+    seed_everything()
+    whole = new_trainer(folder / "whole", **settings)
+    assert whole.train(train, held_out)["finished"]
+    calls = iter(range(1000))
+
+    def stop_after_two_calls(asked, responses):
+        stopped.stop.requested = next(calls) == 1  # the first call is that of an evaluation
+        return noisy(asked, responses)
+
+    seed_everything()
+    stopped = new_trainer(folder / "stopped", stop_after_two_calls, **settings)
+    assert not stopped.train(train, held_out)["finished"]
+    resumed = new_trainer(folder / "stopped", resume="latest", **settings)
+    assert resumed.train(train, held_out)["finished"]
+    return whole, folder / "whole" / "run", folder / "stopped" / "run"
