@@ -12,7 +12,7 @@ from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen2MoeConfig
 
 import train_gspo
 from gspo.policy import known_models
-from gspo.policy.known_models import AUTO_MODELS, known_config
+from gspo.policy.known_models import AUTO_MODELS
 from gspo.policy.model_cache import EMBEDDED_NAME
 from gspo.training import plan as plans
 from gspo.training.config import GSPOConfig
@@ -102,7 +102,9 @@ def test_a_smaller_gpu_gets_the_next_way_of_training():
     assert seen == sorted(seen, key=lambda way: (list(METHODS).index(way[0]), way[1], -way[2]))
     assert {way[0] for way in seen} == set(METHODS)
     # What is given stays.
-    assert planned(num_bytes=everything.memory.peak - 1, optimizer="adamw", lora_rank=0).config.method == "adamw"
+    assert (
+        planned(num_bytes=everything.memory.peak - 1, optimizer="adamw", lora_rank=0).config.method == "adamw"
+    )
     assert planned(num_bytes, optimizer="adamw", lora_rank=0) is None
 
 
@@ -118,7 +120,9 @@ def test_a_refusal_names_what_fits():
     with pytest.raises(ValueError) as refusal:
         require_plan(SMALL, config, gspo_loss, gpu)
     said = str(refusal.value)
-    assert re.match(r"--model_name mine: training needs \d+\.\d GB of GPU memory \(", said) and "\n" not in said
+    assert (
+        re.match(r"--model_name mine: training needs \d+\.\d GB of GPU memory \(", said) and "\n" not in said
+    )
     assert "it fits with --lora_rank 32" in said
 
 
