@@ -223,7 +223,8 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
         print("device: cpu (Apple GPUs are not supported)")
     print(f"processes: {num_processes()}")
     if config.dtype == "auto":
-        print(f"dtype: {resolved.dtype} ({choose_dtype(str(resolved.device), num_parameters)[1]})")
+        why = choose_dtype(config, str(resolved.device), num_parameters)[1]
+        print(f"dtype: {resolved.dtype} ({why})")
     return resolved
 
 
