@@ -343,7 +343,7 @@ def resolve(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
         max_new_tokens=config.max_new_tokens or config.max_length,
         eval_samples=config.eval_samples or config.group_size,
         device=device,
-        dtype=choose_dtype(device, num_parameters)[0] if config.dtype == "auto" else config.dtype,
+        dtype=choose_dtype(config, device, num_parameters)[0],
         optimizer="adamw" if config.optimizer == "auto" else config.optimizer,
         lora_rank=lora_rank,
         micro_batch_tokens=config.micro_batch_tokens or MICRO_BATCH_TOKENS,

@@ -193,7 +193,7 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     machine = machine_for(config.plan_for, device)
 
     def for_model(name: str, num_parameters: int) -> GSPOConfig:
-        dtype = choose_dtype(device, num_parameters)[0] if config.dtype == "auto" else config.dtype
+        dtype = choose_dtype(config, device, num_parameters)[0]
         known = replace(config, model_name=name, device=device, dtype=dtype)
         return with_defaults_of_model(known, num_parameters)
 
@@ -220,7 +220,7 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
         print("device: cpu (Apple GPUs are not supported)")
     print(f"processes: {machine.processes}")
     if config.dtype == "auto":
-        print(f"dtype: {resolved.dtype} ({choose_dtype(device, num_parameters)[1]})")
+        print(f"dtype: {resolved.dtype} ({choose_dtype(config, device, num_parameters)[1]})")
     return resolved
 
 

@@ -158,6 +158,11 @@ def _locate(name: str) -> tuple[str | Path, bool]:
     if name == EMBEDDED_NAME:
         return _embedded_folder(), True
     if Path(name).is_dir():
+        if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
+            raise ValueError(
+                f"folder {name!r} holds LoRA adapters without their model: name the folder best_model or "
+                "final_model of the run, which has both in one model"
+            )
         if not (Path(name) / "config.json").is_file():
             raise ValueError(f"folder {name!r} holds no model, it has no config.json: name a model's folder")
         return name, True

@@ -251,6 +251,15 @@ class GSPOConfig:
                 f"--mini_batch_size {self.mini_batch_size} does not divide --batch_size {self.batch_size}: "
                 "every optimizer update takes the same number of queries"
             )
+        if self.optimizer == "adamw_8bit" and self.dtype == "float32":
+            raise ValueError(
+                "--optimizer adamw_8bit --dtype float32: its weights are in bfloat16; leave --dtype out"
+            )
+        if self.optimizer == "adamw_8bit" and self.lora_rank:
+            raise ValueError(
+                f"--optimizer adamw_8bit --lora_rank {self.lora_rank}: adapters are trained by "
+                "adamw, adamw_8bit trains all weights; leave out one of the two"
+            )
         try:
             template_kwargs = json.loads(self.chat_template_kwargs)
         except (ValueError, RecursionError) as error:

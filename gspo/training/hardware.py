@@ -32,8 +32,12 @@ def choose_device(device: str | None) -> str:
     return device
 
 
-def choose_dtype(device: str, num_parameters: int) -> tuple[str, str]:
-    """The compute type that --dtype auto stands for, and the reason for it."""
+def choose_dtype(config: GSPOConfig, device: str, num_parameters: int) -> tuple[str, str]:
+    """The compute type, and the reason for it."""
+    if config.dtype != "auto":
+        return config.dtype, "as given"
+    if config.optimizer == "adamw_8bit":
+        return "bfloat16", "the weights themselves are in bfloat16"
     if device == "cuda":
         return "bfloat16", "the GPU multiplies it many times faster"
     capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()

@@ -14,6 +14,7 @@ from torch import nn
 
 from gspo.policy.gradient_checkpointing import enable_gradient_checkpointing
 from gspo.policy.saved_model import load_weights, save_model
+from gspo.training.adamw_8bit import AdamW8bit
 from gspo.training.config import GSPOConfig
 
 
@@ -45,33 +46,28 @@ class TrainedWeights(Protocol):
 
 def trained_weights(model: Any, config: GSPOConfig, device: torch.device) -> TrainedWeights:
     """Prepare a model for training on a device as the resolved configuration says. The model is changed."""
+    if config.lora_rank:
+        return Adapters(model, config, device)
     return AllWeights(model, config, device)
 
 
-def move(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model with all weights on a device and in a type.
-
-    A model that is there already is left alone: torch cannot convert parameters without memory (plan.py).
-    """
-    if all(p.device == device and p.dtype == dtype for p in model.parameters()):
-        return model
-    return model.to(device).to(dtype)  # parameter by parameter: each is freed in its old type
-
-
 class AllWeights:
-    """All weights in float32, trained by AdamW."""
+    """All weights: in float32, trained by AdamW, or in bfloat16, trained by AdamW8bit."""
 
     def __init__(self, model: Any, config: GSPOConfig, device: torch.device):
         self.saved_dtype: torch.dtype = model.dtype
-        self.model = move(model, device, torch.float32).eval()
+        in_8_bits = config.optimizer == "adamw_8bit"
+        self.model = _prepare(model, device, torch.bfloat16 if in_8_bits else torch.float32)
         self.parameters = list(self.model.parameters())
         self._start = deepcopy(self.model).requires_grad_(False) if config.kl_coef else None
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(self.model)
-        assert config.learning_rate is not None  # resolve() has decided it
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
+        if in_8_bits:
+            self.optimizer: torch.optim.Optimizer = AdamW8bit(
+                self.parameters, config.learning_rate, weight_decay=config.weight_decay, seed=config.seed
+            )
+        else:
+            self.optimizer = _adamw(self.parameters, config)
 
     @contextmanager
     def starting_model(self) -> Iterator[Any]:
@@ -86,3 +82,60 @@ class AllWeights:
 
     def save_model(self, folder: Path) -> None:
         save_model(self.model, folder, self.saved_dtype)
+
+
+class Adapters:
+    """LoRA adapters in float32, trained by AdamW. The model's own weights stay as they came.
+
+    These weights are in bfloat16 where that is the compute type, else in float32. A checkpoint holds the
+    adapters alone. save_model() writes the sum of both, and the adapters beside it in adapter/.
+    """
+
+    def __init__(self, model: Any, config: GSPOConfig, device: torch.device):
+        from gspo.policy import lora  # here, since peft takes seconds to import
+
+        self._lora = lora
+        self.saved_dtype: torch.dtype = model.dtype
+        weight_type = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        self.model = _prepare(model, device, weight_type)
+        assert config.lora_rank is not None
+        self._adapter_config = lora.add_adapters(self.model, config.lora_rank, config.seed, config.model_name)
+        if config.gradient_checkpointing:
+            enable_gradient_checkpointing(self.model)
+        self.parameters = list(lora.adapter_weights(self.model).values())
+        self.optimizer: torch.optim.Optimizer = _adamw(self.parameters, config)
+
+    def starting_model(self) -> AbstractContextManager[Any]:
+        return self._lora.adapters_off(self.model)
+
+    def save_checkpoint(self, folder: Path) -> None:
+        self._lora.save_adapters(self.model, self._adapter_config, folder)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        self._lora.load_adapters(self.model, folder)
+
+    def save_model(self, folder: Path) -> None:
+        save_model(self._lora.merged_model(self.model, self.saved_dtype), folder)
+        self._lora.save_adapters(self.model, self._adapter_config, folder / "adapter")
+
+
+def _prepare(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model on the device in evaluation mode, with weights in this type, bfloat16 or float32."""
+    model.eval()
+    if all(p.device == device and p.dtype == dtype for p in model.parameters()):
+        return model  # torch cannot convert the parameters of a plan, which have no memory
+    if dtype == torch.float32:
+        # On the device, parameter by parameter: each is freed in its old type.
+        return model.to(device).float()
+    # Only the parameters, since buffers such as the frequencies of rotary positions need float32. Before
+    # the model is moved, so that the device never holds it in float32.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model.to(device)
+
+
+def _adamw(parameters: list[nn.Parameter], config: GSPOConfig) -> torch.optim.AdamW:
+    assert config.learning_rate is not None  # resolve() has decided it
+    return torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
