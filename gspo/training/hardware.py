@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from gspo.training.config import GSPOConfig
+
 # Models with fewer parameters are slower in bfloat16 on a CPU: the casts cost more than the products save.
 SMALL_MODEL = 20e6
 # The share of its memory that a plan may fill. The rest is for gaps between blocks of memory whose sizes
