@@ -288,7 +288,7 @@ def test_a_trained_model_has_a_card(finished_run):
     best = max(evaluations, key=lambda line: (line["pass_at_1"], line["reward_mean"]))
     card = (run / "best_model" / "README.md").read_text()
     assert f"held-out pass@1: {best['pass_at_1']:.3f}" in card
-    assert f"before training {evaluations[0]['pass_at_1']:.3f}" in card
+    assert f"{evaluations[0]['pass_at_1']:.3f} before training" in card
     assert f"training: {best['step']} rollout batches" in card
 
 

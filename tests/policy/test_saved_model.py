@@ -60,9 +60,8 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 
 def random_model(model_type, settings):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(model_type, **COMMON | deepcopy(settings))
-    ).eval()
+    config = AutoConfig.for_model(model_type, **COMMON | deepcopy(settings))
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5 if parameter.dim() > 1 else 1)
@@ -113,6 +112,19 @@ def test_a_tokenizer_is_the_same_when_loaded(tmp_path, name):
     assert encodings(AutoTokenizer.from_pretrained(tmp_path)) == encodings(tokenizer)
 
 
+def test_auto_is_the_type_of_the_files(tmp_path):
+    model, tokenizer = load_model("tiny", device="cpu")
+    save_model(model, tmp_path, torch.bfloat16)
+    save_tokenizer(tokenizer, tmp_path)
+    as_saved = load_model(str(tmp_path), dtype="auto", device="cpu")[0]
+    as_trained = load_model(str(tmp_path), device="cpu")[0]
+    weights = zip(model.parameters(), as_saved.parameters(), as_trained.parameters(), strict=True)
+    for given, bfloat16, float32 in weights:
+        assert torch.equal(bfloat16, given.bfloat16()) and bfloat16.dtype == torch.bfloat16
+        assert torch.equal(float32, bfloat16.float()) and float32.dtype == torch.float32
+    assert load_model("tiny", dtype="auto", device="cpu")[0].dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
 def test_weights_are_loaded_into_the_same_parameters(tmp_path, name):
     source, target = load_model(name, device="cpu")[0], new_tiny_model(name)
@@ -134,7 +146,7 @@ def transformers_4(tmp_path_factory):
     needed = ["transformers==4.57.*", "huggingface_hub<1", "tokenizers<0.23"]
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries", "0"]
     command = [*install, "--target", folder, *needed]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     if done.returncode:
         pytest.skip(f"pip cannot install transformers 4.57: {done.stderr.strip().splitlines()[-1]}")
     return folder
@@ -155,7 +167,7 @@ def test_saved_models_are_the_same_under_transformers_4(tmp_path, transformers_4
         torch.save(expected, tmp_path / name / "expected.pt")
     environment = os.environ | {"PYTHONPATH": str(transformers_4), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", UNDER_TRANSFORMERS_4, tmp_path]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is the same") == len(models)
 
