@@ -35,7 +35,7 @@ class Synchronisations:
     Attributes:
         reads: values that came to the CPU (.item(), .tolist(), .cpu(), an `if`), and results whose shape
             depends on values (nonzero(), unique(), indexing with a mask).
-        uploads: CPU tensors that went to the device without non_blocking=True.
+        uploads: CPU tensors that went to the device without non_blocking=True, and are not empty.
     """
 
     reads: Counter[str] = field(default_factory=Counter)
@@ -52,7 +52,7 @@ class Synchronisations:
                 to_device = is_on_device(kwargs["device"])
             if from_device and not to_device:
                 self.reads[_place()] += 1
-            elif to_device and not from_device and not kwargs.get("non_blocking"):
+            elif to_device and not from_device and source.numel() and not kwargs.get("non_blocking"):
                 self.uploads[_place()] += 1
         elif not isinstance(source, DeviceTensor):
             return
