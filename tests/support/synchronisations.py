@@ -44,7 +44,7 @@ class Synchronisations:
     def note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Count an operation of torch, with the arguments that it is about to be called with."""
         name = func.name()
-        source = args[1] if name == "aten::copy_" else args[0] if args else None
+        source: Any = args[1] if name == "aten::copy_" else next(iter(args), None)
         if name in COPIES:
             from_device = isinstance(source, DeviceTensor)
             to_device = isinstance(args[0], DeviceTensor)  # copy_(target, source), or _to_copy(source)
