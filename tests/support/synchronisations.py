@@ -35,7 +35,7 @@ class Synchronisations:
     Attributes:
         reads: values that came to the CPU (.item(), .tolist(), .cpu(), an `if`), and results whose shape
             depends on values (nonzero(), unique(), indexing with a mask).
-        uploads: CPU tensors that went to the device without non_blocking=True.
+        uploads: CPU tensors that went to the device without non_blocking=True, and are not empty.
     """
 
     reads: Counter[str] = field(default_factory=Counter)
@@ -44,7 +44,7 @@ class Synchronisations:
     def note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Count an operation of torch, with the arguments that it is about to be called with."""
         name = func.name()
-        source = args[1] if name == "aten::copy_" else args[0] if args else None
+        source: Any = args[1] if name == "aten::copy_" else next(iter(args), None)
         if name in COPIES:
             from_device = isinstance(source, DeviceTensor)
             to_device = isinstance(args[0], DeviceTensor)  # copy_(target, source), or _to_copy(source)
@@ -52,7 +52,7 @@ class Synchronisations:
                 to_device = is_on_device(kwargs["device"])
             if from_device and not to_device:
                 self.reads[_place()] += 1
-            elif to_device and not from_device and not kwargs.get("non_blocking"):
+            elif to_device and not from_device and source.numel() and not kwargs.get("non_blocking"):
                 self.uploads[_place()] += 1
         elif not isinstance(source, DeviceTensor):
             return

@@ -192,6 +192,7 @@ COUNTED = {
     "to": (lambda x: torch.zeros(3).to(x.device), 0, 1),
     "to, without waiting": (lambda x: torch.zeros(3).to(x.device, non_blocking=True), 0, 0),
     "tensor": (lambda x: torch.tensor([1.0], device=x.device), 0, 1),
+    "an empty tensor": (lambda x: torch.tensor([], device=x.device), 0, 0),
     "an index of the CPU": (lambda x: x[torch.tensor([0])], 0, 1),
     "an index of the device": (lambda x: x[x.long()], 0, 0),
     "arithmetic": (lambda x: (x * 2 + torch.zeros_like(x) + 1.0).to(torch.bfloat16).softmax(-1), 0, 0),
