@@ -59,6 +59,9 @@ class AdamW8bit(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         # The state of the rounding stands in the group, which state_dict() saves.
         super().__init__(params, defaults | {"seed": seed, "steps": 0})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = _new_state(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Any:
@@ -79,8 +82,6 @@ class AdamW8bit(torch.optim.Optimizer):
         self, parameter: torch.nn.Parameter, group: dict, random: Random, noise: torch.Tensor
     ) -> None:
         state = self.state[parameter]
-        if not state:
-            state |= _new_state(parameter)
         state["step"] += 1
         weights, gradients = parameter.view(-1), parameter.grad.reshape(-1)
         for start in range(0, len(weights), CHUNK):

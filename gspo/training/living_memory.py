@@ -35,7 +35,8 @@ class LivingMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
+        # Most operations return a tensor, and looking for tensors in anything is slow.
+        for value in [result] if isinstance(result, torch.Tensor) else tree_leaves(result):
             if isinstance(value, torch.Tensor):
                 self._count(value)
         return result

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -28,6 +29,8 @@ from gspo.training.trained_weights import TrainedWeights, trained_weights
 
 # The CUDA context with the libraries' workspaces: 0.5 to 1 GB, depending on the GPU.
 CONTEXT_BYTES = 1e9
+# The most values of a parameter whose optimizer step is measured.
+STEPPED_VALUES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def _measure_update(
         with memory.counting_as("activations"):
             update(weights, config, loss, machine.processes)
         gradients = [p.grad for p in weights.parameters if p.grad is not None]
-        return memory.peak_parts(gradients=gradients)
+        return memory.peak_parts(gradients=gradients, optimizer=_moments(weights))
 
 
 def _measure_sampling(
@@ -93,7 +96,7 @@ def _measure_sampling(
     with _prepared(model_config, config, machine) as (weights, memory):
         with memory.counting_as("activations"):
             cache = sample(weights, config)
-        return memory.peak_parts(cache=cache)
+        return memory.peak_parts(cache=cache, optimizer=_moments(weights))
 
 
 @contextmanager
@@ -103,13 +106,46 @@ def _prepared(
     """A model as it is between two updates, on tensors without memory."""
     vocabulary = model_config.get_text_config(decoder=True).vocab_size
     planned = planned_device(str(config.device), machine.total_bytes)
-    with planned, FakeTensorMode(), LivingMemory(vocabulary) as memory:
+    with planned, FakeTensorMode(), _convertible_parameters(), LivingMemory(vocabulary) as memory:
         with memory.counting_as("weights"):
             weights = new_weights(model_config, config, torch.device("cpu"))
-        with memory.counting_as("optimizer"):
-            make_optimizer_state(weights)
+        make_optimizer_state(weights)
         memory.start_peak()
         yield weights, memory
+
+
+@contextmanager
+def _convertible_parameters() -> Iterator[None]:
+    """Let modules convert their parameters on tensors without memory.
+
+    torch would swap the contents of the old and the new parameter, which FakeTensorMode's references forbid.
+    """
+    usual = nn.Module._apply
+
+    def apply(module: nn.Module, convert: Callable, recurse: bool = True) -> nn.Module:
+        converted: dict[nn.Parameter, nn.Parameter] = {}  # shared parameters stay shared
+        for part in module.modules() if recurse else [module]:
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    if parameter not in converted:
+                        converted[parameter] = nn.Parameter(convert(parameter.data), parameter.requires_grad)
+                    part._parameters[name] = converted[parameter]
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    part._buffers[name] = convert(buffer)
+        return module
+
+    nn.Module._apply = apply  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = usual  # type: ignore[method-assign]
+
+
+def _moments(weights: TrainedWeights) -> list[torch.Tensor]:
+    """The optimizer's tensors."""
+    states = weights.optimizer.state.values()
+    return [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
 
 
 def new_weights(model_config: PreTrainedConfig, config: GSPOConfig, device: torch.device) -> TrainedWeights:
@@ -123,7 +159,9 @@ def new_weights(model_config: PreTrainedConfig, config: GSPOConfig, device: torc
 
 
 def make_optimizer_state(weights: TrainedWeights) -> None:
-    """Make a step on gradients of 0, so that the optimizer has its moments."""
+    """Make a step on gradients of 0 if the optimizer has no moments before its first step."""
+    if weights.optimizer.state:
+        return
     for parameter in weights.parameters:
         parameter.grad = torch.zeros_like(parameter)
     weights.optimizer.step()
@@ -149,7 +187,23 @@ def update(weights: TrainedWeights, config: GSPOConfig, loss: Callable[..., Any]
         backward(weights, config, loss, [prompts[row] for row in rows], [responses[row] for row in rows])
     norm = torch.nn.utils.get_total_norm([p.grad for p in weights.parameters if p.grad is not None])
     torch.nn.utils.clip_grads_with_norm_(weights.parameters, config.max_grad_norm, norm)
+    step_of_one(weights)
+
+
+def step_of_one(weights: TrainedWeights) -> None:
+    """An optimizer step of one parameter, which needs as much memory as that of all, one after the other.
+
+    It is the largest of at most STEPPED_VALUES: on larger ones the optimizers work in parts.
+    """
+    gradients = [parameter.grad for parameter in weights.parameters]
+    small = [p for p in weights.parameters if p.numel() <= STEPPED_VALUES] or weights.parameters
+    chosen = max(small, key=torch.numel)
+    for parameter in weights.parameters:
+        if parameter is not chosen:
+            parameter.grad = None
     weights.optimizer.step()
+    for parameter, gradient in zip(weights.parameters, gradients, strict=True):
+        parameter.grad = gradient
 
 
 def backward(

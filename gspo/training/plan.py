@@ -26,7 +26,7 @@ LORA_RANK = 32
 # --max_length is not advised to be shorter than this: most prompts would leave no room for a response.
 SHORTEST_ADVICE = 256
 # The fewest bytes per parameter that a way of training needs: if these do not fit, nothing is measured.
-LEAST_BYTES = {"adamw": 12, "adamw_8bit": 4, "lora": 2}
+LEAST_BYTES = {"adamw": 16, "adamw_8bit": 6, "lora": 2}
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,19 @@ def plan_training(
         if LEAST_BYTES[method] * parameters > machine.usable_bytes:
             continue
         candidates = _passes(with_method(config, method))
-        # The smallest first: most ways of training that do not fit end here.
-        if _fitting(model_config, candidates[-1], loss, machine) is None:
-            continue
-        plans = (_fitting(model_config, way, loss, machine) for way in candidates)
-        return next(plan for plan in plans if plan is not None)
+        best = _fitting(model_config, candidates[0], loss, machine)
+        if best is None:
+            best = _fitting(model_config, candidates[-1], loss, machine)
+            candidates = candidates[1:-1] if best else []
+        else:
+            candidates = []
+        while candidates:  # each takes less than the one before it, and measuring takes seconds
+            middle = len(candidates) // 2
+            plan = _fitting(model_config, candidates[middle], loss, machine)
+            candidates = candidates[:middle] if plan else candidates[middle + 1 :]
+            best = plan or best
+        if best:
+            return best
     return None
 
 
@@ -245,12 +253,17 @@ def describe_others(
 ) -> list[str]:
     """Lines on the other ways of training: what they take, or that they do not fit."""
     lines = []
-    for method in LEAST_BYTES:
-        open_config = replace(plan.config, optimizer="auto", lora_rank=None)
-        if method == plan.config.method or method not in methods_for(open_config):
+    parameters = count_parameters(model_config, plan.config.trust_remote_code)
+    all_open = replace(
+        plan.config, optimizer="auto", lora_rank=None, gradient_checkpointing=None, micro_batch_tokens=None
+    )
+    for method in methods_for(all_open):
+        other = _passes(with_method(all_open, method))[-1]
+        if method == plan.config.method:
             continue
-        other = with_method(open_config, method)
-        found = plan_training(model_config, other, loss, machine)
-        said = f"would fit too, with {gigabytes(found.memory.peak)}" if found else "would not fit"
-        lines.append(f"  {describe_method(other)} {said}")
+        least = LEAST_BYTES[method] * parameters
+        if least <= machine.usable_bytes:
+            least = measure(model_config, other, loss, machine).peak
+        fits = "would fit too" if least <= machine.usable_bytes else "would not fit"
+        lines.append(f"  {describe_method(other)} {fits}: at least {gigabytes(least)}")
     return lines

@@ -121,17 +121,14 @@ class Adapters:
 
 def _prepare(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """The model on the device in evaluation mode, with weights in this type, bfloat16 or float32."""
-    model.eval()
-    if all(p.device == device and p.dtype == dtype for p in model.parameters()):
-        return model  # torch cannot convert the parameters of a plan, which have no memory
     if dtype == torch.float32:
         # On the device, parameter by parameter: each is freed in its old type.
-        return model.to(device).float()
+        return model.to(device).float().eval()
     # Only the parameters, since buffers such as the frequencies of rotary positions need float32. Before
     # the model is moved, so that the device never holds it in float32.
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
-    return model.to(device)
+    return model.to(device).eval()
 
 
 def _adamw(parameters: list[nn.Parameter], config: GSPOConfig) -> torch.optim.AdamW:
