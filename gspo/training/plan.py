@@ -261,7 +261,7 @@ def describe_others(
         other = _passes(with_method(all_open, method))[-1]
         if method == plan.config.method:
             continue
-        least = LEAST_BYTES[method] * parameters
+        least = float(LEAST_BYTES[method] * parameters)
         if least <= machine.usable_bytes:
             least = measure(model_config, other, loss, machine).peak
         fits = "would fit too" if least <= machine.usable_bytes else "would not fit"
