@@ -225,7 +225,7 @@ def test_the_step_sees_clipped_gradients():
 
 
 def test_a_step_runs_on_fake_tensors():
-    """As in the plan of a run's memory: there are no values, so no .item() and no shape that depends on one."""
+    """As in the plan of a run's memory, where there are no values, so no .item() either."""
     with FakeTensorMode():
         p = torch.nn.Parameter(torch.zeros(1000, 300, dtype=torch.bfloat16))
         p.grad = torch.zeros_like(p)
