@@ -67,11 +67,11 @@ def add_adapters(model: Any, rank: int, seed: int, base_model: str) -> LoraConfi
     generator = torch.Generator().manual_seed(seed)
     for layer in _adapted(model):
         device = layer.get_base_layer().weight.device
-        down, up = (part[ADAPTER].float().to_empty(device=device) for part in (layer.lora_A, layer.lora_B))
+        down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
         bound = down.in_features**-0.5  # that of nn.Linear, as peft has it
         values = torch.empty(down.weight.shape).uniform_(-bound, bound, generator=generator)
-        down.weight.data.copy_(values)
-        up.weight.data.zero_()
+        down.weight = nn.Parameter(values.to(device))
+        up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=device))
     model.eval()  # new modules are in training mode
     return config
 

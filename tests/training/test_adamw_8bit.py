@@ -77,24 +77,28 @@ def test_a_step_of_1e_6_moves_the_log_probabilities_as_in_float32():
     before = means(model)
     gradients = torch.autograd.grad(-before @ torch.tensor([1.0, 1.0, -1.0, -1.0]), list(model.parameters()))
 
-    def log_ratios(weight_type, make_optimizer):
+    def step(weight_type, make_optimizer):
         trained = with_weights(model, lambda p: p.to(weight_type))
         for p, gradient in zip(trained.parameters(), gradients, strict=True):
             p.grad = gradient.to(weight_type)
         make_optimizer(trained.parameters()).step()
         trained.zero_grad()
-        with torch.no_grad():
-            exact = means(with_weights(trained, lambda p: p.float())) - before
-            return exact, means(with_weights(trained, lambda p: p.bfloat16().float())) - before
+        return trained
 
-    exact, nearest = log_ratios(torch.float32, lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0))
+    def log_ratios(trained, seen_as):
+        with torch.no_grad():
+            return means(with_weights(trained, lambda p: p.to(seen_as).float())) - before.detach()
+
+    masters = step(torch.float32, lambda p: torch.optim.AdamW(p, lr=1e-6, weight_decay=0.0))
+    exact, nearest = (log_ratios(masters, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert exact.abs().min() > 1e-3
-    # Two seeds, since the rounding of each adds noise of some percent.
-    stochastic = [log_ratios(torch.bfloat16, lambda p, s=s: AdamW8bit(p, lr=1e-6, seed=s))[1] for s in (0, 1)]
-    error = torch.stack(stochastic).mean(0) - exact
-    print(f"{exact=} {nearest=} {stochastic=} {error.norm() / exact.norm()=}")
-    assert error.norm() < 0.02 * exact.norm()
-    assert (nearest - exact).norm() > 0.5 * exact.norm()
+    # The mean of three seeds, since the rounding of each adds noise of some percent.
+    stochastic = torch.zeros(4)
+    for seed in range(3):
+        trained = step(torch.bfloat16, lambda p, seed=seed: AdamW8bit(p, lr=1e-6, seed=seed))
+        stochastic += log_ratios(trained, torch.bfloat16) / 3
+    assert (stochastic - exact).norm() < 0.02 * exact.norm()
+    assert nearest.norm() < 0.1 * exact.norm()
 
 
 def test_updates_are_those_of_adamw_in_float32():
@@ -225,7 +229,7 @@ def test_the_step_sees_clipped_gradients():
 
 
 def test_a_step_runs_on_fake_tensors():
-    """As in the plan of a run's memory: there are no values, so no .item() and no shape that depends on one."""
+    """As in the plan of a run's memory, where there are no values, so no .item() either."""
     with FakeTensorMode():
         p = torch.nn.Parameter(torch.zeros(1000, 300, dtype=torch.bfloat16))
         p.grad = torch.zeros_like(p)
