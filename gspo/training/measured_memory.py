@@ -59,19 +59,23 @@ def measure(
     """
     model = model_config.to_json_string(use_diff=False), type(model_config)
     shared = (
-        machine, config.optimizer, config.lora_rank, config.kl_coef > 0, config.dtype, config.device,
+        machine, config.optimizer, config.lora_rank, config.dtype, config.device,
         config.max_length, config.max_new_tokens, config.group_size,
     )  # fmt: skip
     of_updates = (
         config.gradient_checkpointing, config.micro_batch_tokens, config.mini_batch_size, config.algorithm,
     )  # fmt: skip
-    context = {"CUDA context": CONTEXT_BYTES} if config.device == "cuda" else {}
     parts = []
     for function, key in ((_measure_update, of_updates), (_measure_sampling, (config.rollout_rows,))):
         known = (function, model, shared, key)
         if known not in _MEASURED:
             _MEASURED[known] = function(model_config, config, loss, machine)
-        parts.append(_MEASURED[known] | context)
+        parts.append(dict(_MEASURED[known]))
+        if config.device == "cuda":
+            parts[-1]["CUDA context"] = CONTEXT_BYTES
+        # LoRA switches its adapters off. torch cannot copy a model without memory.
+        if config.kl_coef and config.method != "lora":
+            parts[-1]["starting model"] = parts[-1]["weights"]
     return Memory(*parts)
 
 
@@ -155,7 +159,7 @@ def new_weights(model_config: PreTrainedConfig, config: GSPOConfig, device: torc
     model = AutoModelForCausalLM.from_config(
         model_config, dtype=dtype, trust_remote_code=config.trust_remote_code
     )
-    return trained_weights(model, replace(config, learning_rate=1e-6), device)
+    return trained_weights(model, replace(config, learning_rate=1e-6, kl_coef=0.0), device)
 
 
 def make_optimizer_state(weights: TrainedWeights) -> None:
