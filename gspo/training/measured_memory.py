@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from gspo.policy.log_probs import micro_batches, token_log_probs
+from gspo.policy.log_probs import logit_tokens, micro_batches, token_log_probs
 from gspo.policy.planned_device import planned_device
 from gspo.policy.prompt_cache import decode, prefill
 from gspo.policy.rollout import MAX_ROWS, draw_tokens, evaluation_mode
@@ -49,73 +49,75 @@ class Memory:
         return sum(self.largest.values())
 
 
-def measure(
+def measure_update(
     model_config: PreTrainedConfig, config: GSPOConfig, loss: Callable[..., Any], machine: Machine
-) -> Memory:
-    """The memory of training a model with a configuration in which everything is decided.
+) -> dict[str, float]:
+    """Bytes by part at the peak of an update, with a configuration in which everything is decided.
 
     Args:
         loss: a function like gspo_implementation.gspo_loss.
     """
-    model = model_config.to_json_string(use_diff=False), type(model_config)
-    shared = (
-        machine, config.optimizer, config.lora_rank, config.dtype, config.device,
-        config.max_length, config.max_new_tokens, config.group_size,
+    passes = (
+        "update", config.gradient_checkpointing, config.micro_batch_tokens, config.mini_batch_size,
+        config.algorithm, machine.processes,
     )  # fmt: skip
-    of_updates = (
-        config.gradient_checkpointing, config.micro_batch_tokens, config.mini_batch_size, config.algorithm,
-    )  # fmt: skip
-    parts = []
-    for function, key in ((_measure_update, of_updates), (_measure_sampling, (config.rollout_rows,))):
-        known = (function, model, shared, key)
-        if known not in _MEASURED:
-            _MEASURED[known] = function(model_config, config, loss, machine)
-        parts.append(dict(_MEASURED[known]))
-        if config.device == "cuda":
-            parts[-1]["CUDA context"] = CONTEXT_BYTES
-        # LoRA switches its adapters off. torch cannot copy a model without memory.
-        if config.kl_coef and config.method != "lora":
-            parts[-1]["starting model"] = parts[-1]["weights"]
-    return Memory(*parts)
+
+    def work(weights: TrainedWeights) -> dict[str, list[torch.Tensor]]:
+        update(weights, config, loss, machine.processes)
+        return {"gradients": [p.grad for p in weights.parameters if p.grad is not None]}
+
+    return _measured(model_config, config, machine, passes, work)
 
 
-_MEASURED: dict[tuple, dict[str, float]] = {}  # what measure() has measured in this process
-
-
-def _measure_update(
-    model_config: PreTrainedConfig, config: GSPOConfig, loss: Callable[..., Any], machine: Machine
-) -> dict[str, float]:
-    """Bytes by part at the peak of an update."""
-    with _prepared(model_config, config, machine) as (weights, memory):
-        with memory.counting_as("activations"):
-            update(weights, config, loss, machine.processes)
-        gradients = [p.grad for p in weights.parameters if p.grad is not None]
-        return memory.peak_parts(gradients=gradients, optimizer=_moments(weights))
-
-
-def _measure_sampling(
-    model_config: PreTrainedConfig, config: GSPOConfig, _loss: Callable[..., Any], machine: Machine
+def measure_sampling(
+    model_config: PreTrainedConfig, config: GSPOConfig, machine: Machine
 ) -> dict[str, float]:
     """Bytes by part at the peak of sampling."""
-    with _prepared(model_config, config, machine) as (weights, memory):
-        with memory.counting_as("activations"):
-            cache = sample(weights, config)
-        return memory.peak_parts(cache=cache, optimizer=_moments(weights))
+
+    def work(weights: TrainedWeights) -> dict[str, list[torch.Tensor]]:
+        return {"cache": sample(weights, config)}
+
+    return _measured(model_config, config, machine, ("sampling", config.rollout_rows), work)
 
 
-@contextmanager
-def _prepared(
-    model_config: PreTrainedConfig, config: GSPOConfig, machine: Machine
-) -> Iterator[tuple[TrainedWeights, LivingMemory]]:
-    """A model as it is between two updates, on tensors without memory."""
+def _measured(
+    model_config: PreTrainedConfig,
+    config: GSPOConfig,
+    machine: Machine,
+    of_work: tuple,
+    work: Callable[[TrainedWeights], dict[str, list[torch.Tensor]]],
+) -> dict[str, float]:
+    """Bytes by part at the peak of some work; what was measured in this process is not measured again.
+
+    of_work: the settings that the work depends on. work: returns tensors that are parts of their own.
+    """
     vocabulary = model_config.get_text_config(decoder=True).vocab_size
-    planned = planned_device(str(config.device), machine.total_bytes)
-    with planned, FakeTensorMode(), _convertible_parameters(), LivingMemory(vocabulary) as memory:
-        with memory.counting_as("weights"):
-            weights = new_weights(model_config, config, torch.device("cpu"))
-        make_optimizer_state(weights)
-        memory.start_peak()
-        yield weights, memory
+    # What a pass depends on of the GPU.
+    chunk = logit_tokens(vocabulary, machine.total_bytes) if config.device == "cuda" else None
+    key = (
+        model_config.to_json_string(use_diff=False), config.optimizer, config.lora_rank, config.dtype,
+        config.device, config.max_length, config.max_new_tokens, config.group_size, chunk, of_work,
+    )  # fmt: skip
+    if key not in _MEASURED:
+        planned = planned_device(str(config.device), machine.total_bytes)
+        with planned, FakeTensorMode(), _convertible_parameters(), LivingMemory(vocabulary) as memory:
+            with memory.counting_as("weights"):
+                weights = new_weights(model_config, config, torch.device("cpu"))
+            make_optimizer_state(weights)
+            memory.start_peak()
+            with memory.counting_as("activations"):
+                tensors = work(weights)
+            _MEASURED[key] = memory.peak_parts(optimizer=_moments(weights), **tensors)
+    parts = dict(_MEASURED[key])
+    if config.device == "cuda":
+        parts["CUDA context"] = CONTEXT_BYTES
+    # LoRA switches its adapters off instead. This is not measured: torch cannot copy a model without memory.
+    if config.kl_coef and config.method != "lora":
+        parts["starting model"] = parts["weights"]
+    return parts
+
+
+_MEASURED: dict[tuple, dict[str, float]] = {}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from gspo.policy.model_loader import count_parameters
 from gspo.policy.rollout import MAX_ROWS
 from gspo.training.config import GSPOConfig
 from gspo.training.hardware import Machine, gigabytes, machine_for
-from gspo.training.measured_memory import Memory, measure
+from gspo.training.measured_memory import Memory, measure_sampling, measure_update
 
 # Tokens of a forward pass, if they fit, and the fewest with gradient checkpointing, which comes first.
 PASS_TOKENS = 4096
@@ -111,16 +111,27 @@ def _fitting(
     model_config: PreTrainedConfig, config: GSPOConfig, loss: Callable[..., Any], machine: Machine
 ) -> Plan | None:
     """The plan of a configuration, with as many rows sampled at a time as fit; None if it does not fit."""
-    rows = config.rollout_rows or max(MAX_ROWS, config.group_size)
-    while True:
+    usable, group_size = machine.usable_bytes, config.group_size
+    update = measure_update(model_config, config, loss, machine)
+    if sum(update.values()) > usable:
+        return None
+
+    def with_rows(rows: int) -> Plan:
         decided = replace(config, rollout_rows=rows)
-        memory = measure(model_config, decided, loss, machine)
-        if memory.peak <= machine.usable_bytes:
-            return Plan(decided, memory)
-        too_large = sum(memory.update.values()) > machine.usable_bytes
-        if too_large or config.rollout_rows is not None or rows == config.group_size:
-            return None
-        rows = max(rows // 2, config.group_size)
+        return Plan(decided, Memory(update, measure_sampling(model_config, decided, machine)))
+
+    plan = with_rows(config.rollout_rows or max(MAX_ROWS, group_size))
+    if plan.memory.peak <= usable:
+        return plan
+    least = with_rows(group_size)
+    if config.rollout_rows or least.memory.peak > usable:
+        return None
+    # Memory grows evenly with the rows.
+    rows, most = plan.config.rollout_rows, sum(plan.memory.sampling.values())
+    assert rows is not None
+    bytes_per_row = (most - sum(least.memory.sampling.values())) / (rows - group_size)
+    more = int((usable - sum(least.memory.sampling.values())) / bytes_per_row)
+    return with_rows((group_size + more) // group_size * group_size)
 
 
 def auto_model(
@@ -152,7 +163,9 @@ def require_plan(
         return plan
     least = _passes(with_method(config, methods_for(config)[-1]))[-1]
     least = replace(least, rollout_rows=config.rollout_rows or config.group_size)
-    memory = measure(model_config, least, loss, machine)
+    memory = Memory(
+        measure_update(model_config, least, loss, machine), measure_sampling(model_config, least, machine)
+    )
     raise ValueError(
         f"--model_name {config.model_name}: training needs {gigabytes(memory.peak)} of GPU memory "
         f"({list_parts(memory.largest)}), and {gigabytes(machine.usable_bytes)} of {machine.name} can be "
@@ -177,7 +190,7 @@ def fit_to_gpu(
 def remedies(
     model_config: PreTrainedConfig, config: GSPOConfig, loss: Callable[..., Any], machine: Machine
 ) -> list[str]:
-    """The flags that make training fit, each as it is typed: the mildest change, then a smaller model."""
+    """The flags that make training fit, as they are typed: the mildest change, or a smaller model."""
     passes: dict[str, Any] = {
         "micro_batch_tokens": None,
         "gradient_checkpointing": None,
@@ -188,8 +201,7 @@ def remedies(
     for opened in (passes, method, passes | method):
         plan = plan_training(model_config, replace(config, **opened), loss, machine)
         if plan is not None:
-            found = [_as_flags(plan.config, config, opened)]
-            break
+            return [_as_flags(plan.config, config, opened)]
     length = config.max_length
     while not found and length > SHORTEST_ADVICE:
         length = max(length // 2, SHORTEST_ADVICE)
@@ -197,7 +209,7 @@ def remedies(
             config, max_length=length, max_new_tokens=min(config.max_new_tokens or length, length)
         )
         if plan_training(model_config, shorter, loss, machine):
-            found = [f"--max_length {length}"]
+            found.append(f"--max_length {length}")
     all_open = replace(config, **passes, **method)
     smaller, plan = auto_model(lambda *_: all_open, loss, machine)
     if plan is not None:
@@ -263,7 +275,7 @@ def describe_others(
             continue
         least = float(LEAST_BYTES[method] * parameters)
         if least <= machine.usable_bytes:
-            least = measure(model_config, other, loss, machine).peak
+            least = sum(measure_update(model_config, other, loss, machine).values())
         fits = "would fit too" if least <= machine.usable_bytes else "would not fit"
         lines.append(f"  {describe_method(other)} {fits}: at least {gigabytes(least)}")
     return lines
