@@ -99,6 +99,7 @@ def test_each_setting_counts():
     assert peak("lora", kl_coef=0.1) == pytest.approx(peak("lora"), rel=0.01)  # adapters are switched off
 
 
+@pytest.mark.slow
 def test_a_smaller_gpu_gets_the_next_way_of_training():
     def planned(num_bytes, **others):
         return plan_training(WIDE, GSPOConfig(**{**vars(OPEN), **others}), gspo_loss, machine(num_bytes))
@@ -161,6 +162,7 @@ def test_a_dry_run_plans_for_another_gpu(tmp_path, capsys):
         assert re.search(line, said), (line, said)
 
 
+@pytest.mark.slow
 def test_auto_takes_the_largest_that_fits_and_it_is_not_refused(monkeypatch):
     shapes = WIDE.to_dict()
     del shapes["layer_types"]
