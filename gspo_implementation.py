@@ -49,13 +49,13 @@ from gspo.training.loss_metrics import (
     unread_metrics,
     without_sums,
 )
-from gspo.training.plan import fit_to_gpu
+from gspo.training.plan import fit_to_gpu, refuse_long_rows
 from gspo.training.processes import Processes
 from gspo.training.progress import progress_bar
 from gspo.training.rollout_batch import RolloutBatch, Sample
 from gspo.training.sampling import encode_problem, evaluation_metrics, sample_and_reward
 from gspo.training.stopping import StopRequest
-from gspo.training.trained_weights import trained_weights
+from gspo.training.trained_weights import gradient_norm, trained_weights
 from gspo.training.training_run import TrainingRun, is_due
 
 # exp() of an unbounded log-ratio overflows to inf, and inf * 0 in the backward of min() is NaN in every
@@ -376,15 +376,13 @@ class GSPOTrainer:
     ):
         if config.model_name == "auto":  # from Python, whose model has a name of its own
             config = replace(config, model_name=model.name_or_path or model.config.model_type)
+        refuse_long_rows(model.config, config.max_length)
         num_parameters = sum(p.numel() for p in model.parameters())
         resolved = resolve(config, num_parameters)
-        if resolved.device == "cuda" and config.optimizer == "auto":  # train_gspo.py has decided it
+        if resolved.device == "cuda" and config.micro_batch_tokens is None:  # train_gspo.py has planned it
             loss = ALGORITHMS[config.algorithm].loss
             resolved = resolve(fit_to_gpu(config, model.config, resolved, loss), num_parameters)
         self.config = config = resolved
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and config.max_length > positions:
-            raise ValueError(f"--max_length {config.max_length} is beyond the model's {positions} positions")
         self.algorithm = ALGORITHMS[config.algorithm]
         self.processes = Processes(str(config.device))
         self.stop = StopRequest(self.processes)
@@ -547,7 +545,7 @@ class GSPOTrainer:
         parts, log_probs = self.forward.retry(lambda: self._backward(samples), batch.samples)
         trained, max_grad_norm = self.weights.parameters, self.config.max_grad_norm
         self.processes.sum_gradients(trained)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        grad_norm = gradient_norm(trained)
         if grad_norm > max_grad_norm:  # otherwise every gradient would be multiplied by 1
             torch.nn.utils.clip_grads_with_norm_(trained, max_grad_norm, grad_norm)
         parts = self.processes.gather(parts)

@@ -164,6 +164,8 @@ def with_settings_of_resumed_run(given: dict) -> dict:
     if given.get("run_name", folder.name) != folder.name:
         raise ValueError(f"--run_name {given['run_name']}: the resumed run is {folder}; leave the flag out")
     inherited = {f.name for f in fields(GSPOConfig)} - {"dry_run", "probe"}
+    method = {name: given[name] for name in ("optimizer", "lora_rank") if name in given}
+    refuse_other_settings(folder, settings_of(folder) or {}, method)
     saved = {name: value for name, value in (settings_of(folder) or {}).items() if name in inherited}
     resume = str(folder) if given["resume"] == "latest" else os.path.abspath(given["resume"])
     return saved | given | {"resume": resume, "output_dir": str(folder.parent), "run_name": folder.name}
@@ -183,7 +185,13 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     from gspo.policy.known_models import EMBEDDED_NAME
     from gspo.policy.model_loader import count_parameters, model_config
     from gspo.training.hardware import choose_device, choose_dtype, machine_for
-    from gspo.training.plan import auto_model, describe_plan, plan_training, require_plan
+    from gspo.training.plan import (
+        auto_model,
+        describe_plan,
+        plan_training,
+        refuse_long_rows,
+        require_plan,
+    )
     from gspo_implementation import ALGORITHMS, resolve
 
     if config.algorithm not in ALGORITHMS:
@@ -205,6 +213,7 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
         model_name = EMBEDDED_NAME
         print(f"model: {model_name} ({'the one for CPUs' if config.device == 'cpu' else 'no GPU found'})")
     shapes = model_config(model_name, config.trust_remote_code)
+    refuse_long_rows(shapes, config.max_length)
     num_parameters = count_parameters(shapes, config.trust_remote_code)
     chosen = for_model(model_name, num_parameters)
     if device == "cuda" and not plan:
@@ -544,7 +553,9 @@ def explain(stop: "EmergencyStop", run: "TrainingRun") -> str:
     """The message of an emergency stop: what went wrong, where to look, what to start from."""
     folder, checkpoints = run.folder.path, run.folder.checkpoints()
     before = f"the state before it is {checkpoints[-1]}" if checkpoints else "no checkpoint was written yet"
-    advice = "Start again, from one of them (--model_name) or anew, with a lower --learning_rate"
+    # Those of LoRA hold adapters alone.
+    start = "from best_model" if run.config.lora_rank else "from one of them"
+    advice = f"Start again, {start} (--model_name) or anew, with a lower --learning_rate"
     if stop.advice:
         advice = f"{stop.advice} {folder}"
     return (

@@ -62,8 +62,11 @@ def add_adapters(model: Any, rank: int, seed: int, base_model: str) -> LoraConfi
         base_model_name_or_path=base_model,
     )
     model.requires_grad_(False)
-    # On the meta device, where peft's random initial values cost nothing and draw no random numbers.
-    inject_adapter_in_model(config, model, low_cpu_mem_usage=True)
+    # On the meta device, where peft's random initial values cost nothing and draw no random numbers. In a
+    # holder without a configuration: by theirs, peft would take some mixtures of experts for what they were
+    # in transformers 4, and leave their dense layers without an adapter.
+    inject_adapter_in_model(config, nn.ModuleDict({"policy": model}), low_cpu_mem_usage=True)
+    assert not config.target_parameters, "experts in one tensor stay frozen"
     generator = torch.Generator().manual_seed(seed)
     for layer in _adapted(model):
         device = layer.get_base_layer().weight.device
@@ -102,6 +105,9 @@ def save_adapters(model: Any, config: LoraConfig, folder: Path) -> None:
     weights = {name: parameter.detach().cpu() for name, parameter in adapter_weights(model).items()}
     folder.mkdir(exist_ok=True)
     save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config.target_modules = sorted(
+        config.target_modules or ()
+    )  # a set, whose order differs between processes
     config.save_pretrained(folder)
 
 

@@ -13,9 +13,11 @@ and each value divided by it has a floating-point code of 8 bits:
 The second moment never rounds to 0, where its square root divides. The scales are powers of two so that a
 block whose largest value changes does not round all others anew.
 
-The update itself is computed in float32, on chunks of a tensor. Everything is plain tensor operations, which
-need no compiler and run on any device. The random numbers depend on the seed and on the number of the step
-alone, so that a resumed run and every process of a run round alike.
+Gradients are in bfloat16, too, and passes of an update add to them with rounding to the nearest: many short
+passes are a little less exact than few long ones. The update itself is computed in float32, on chunks of a
+tensor. Everything is plain tensor operations, which need no compiler and run on any device. The random
+numbers depend on the seed and on the number of the step alone, so that a resumed run and every process of a
+run round alike.
 """
 
 from collections.abc import Callable, Iterable
@@ -59,9 +61,7 @@ class AdamW8bit(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         # The state of the rounding stands in the group, which state_dict() saves.
         super().__init__(params, defaults | {"seed": seed, "steps": 0})
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter] = _new_state(parameter)
+        self._forget()
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Any:
@@ -92,10 +92,17 @@ class AdamW8bit(torch.optim.Optimizer):
             end = start + CHUNK
             _update_chunk(weights[start:end], gradients[start:end], parts, own_noise, group, state["step"])
 
+    def _forget(self) -> None:
+        """Set all moments to 0."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = _new_state(parameter)
+
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take up the state of state_dict(), bit for bit."""
+        """Take up the state of state_dict(), bit for bit; parameters without one have moments of 0."""
         # torch would convert the codes and scales to the type of the weights.
         super().load_state_dict(state_dict | {"state": {}})
+        self._forget()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, saved in state_dict["state"].items():
             device = parameters[index].device

@@ -77,7 +77,7 @@ def read_state(checkpoint: Path) -> dict:
     if state.get("format") != STATE_FORMAT:
         raise ValueError(
             f"--resume {checkpoint}: another version of this toolkit wrote it; go on with that one, or start "
-            f"anew from its weights (--model_name {checkpoint})"
+            "anew from the run's best_model (--model_name)"
         )
     return state
 

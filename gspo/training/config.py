@@ -174,7 +174,8 @@ class GSPOConfig:
     micro_batch_tokens: int | None = flag(
         None,
         "training",
-        "tokens per forward pass; changes memory, not results (default: 4096, or what fits the GPU)",
+        "tokens per forward pass; changes memory, and results by rounding alone (default: 4096, or what fits "
+        "the GPU)",
         at_least=1,
     )
     seed: int = flag(0, "training", "seed of the training order and of the sampling", at_least=0)

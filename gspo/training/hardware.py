@@ -121,7 +121,7 @@ def describe_environment() -> dict:
         "command_line": sys.argv,
         "git_commit": _git_commit(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "peft")},
         "platform": platform.platform(),
         "cpu_cores": num_cores(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.integrations import moe
 
 from gspo.policy.log_probs import logit_tokens, micro_batches, token_log_probs
 from gspo.policy.planned_device import planned_device
@@ -25,7 +26,7 @@ from gspo.training.config import GSPOConfig
 from gspo.training.hardware import Machine
 from gspo.training.living_memory import LivingMemory
 from gspo.training.loss_metrics import unread_metrics
-from gspo.training.trained_weights import TrainedWeights, trained_weights
+from gspo.training.trained_weights import TrainedWeights, gradient_norm, trained_weights
 
 # The CUDA context with the libraries' workspaces: 0.5 to 1 GB, depending on the GPU.
 CONTEXT_BYTES = 1e9
@@ -100,7 +101,7 @@ def _measured(
     )  # fmt: skip
     if key not in _MEASURED:
         planned = planned_device(str(config.device), machine.total_bytes)
-        with planned, FakeTensorMode(), _convertible_parameters(), LivingMemory(vocabulary) as memory:
+        with planned, FakeTensorMode(), _on_fake_tensors(), LivingMemory(vocabulary) as memory:
             with memory.counting_as("weights"):
                 weights = new_weights(model_config, config, torch.device("cpu"))
             make_optimizer_state(weights)
@@ -121,12 +122,13 @@ _MEASURED: dict[tuple, dict[str, float]] = {}
 
 
 @contextmanager
-def _convertible_parameters() -> Iterator[None]:
-    """Let modules convert their parameters on tensors without memory.
+def _on_fake_tensors() -> Iterator[None]:
+    """Inside, what torch and transformers cannot do on tensors without memory is done in another way.
 
-    torch would swap the contents of the old and the new parameter, which FakeTensorMode's references forbid.
+    Modules convert their parameters by replacing them: torch would swap the contents of the old and the new
+    one, which FakeTensorMode's references forbid. Experts are multiplied by transformers' fallback, which has
+    the same shapes: torch's grouped product takes bfloat16 alone.
     """
-    usual = nn.Module._apply
 
     def apply(module: nn.Module, convert: Callable, recurse: bool = True) -> nn.Module:
         converted: dict[nn.Parameter, nn.Parameter] = {}  # shared parameters stay shared
@@ -141,11 +143,13 @@ def _convertible_parameters() -> Iterator[None]:
                     part._buffers[name] = convert(buffer)
         return module
 
+    usual = nn.Module._apply, getattr(moe, "_can_use_grouped_mm", None)  # not in every transformers
     nn.Module._apply = apply  # type: ignore[assignment, method-assign]
+    moe._can_use_grouped_mm = lambda *_, **__: False
     try:
         yield
     finally:
-        nn.Module._apply = usual  # type: ignore[method-assign]
+        nn.Module._apply, moe._can_use_grouped_mm = usual  # type: ignore[method-assign]
 
 
 def _moments(weights: TrainedWeights) -> list[torch.Tensor]:
@@ -191,7 +195,7 @@ def update(weights: TrainedWeights, config: GSPOConfig, loss: Callable[..., Any]
     assert config.micro_batch_tokens is not None
     for rows in micro_batches(weights.model, prompts, responses, config.micro_batch_tokens)[:2]:
         backward(weights, config, loss, [prompts[row] for row in rows], [responses[row] for row in rows])
-    norm = torch.nn.utils.get_total_norm([p.grad for p in weights.parameters if p.grad is not None])
+    norm = gradient_norm(weights.parameters)
     torch.nn.utils.clip_grads_with_norm_(weights.parameters, config.max_grad_norm, norm)
     step_of_one(weights)
 

@@ -2,6 +2,11 @@
 
 from gspo.training.config import GSPOConfig
 
+TRAINED = {
+    "adamw": "all weights",
+    "adamw_8bit": "all weights in bfloat16, with moments in 8 bits",
+    "lora": "LoRA adapters of rank {config.lora_rank}, added to the weights here and alone in adapter/",
+}
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -12,6 +17,7 @@ tags: [{config.algorithm}]
 - base model: {config.model_name}. Its licence holds for this one, too.
 - algorithm: {config.algorithm}, clip range {config.left_clip_range:g} left and {config.right_clip_range:g} right,
   learning rate {config.learning_rate:g}, KL coefficient {config.kl_coef:g}
+- trained: {trained}
 - data: {source}, {trained_on} problems
 - training: {this[step]} rollout batches of {config.batch_size} queries x {config.group_size} responses of at most
   {config.max_new_tokens} tokens at temperature {config.temperature:g}
@@ -41,6 +47,7 @@ def model_card(
     low, high = evaluations[-1]["interval_95"]
     return CARD.format(
         config=config,
+        trained=TRAINED[config.method].format(config=config),
         source=source,
         trained_on=trained_on,
         held_out=held_out,

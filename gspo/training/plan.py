@@ -37,6 +37,13 @@ class Plan:
     memory: Memory
 
 
+def refuse_long_rows(model_config: PreTrainedConfig, max_length: int) -> None:
+    """Raise a ValueError if rows may be longer than the model's positions."""
+    positions = getattr(model_config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise ValueError(f"--max_length {max_length} is beyond the model's {positions} positions")
+
+
 def plan_training(
     model_config: PreTrainedConfig, config: GSPOConfig, loss: Callable[..., Any], machine: Machine
 ) -> Plan | None:
@@ -120,7 +127,8 @@ def _fitting(
         decided = replace(config, rollout_rows=rows)
         return Plan(decided, Memory(update, measure_sampling(model_config, decided, machine)))
 
-    plan = with_rows(config.rollout_rows or max(MAX_ROWS, group_size))
+    whole_groups = max(MAX_ROWS, group_size) // group_size * group_size
+    plan = with_rows(config.rollout_rows or whole_groups)
     if plan.memory.peak <= usable:
         return plan
     least = with_rows(group_size)

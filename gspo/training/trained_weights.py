@@ -3,7 +3,8 @@
 A trainer and a run know only TrainedWeights. `trained_weights` makes it from the configuration.
 """
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -45,10 +46,25 @@ class TrainedWeights(Protocol):
 
 
 def trained_weights(model: Any, config: GSPOConfig, device: torch.device) -> TrainedWeights:
-    """Prepare a model for training on a device as the resolved configuration says. The model is changed."""
+    """Prepare a model for training on a device as the resolved configuration says. The model is changed.
+
+    Raises:
+        ValueError: the model has LoRA adapters already, or peft is not installed.
+    """
+    if config.lora_rank and importlib.util.find_spec("peft") is None:
+        raise ValueError("--lora_rank needs peft, which is not installed: run python setup.py")
+    if any(".lora_A." in name for name, _ in model.named_parameters()):
+        raise ValueError("the model has LoRA adapters already, perhaps from an earlier trainer: load it anew")
     if config.lora_rank:
         return Adapters(model, config, device)
     return AllWeights(model, config, device)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """The norm of all gradients together, in float32 whatever their type."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 class AllWeights:
@@ -85,10 +101,11 @@ class AllWeights:
 
 
 class Adapters:
-    """LoRA adapters in float32, trained by AdamW. The model's own weights stay as they came.
+    """LoRA adapters in float32, trained by AdamW. The model's own weights are frozen.
 
-    These weights are in bfloat16 where that is the compute type, else in float32. A checkpoint holds the
-    adapters alone. save_model() writes the sum of both, and the adapters beside it in adapter/.
+    These weights are in bfloat16 where that is the compute type, which rounds those of a model that came in
+    float32 once, before training; else they are in float32. A checkpoint holds the adapters alone.
+    save_model() writes the sum of both, and the adapters beside it in adapter/.
     """
 
     def __init__(self, model: Any, config: GSPOConfig, device: torch.device):

@@ -15,8 +15,9 @@ from gspo.policy import model_loader
 from gspo.policy.model_cache import converted_folder, gguf_path
 from gspo.policy.model_loader import (
     TINY_FOLDER,
+    count_parameters,
     load_model,
-    model_shape,
+    model_config,
     tiny_tokenizer,
 )
 
@@ -30,6 +31,11 @@ def one_line_error(name):
         load_model(name, device="cpu")
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def size_of(name):
+    """Return the number of a model's parameters, without its weights."""
+    return count_parameters(model_config(name))
 
 
 @pytest.fixture
@@ -81,7 +87,7 @@ def test_tiny_tokenizer_is_exact(text):
 
 @pytest.mark.parametrize("name", TINY)
 def test_parameters_are_counted_without_weights(name):
-    assert model_shape(name).parameters == load_model(name, device="cpu")[0].num_parameters()
+    assert size_of(name) == load_model(name, device="cpu")[0].num_parameters()
 
 
 def test_dtype_is_a_torch_dtype_or_its_name():
@@ -143,7 +149,7 @@ def test_code_that_comes_with_a_model_is_executed_only_when_asked(folder, tmp_pa
         and (tmp_path / "ran").exists()
         and type(model).__name__ == "OwnForCausalLM"
     )
-    assert model_shape(str(folder), trust_remote_code=True).parameters == model_shape("tiny").parameters
+    assert count_parameters(model_config(str(folder), True), True) == size_of("tiny")
 
 
 def test_folder_without_a_tokenizer(folder):
@@ -216,9 +222,10 @@ def test_model_not_on_the_hub(hub):
 
 def test_hub_out_of_reach(hub):
     hub.server_close()
-    assert "the model hub cannot be reached" in one_line_error("Qwen/Qwen2.5-7B-Instruct")
+    assert "the model hub cannot be reached" in one_line_error("Qwen/Qwen2.5-14B-Instruct")
+    assert model_config("Qwen/Qwen2.5-7B-Instruct").num_hidden_layers == 28  # `auto` knows it
     with pytest.raises(ValueError, match="the model hub cannot be reached"):
-        model_shape("Qwen/Qwen2.5-7B-Instruct")
+        model_config("Qwen/Qwen2.5-14B-Instruct")
 
 
 def test_hub_out_of_reach_but_model_in_its_cache(folder, tmp_path, hub, monkeypatch):
@@ -231,7 +238,7 @@ def test_hub_out_of_reach_but_model_in_its_cache(folder, tmp_path, hub, monkeypa
     (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
     for path in list(folder.glob("*.*")):
         path.rename(repository / "snapshots" / ("0" * 40) / path.name)
-    assert load_model("someone/model", device="cpu")[0].num_parameters() == model_shape("tiny").parameters
+    assert load_model("someone/model", device="cpu")[0].num_parameters() == size_of("tiny")
 
 
 @pytest.mark.skipif(
@@ -240,7 +247,7 @@ def test_hub_out_of_reach_but_model_in_its_cache(folder, tmp_path, hub, monkeypa
 )
 def test_embedded_model():
     model, tokenizer = load_model("smollm2-135m", device="cpu")
-    assert model.num_parameters() == model_shape("smollm2-135m").parameters
+    assert model.num_parameters() == size_of("smollm2-135m")
     assert tokenizer.tokenize("12 + 345") == ["1", "2", "Ġ+", "Ġ", "3", "4", "5"]
     assert tokenizer.tokenize("a  1") == ["a", "ĠĠ", "1"]  # spaces before a digit, as SmolLM2 was trained
     assert tokenizer.eos_token == "<|im_end|>"

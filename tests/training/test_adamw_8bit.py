@@ -21,6 +21,7 @@ from gspo.training.adamw_8bit import (
     round_to_bfloat16,
 )
 from gspo.training.config import GSPOConfig
+from gspo.training.trained_weights import gradient_norm
 from gspo_implementation import resolve
 from support.records import record_of, weights_of_run
 from support.runs import EVAL, TRAIN, new_trainer, seed_everything
@@ -272,3 +273,18 @@ def test_its_weights_are_in_bfloat16():
         GSPOConfig(optimizer="adamw_8bit", dtype="float32")
     with pytest.raises(ValueError, match="^--optimizer adamw_8bit --lora_rank 8: .* leave out one"):
         GSPOConfig(optimizer="adamw_8bit", lora_rank=8)
+
+
+def test_a_run_goes_on_from_a_checkpoint_without_moments(tmp_path):
+    """As older checkpoints are."""
+    settings = {"optimizer": "adamw_8bit", "dtype": "auto", "reward_fn": shared_prefix, "eval_frequency": 0}
+    new_trainer(tmp_path, save_frequency=1, **settings).train(TRAIN, EVAL)
+    older = sorted((tmp_path / "run" / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime)[0]
+    t = new_trainer(tmp_path, resume=str(older), **settings)
+    assert t.train(TRAIN, EVAL)["finished"]
+
+
+def test_the_norm_of_bfloat16_gradients_is_a_float32():
+    parameter = torch.nn.Parameter(torch.zeros(1000, dtype=torch.bfloat16))
+    parameter.grad = torch.full((1000,), 0.03125, dtype=torch.bfloat16)
+    assert gradient_norm([parameter]).item() == pytest.approx(0.03125 * 1000**0.5, rel=1e-6)

@@ -16,7 +16,7 @@ from gspo.policy.lora import ALPHA, adapter_weights, add_adapters
 from gspo.policy.model_loader import load_model
 from gspo.training.config import GSPOConfig
 from gspo.training.trained_weights import trained_weights
-from gspo_implementation import resolve
+from gspo_implementation import GSPOTrainer, resolve
 from support.models import VOCABULARY, make_model
 from support.records import record_of, weights_of_run
 from support.runs import EVAL, TRAIN, new_trainer, seed_everything
@@ -229,3 +229,12 @@ def test_adapters_are_made_on_a_model_without_memory():
     parameters = adapter_weights(model).values()
     assert len(parameters) == 2 * 2 * 7 and {p.dtype for p in parameters} == {torch.float32}
     assert all(p.is_meta and p.requires_grad for p in parameters)
+
+
+def test_a_model_is_given_to_one_trainer_with_adapters():
+    model, tokenizer = load_model("tiny", device="cpu")
+    config = GSPOConfig(device="cpu", lora_rank=4)
+    GSPOTrainer(model, tokenizer, config, shared_prefix)
+    for again in (config, GSPOConfig(device="cpu")):
+        with pytest.raises(ValueError, match="has LoRA adapters already"):
+            GSPOTrainer(model, tokenizer, again, shared_prefix)
