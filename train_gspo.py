@@ -77,7 +77,8 @@ def train(config: GSPOConfig) -> int:
         problems = load_task(config)
         print(f"\n{describe_objective(replace(config, num_train_samples=len(problems[0])))}\n")
         if config.dry_run:
-            print_plan(config, check_task(config, *problems))
+            loaded = replace(config, num_train_samples=len(problems[0]), num_eval_samples=len(problems[1]))
+            print_plan(loaded, check_task(config, *problems))
             return 0
         if config.probe:
             return probe(config, reward_fn, *problems)
@@ -275,7 +276,7 @@ def print_plan(config: GSPOConfig, prompt_tokens: int | None) -> None:
     from gspo.policy.model_loader import model_config
     from gspo.training.hardware import machine_for
     from gspo.training.pace import estimate_pace, in_words
-    from gspo.training.plan import describe_others, describe_plan, require_plan
+    from gspo.training.plan import describe_disk, describe_others, describe_plan, require_plan
     from gspo_implementation import ALGORITHMS
 
     loss = ALGORITHMS[config.algorithm].loss
@@ -283,8 +284,9 @@ def print_plan(config: GSPOConfig, prompt_tokens: int | None) -> None:
     shapes = model_config(config.model_name, config.trust_remote_code)
     plan = require_plan(shapes, config, loss, machine)
     print("\n".join(["plan:", *describe_plan(plan, machine), *describe_others(plan, shapes, loss, machine)]))
+    print(describe_disk(plan, shapes))
     num_batches, num_updates = config.count_updates(config.num_train_samples)
-    responses = num_batches * config.batch_size * config.group_size
+    responses = config.num_epochs * config.num_train_samples * config.group_size
     print(
         f"work: at most {num_batches} rollout batches, {num_updates} updates, {responses} responses and "
         f"{responses * (config.max_new_tokens or config.max_length) / 1e6:.3g} million sampled tokens"

@@ -35,7 +35,7 @@ from gspo.policy.model_cache import EMBEDDED_NAME
 from gspo.policy.model_loader import load_model, model_config
 from gspo.training.config import GSPOConfig
 from gspo.training.hardware import describe_environment, machine_for
-from gspo.training.plan import require_plan
+from gspo.training.plan import plan_training
 from gspo_implementation import gspo_loss
 
 COMPARED = ("gspo", "grpo")  # the algorithms that part 2 compares
@@ -56,7 +56,12 @@ def prepare(model_name: str, output_dir: Path) -> tuple[str, torch.nn.Module, An
             batch_size=SHORT.mini_batch_size, mini_batch_size=SHORT.mini_batch_size,
             group_size=SHORT.group_size,
         )  # fmt: skip
-        require_plan(model_config(name), trained, gspo_loss, machine_for(None, "cuda"))
+        machine = machine_for(None, "cuda")
+        if plan_training(model_config(name), trained, gspo_loss, machine) is None:
+            raise ValueError(
+                f"--model_name {name}: validation holds the model in float32 twice, which {machine.name} "
+                "cannot; name a smaller model"
+            )
     model, tokenizer = load_model(name)
     output_dir.mkdir(parents=True, exist_ok=True)
     # A folder that cannot be written shows now rather than at the end.

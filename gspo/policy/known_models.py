@@ -17,6 +17,7 @@ def _qwen(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int
         "vocab_size": 151_936,
         "max_position_embeddings": 32_768,
         "tie_word_embeddings": True,
+        "dtype": "bfloat16",  # of its files
         **others,
     }
 

@@ -52,7 +52,7 @@ def load_weights(model: Any, folder: Path) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.new_empty(0)
     # from_pretrained(), since mixtures of experts have other names and shapes on disk.
-    saved = type(model).from_pretrained(folder, dtype=torch.float32)
+    saved = type(model).from_pretrained(folder, dtype=next(model.parameters()).dtype)
     for parameter, source, shape in zip(model.parameters(), saved.parameters(), shapes, strict=True):
         assert source.shape == shape, "the checkpoint is of another model"
         # A copy: source may be the file itself, mapped into memory, and its checkpoint is removed some day.

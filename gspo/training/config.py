@@ -270,6 +270,8 @@ class GSPOConfig:
         if self.plan_for is not None:
             if not re.fullmatch(r"([1-9]\d{0,5}x)?[1-9]\d{0,5}", self.plan_for):
                 raise ValueError(f"--plan_for {self.plan_for}: give GB, or GPUs x GB, such as 80 or 8x80")
+            if self.device == "cpu":
+                raise ValueError("--plan_for plans for GPUs: leave out --device cpu")
             if not self.dry_run:
                 raise ValueError(
                     "--plan_for goes with --dry_run: a run is planned for the machine it runs on"

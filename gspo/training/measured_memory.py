@@ -236,15 +236,15 @@ def backward(
 
 
 def sample(weights: TrainedWeights, config: GSPOConfig) -> list[torch.Tensor]:
-    """The first two tokens of responses, with a cache for whole ones. Returns the cache's tensors."""
-    model = weights.model
-    prompts, responses = longest_rows(config, processes=1)
-    num_prompts = max(1, (config.rollout_rows or MAX_ROWS) // config.group_size)
+    """The first tokens of responses to prompts that are as long as may be. Returns the cache's tensors."""
+    model, group_size = weights.model, config.group_size
+    prompt = [0] * (config.max_length - 1)
+    num_prompts = -(-(config.rollout_rows or MAX_ROWS) // group_size)
     with evaluation_mode(model), torch.no_grad(), compute_type(weights, config):
-        logits, cache, mask = prefill(model, [prompts[0]] * num_prompts, config.group_size, len(responses[0]))
+        logits, cache, mask = prefill(model, [prompt] * num_prompts, group_size, max_new_tokens=1)
         uniform = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)  # (B,)
         token, _ = draw_tokens(logits, config.temperature, uniform)
-        position = torch.full_like(token, len(prompts[0]))
+        position = torch.full_like(token, len(prompt))
         draw_tokens(decode(model, cache, mask, token, position), config.temperature, uniform)
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 

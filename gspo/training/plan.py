@@ -4,10 +4,11 @@ The plan is a measurement (measured_memory.py). It decides what `auto` takes, wh
 forward pass, gradient checkpointing, and how many responses are sampled at a time. A GB is 1e9 bytes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from gspo.policy.known_models import AUTO_MODELS, known_config
@@ -15,6 +16,7 @@ from gspo.policy.model_cache import EMBEDDED_NAME
 from gspo.policy.model_loader import count_parameters
 from gspo.policy.rollout import MAX_ROWS
 from gspo.training.config import GSPOConfig
+from gspo.training.disk_plan import disk_bytes
 from gspo.training.hardware import Machine, gigabytes, machine_for
 from gspo.training.measured_memory import Memory, measure_sampling, measure_update
 
@@ -118,7 +120,7 @@ def _fitting(
     model_config: PreTrainedConfig, config: GSPOConfig, loss: Callable[..., Any], machine: Machine
 ) -> Plan | None:
     """The plan of a configuration, with as many rows sampled at a time as fit; None if it does not fit."""
-    usable, group_size = machine.usable_bytes, config.group_size
+    usable = machine.usable_bytes
     update = measure_update(model_config, config, loss, machine)
     if sum(update.values()) > usable:
         return None
@@ -127,18 +129,18 @@ def _fitting(
         decided = replace(config, rollout_rows=rows)
         return Plan(decided, Memory(update, measure_sampling(model_config, decided, machine)))
 
-    whole_groups = max(MAX_ROWS, group_size) // group_size * group_size
-    plan = with_rows(config.rollout_rows or whole_groups)
+    # The responses to a problem are sampled together, in training and in an evaluation.
+    group_size = max(config.group_size, config.eval_samples or 0)
+    rows = max(config.rollout_rows or MAX_ROWS, group_size) // group_size * group_size
+    plan = with_rows(rows)
     if plan.memory.peak <= usable:
         return plan
     least = with_rows(group_size)
     if config.rollout_rows or least.memory.peak > usable:
         return None
     # Memory grows evenly with the rows.
-    rows, most = plan.config.rollout_rows, sum(plan.memory.sampling.values())
-    assert rows is not None
-    bytes_per_row = (most - sum(least.memory.sampling.values())) / (rows - group_size)
-    more = int((usable - sum(least.memory.sampling.values())) / bytes_per_row)
+    least_bytes, most_bytes = (sum(some.memory.sampling.values()) for some in (least, plan))
+    more = int((usable - least_bytes) * (rows - group_size) / (most_bytes - least_bytes))
     return with_rows((group_size + more) // group_size * group_size)
 
 
@@ -169,15 +171,14 @@ def require_plan(
     plan = plan_training(model_config, config, loss, machine)
     if plan is not None:
         return plan
+    print(f"{config.model_name} does not fit {machine.name}; looking for flags that would make it fit ...")
     least = _passes(with_method(config, methods_for(config)[-1]))[-1]
-    least = replace(least, rollout_rows=config.rollout_rows or config.group_size)
-    memory = Memory(
-        measure_update(model_config, least, loss, machine), measure_sampling(model_config, least, machine)
-    )
+    parts = measure_update(model_config, least, loss, machine)
+    advice = remedy(model_config, config, loss, machine)
     raise ValueError(
-        f"--model_name {config.model_name}: training needs {gigabytes(memory.peak)} of GPU memory "
-        f"({list_parts(memory.largest)}), and {gigabytes(machine.usable_bytes)} of {machine.name} can be "
-        f"planned with; it fits with {' or '.join(remedies(model_config, config, loss, machine))}"
+        f"--model_name {config.model_name}: training needs {gigabytes(sum(parts.values()))} of memory "
+        f"({list_parts(parts)}), and {gigabytes(machine.usable_bytes)} of {machine.name} can be planned; "
+        + (f"it fits with {advice}" if advice else "no flag makes it fit: name a smaller --model_name")
     )
 
 
@@ -195,42 +196,43 @@ def fit_to_gpu(
     return require_plan(model_config, known, loss, machine_for(None, "cuda")).config
 
 
-def remedies(
+def remedy(
     model_config: PreTrainedConfig, config: GSPOConfig, loss: Callable[..., Any], machine: Machine
-) -> list[str]:
+) -> str | None:
     """The flags that make training fit, as they are typed: the mildest change, or a smaller model."""
-    passes: dict[str, Any] = {
-        "micro_batch_tokens": None,
-        "gradient_checkpointing": None,
-        "rollout_rows": None,
-    }
+    rows: dict[str, Any] = {"rollout_rows": None}
+    passes: dict[str, Any] = rows | {"micro_batch_tokens": None}
+    if config.gradient_checkpointing is False:
+        passes["gradient_checkpointing"] = None
     method: dict[str, Any] = {"lora_rank": None, "optimizer": "auto"}
-    found: list[str] = []
-    for opened in (passes, method, passes | method):
+    for opened in (rows, passes, method, passes | method):
         plan = plan_training(model_config, replace(config, **opened), loss, machine)
         if plan is not None:
-            return [_as_flags(plan.config, config, opened)]
+            return _as_flags(plan.config, config, opened)
     length = config.max_length
-    while not found and length > SHORTEST_ADVICE:
+    while length > SHORTEST_ADVICE:
         length = max(length // 2, SHORTEST_ADVICE)
-        shorter = replace(
-            config, max_length=length, max_new_tokens=min(config.max_new_tokens or length, length)
-        )
+        new_tokens = min(config.max_new_tokens or length, length)
+        shorter = replace(config, max_length=length, max_new_tokens=new_tokens)
         if plan_training(model_config, shorter, loss, machine):
-            found.append(f"--max_length {length}")
-    all_open = replace(config, **passes, **method)
-    smaller, plan = auto_model(lambda *_: all_open, loss, machine)
-    if plan is not None:
-        return [*found, f"--model_name {smaller}"]
-    return found or ["--device cpu"]
+            return f"--max_length {length}"
+    parameters = count_parameters(model_config, config.trust_remote_code)
+    for name in (*AUTO_MODELS, EMBEDDED_NAME):
+        smaller = known_config(name)
+        if count_parameters(smaller) < parameters and plan_training(smaller, config, loss, machine):
+            return f"--model_name {name}"
+    return None
 
 
 def _as_flags(decided: GSPOConfig, config: GSPOConfig, names: Iterable[str]) -> str:
-    """The settings of these names that differ from a configuration's, as they are typed."""
+    """The settings of these names that differ from a configuration's, as they are typed.
+
+    What the configuration leaves to the plan is decided by it again.
+    """
     flags = []
     for name in names:
-        value = getattr(decided, name)
-        if value != getattr(config, name):
+        value, given = getattr(decided, name), getattr(config, name)
+        if value != given and (given is not None or name == "lora_rank"):
             flags.append(f"--{name}" if value is True else f"--{name} {value}")
     return " ".join(flags)
 
@@ -238,10 +240,11 @@ def _as_flags(decided: GSPOConfig, config: GSPOConfig, names: Iterable[str]) -> 
 # ---- what is said about it
 
 
-def list_parts(parts: dict[str, float]) -> str:
+def list_parts(parts: Mapping[str, float]) -> str:
     """Parts with their sizes, largest first; those too small to matter are left out."""
-    shown = sorted(parts.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {num_bytes / 1e9:.1f}" for name, num_bytes in shown if num_bytes >= 5e7)
+    largest, *others = sorted(parts.items(), key=lambda item: -item[1])
+    shown = [largest, *(part for part in others if part[1] >= 5e7)]
+    return ", ".join(f"{name} {num_bytes / 1e9:.1f}" for name, num_bytes in shown)
 
 
 def describe_method(config: GSPOConfig) -> str:
@@ -266,6 +269,21 @@ def describe_plan(plan: Plan, machine: Machine) -> list[str]:
         f"  sampling {config.rollout_rows} responses at a time: {gigabytes(sum(memory.sampling.values()))} "
         f"({list_parts(memory.sampling)})",
     ]
+
+
+def describe_disk(plan: Plan, model_config: PreTrainedConfig) -> str:
+    """A line on the room that a run takes on the disk."""
+    config = plan.config
+    parameters = count_parameters(model_config, config.trust_remote_code)
+    moments = int(plan.memory.update["optimizer"])
+    saved = getattr(model_config, "dtype", None) or torch.float32
+    if config.method == "lora":  # a float32 adapter weight has two float32 moments
+        parts = disk_bytes(moments // 8, torch.float32, torch.bfloat16, moments)
+        parts |= dict.fromkeys(("best_model", "final_model"), parameters * saved.itemsize)
+    else:
+        trained = torch.float32 if config.method == "adamw" else torch.bfloat16
+        parts = disk_bytes(parameters, trained, saved, moments)
+    return f"disk: at most {gigabytes(sum(parts.values()))} ({list_parts(parts)})"
 
 
 def describe_others(

@@ -82,7 +82,7 @@ def test_parts_are_what_they_are_called():
         assert parts["weights"] == pytest.approx(4 * parameters, rel=0.01)
         assert parts["optimizer"] == pytest.approx(8 * parameters, rel=0.01)
         assert parts["CUDA context"] == CONTEXT_BYTES
-    # Keys and values of 32 responses of 256 tokens: 4 layers, 2 heads of 64, in bfloat16.
+    # Keys and values of 32 responses of 256 tokens with their prompts: 4 layers, 2 heads of 64, in bfloat16.
     assert sampling["cache"] == pytest.approx(32 * 256 * 4 * 2 * 2 * 64 * 2, rel=0.05)
 
 
@@ -157,6 +157,7 @@ def test_a_dry_run_plans_for_another_gpu(tmp_path, capsys):
         r"memory at its peak: \d+\.\d GB of each of 8 GPUs of 80 GB",
         r"  an update, 4096 tokens per pass: \d+\.\d GB \(",
         r"  sampling 128 responses at a time: \d+\.\d GB \(",
+        r"disk: at most \d+\.\d GB \(",
         r"  LoRA adapters over frozen weights \(--lora_rank 32\) would fit too: at least \d+\.\d GB",
     ):
         assert re.search(line, said), (line, said)
