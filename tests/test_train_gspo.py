@@ -346,7 +346,7 @@ def test_interrupt_leaves_a_checkpoint_and_exit_code_130(tmp_path):
         (["--dataset_path", "missing.jsonl", "--dataset", "file"], "missing.jsonl"),
         (["--model_name", "tinny"], "tiny"),
         (["--model_name", "Qwen/Qwen2.5-MoE-A2.7B-Instruct"], "Qwen/Qwen1.5-MoE-A2.7B-Chat"),
-        (["--model_name", "Qwen/Qwen2.5-7B-Instruct", "--dataset", "gsm8k"], "hub"),
+        (["--model_name", "Qwen/Qwen2.5-14B-Instruct", "--dataset", "gsm8k"], "hub"),
         (["--dataset", "gsm8k"], "--dataset_path"),
         (["--rollout_engine", "vllm"], "vllm"),
         (["--resume", "latest"], "no run in gspo_outputs"),
@@ -586,6 +586,10 @@ def test_a_dry_run_refuses_what_a_run_would_refuse(flags, said, capsys):
 
 
 def test_a_dry_run_needs_no_more_of_a_model_than_its_configuration(tmp_path, capsys):
-    make_model("qwen3").config.save_pretrained(tmp_path / "plan")
-    assert train_gspo.main(["--model_name", str(tmp_path / "plan"), "--dataset", "sort", "--dry_run"]) == 0
+    config = make_model("qwen3").config
+    config.save_pretrained(tmp_path / "plan")
+    command = ["--model_name", str(tmp_path / "plan"), "--dataset", "sort", "--dry_run", "--max_length"]
+    assert train_gspo.main([*command, str(config.max_position_embeddings)]) == 0
     assert "the prompts' lengths are not checked" in capsys.readouterr().out
+    assert train_gspo.main([*command, "100000"]) == 2
+    assert "--max_length 100000 is beyond the model's" in capsys.readouterr().err

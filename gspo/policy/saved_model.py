@@ -65,7 +65,7 @@ def _cast(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, 
     cast: dict[tuple, torch.Tensor] = {}
     result = {}
     for name, tensor in weights.items():
-        storage = tensor.device, tensor.data_ptr(), tensor.shape
+        storage = tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape
         if storage not in cast:
             cast[storage] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
         result[name] = cast[storage]

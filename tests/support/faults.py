@@ -98,14 +98,8 @@ FAULTS = {
     "clip range of GRPO in the preset": Fault(
         "gspo_implementation",
         "ALGORITHMS",
-        'clip_unit="response",\n'
-        "        left_clip_range=3e-4,\n"
-        "        right_clip_range=4e-4,\n"
-        '        reference="gspo",',
-        'clip_unit="response",\n'
-        "        left_clip_range=0.2,\n"
-        "        right_clip_range=0.27,\n"
-        '        reference="gspo",',
+        '"response", 3e-4, 4e-4,\n        reference="gspo",',
+        '"response", 0.2, 0.27,\n        reference="gspo",',
         "clip_ranges",
         "gspo: the clip ranges",
     ),
@@ -444,16 +438,16 @@ FAULTS = {
         "softmax is float32",
     ),
     "weights in bfloat16": Fault(
-        "gspo_implementation",
-        "GSPOTrainer.__init__",
-        "self.model = model.float().to(",
-        "self.model = model.to(",
+        "gspo.training.trained_weights",
+        "AllWeights.__init__",
+        "torch.bfloat16 if in_8_bits else torch.float32",
+        "torch.bfloat16",
         "compute_type",
         "weights move",
     ),
     "weight decay": Fault(
-        "gspo_implementation",
-        "GSPOTrainer.__init__",
+        "gspo.training.trained_weights",
+        "_adamw",
         "weight_decay=config.weight_decay",
         "weight_decay=0.1",
         "trainer_updates",

@@ -233,6 +233,8 @@ def pretend_gpu() -> Iterator[torch.device]:
             patch.object(gspo_implementation, "choose_device", lambda device: device or "cuda")
         )
         stack.enter_context(patch.object(gspo_implementation, "Processes", _PretendProcesses))
+        # Everything fits.
+        stack.enter_context(patch.object(gspo_implementation, "fit_to_gpu", lambda config, *_: config))
         # Otherwise torch's backward would want a thread for the device, which it starts for the devices that
         # are registered before the first backward of the process.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))

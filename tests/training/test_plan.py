@@ -125,7 +125,7 @@ def test_a_refusal_names_what_fits():
     with pytest.raises(ValueError) as refusal:
         require_plan(WIDE, config, gspo_loss, machine(1.02 * peak))
     said = str(refusal.value)
-    assert re.match(r"--model_name mine: training needs \d+\.\d GB of GPU memory \(", said)
+    assert re.match(r"--model_name mine: training needs \d+\.\d GB of memory \(", said)
     assert "\n" not in said and said.endswith("it fits with --lora_rank 32")
 
 
