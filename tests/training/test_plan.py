@@ -254,14 +254,7 @@ import resource, torch
 from gspo.policy.known_models import known_config
 from gspo.training.config import GSPOConfig
 from gspo.training.hardware import Machine
-from gspo.training.measured_memory import (
-    CONTEXT_BYTES,
-    make_optimizer_state,
-    measure_sampling,
-    measure_update,
-    new_weights,
-    update,
-)
+from gspo.training.measured_memory import make_optimizer_state, measure_update, new_weights, update
 from gspo_implementation import gspo_loss
 
 def resident():
