@@ -15,9 +15,6 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-# Tokens of a buffer of keys and values beyond the longest sequence: none. The memory estimate adds it.
-SPARE_TOKENS = 0
-
 
 def can_share_prompts(model: PreTrainedModel) -> bool:
     """Return whether the model's cache holds keys and values only, which can be repeated for each response.

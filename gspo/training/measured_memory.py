@@ -93,7 +93,7 @@ def _measured(
     of_work: the settings that the work depends on. work: returns tensors that are parts of their own.
     """
     vocabulary = model_config.get_text_config(decoder=True).vocab_size
-    # What a pass depends on of the GPU.
+    # The one thing by which a GPU's size changes a pass.
     chunk = logit_tokens(vocabulary, machine.total_bytes) if config.device == "cuda" else None
     key = (
         model_config.to_json_string(use_diff=False), config.optimizer, config.lora_rank, config.dtype,
