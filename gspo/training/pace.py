@@ -9,7 +9,6 @@ a signal, so that a run is faster than this.
 import math
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from gspo.policy.fewer_layers import num_layers, with_layers
 from gspo.policy.log_probs import token_log_probs
 from gspo.policy.rollout import MAX_ROWS, Sampling, TransformersEngine
 from gspo.training.config import GSPOConfig
@@ -67,14 +67,14 @@ def estimate_pace(
     assert config.max_new_tokens is not None  # resolve() has decided it
     response_tokens = min(config.max_new_tokens, config.max_length - prompt_tokens)
     config = replace(config, max_length=prompt_tokens + response_tokens, max_new_tokens=response_tokens)
-    layers = model_config.get_text_config(decoder=True).num_hidden_layers
-    timed, one = 1, _times(_with_layers(model_config, 1), config, loss, device)
+    layers = num_layers(model_config)
+    timed, one = 1, _times(with_layers(model_config, 1), config, loss, device)
     many = one
     while timed < layers and many["an update"] < ENOUGH_SECONDS:
         timed = min(4 * timed, layers)
-        many = _times(_with_layers(model_config, timed), config, loss, device)
+        many = _times(with_layers(model_config, timed), config, loss, device)
     if timed == 1 and layers > 1:
-        timed, many = 2, _times(_with_layers(model_config, 2), config, loss, device)
+        timed, many = 2, _times(with_layers(model_config, 2), config, loss, device)
     missing = (layers - timed) / max(1, timed - 1)
     whole = {work: seconds + max(0.0, seconds - one[work]) * missing for work, seconds in many.items()}
     group_tokens = prompt_tokens + config.group_size * response_tokens
@@ -99,16 +99,6 @@ def estimate_pace(
 def _decoded_rows(config: GSPOConfig) -> int:
     """Responses that are sampled at a time."""
     return min(config.rollout_rows or MAX_ROWS, config.batch_size * config.group_size)
-
-
-def _with_layers(model_config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """The configuration of the same model with fewer layers."""
-    shortened = deepcopy(model_config)
-    text = shortened.get_text_config(decoder=True)
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    return shortened
 
 
 def _times(
