@@ -24,6 +24,7 @@ from gspo.policy.planned_device import planned_device
 from gspo.policy.prompt_cache import decode, prefill
 from gspo.policy.rollout import MAX_ROWS, draw_tokens, evaluation_mode
 from gspo.training.config import GSPOConfig
+from gspo.training.forward_passes import compute_type
 from gspo.training.hardware import Machine
 from gspo.training.living_memory import LivingMemory
 from gspo.training.loss_metrics import unread_metrics
@@ -287,7 +288,7 @@ def backward(
     responses: list[list[int]],
 ) -> None:
     """A forward and a backward pass over these rows."""
-    with compute_type(weights, config):
+    with compute_type(config, weights.parameters[0].device.type):
         log_probs = token_log_probs(weights.model, prompts, responses, config.temperature)
     values = pad_sequence(log_probs, batch_first=True)  # (B, T)
     mask = torch.ones_like(values, dtype=torch.bool)
@@ -303,15 +304,11 @@ def sample(weights: TrainedWeights, config: GSPOConfig) -> list[torch.Tensor]:
     model, group_size = weights.model, config.group_size
     prompt = [0] * (config.max_length - 1)
     num_prompts = -(-(config.rollout_rows or MAX_ROWS) // group_size)
-    with evaluation_mode(model), torch.no_grad(), compute_type(weights, config):
+    device_type = weights.parameters[0].device.type
+    with evaluation_mode(model), torch.no_grad(), compute_type(config, device_type):
         logits, cache, mask = prefill(model, [prompt] * num_prompts, group_size, max_new_tokens=1)
         uniform = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)  # (B,)
         token, _ = draw_tokens(logits, config.temperature, uniform)
         position = torch.full_like(token, len(prompt))
         draw_tokens(decode(model, cache, mask, token, position), config.temperature, uniform)
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-
-
-def compute_type(weights: TrainedWeights, config: GSPOConfig) -> torch.autocast:
-    device = weights.parameters[0].device.type
-    return torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16")

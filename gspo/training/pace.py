@@ -21,9 +21,9 @@ from gspo.policy.fewer_layers import num_layers, with_layers
 from gspo.policy.log_probs import token_log_probs
 from gspo.policy.rollout import MAX_ROWS, Sampling, TransformersEngine
 from gspo.training.config import GSPOConfig
+from gspo.training.forward_passes import compute_type
 from gspo.training.measured_memory import (
     backward,
-    compute_type,
     longest_rows,
     make_optimizer_state,
     new_weights,
@@ -117,7 +117,7 @@ def _times(
         some = min(2 * some, config.group_size)
 
     def log_probs() -> None:
-        with torch.no_grad(), compute_type(weights, config):
+        with torch.no_grad(), compute_type(config, device.type):
             token_log_probs(weights.model, *rows, config.temperature)
 
     step = _seconds(weights.optimizer.step, device)
@@ -140,7 +140,7 @@ def _decoding_seconds(weights: TrainedWeights, config: GSPOConfig, device: torch
     prompts = [[0]] * max(1, _decoded_rows(config) // config.group_size)
 
     def sample(tokens: int) -> float:
-        with compute_type(weights, config):
+        with compute_type(config, device.type):
             return _seconds(lambda: engine.generate(prompts, config.group_size, Sampling(tokens)), device)
 
     return max(0.0, sample(2 + DECODED_TOKENS) - sample(2)) / DECODED_TOKENS
