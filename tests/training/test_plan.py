@@ -33,7 +33,7 @@ from gspo_implementation import gspo_loss
 from support import ROOT
 from train_gspo import parse, resolve_for_machine
 
-GPUS = (8, 24, 80)  # GB; more take minutes each, and are in LOG.md
+GPUS = (8, 24, 80)  # GB; the others are in LOG.md
 # Shapes of which no way of training needs a GB, so that a plan takes a second.
 SMALL = Qwen2Config(
     hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
