@@ -63,7 +63,11 @@ class RunRecord:
         drawn = sum(batch["queries"] for batch in self.metrics)
         data = self.config.get("data")
         problems = data.get("train_problems", math.inf) if isinstance(data, dict) else math.inf
-        return drawn >= self.setting("num_epochs", 1) * problems and bool(self.evaluations) and self.evaluations[-1]["step"] == self.step
+        return (
+            drawn >= self.setting("num_epochs", 1) * problems
+            and bool(self.evaluations)
+            and self.evaluations[-1]["step"] == self.step
+        )
 
     @property
     def clips_per_token(self) -> bool:

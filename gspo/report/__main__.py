@@ -1,0 +1,66 @@
+"""Draw the curves of runs and write a page about them, from what their folders hold.
+
+    python -m gspo.report gspo_outputs/RUN                training_curves.png and report.html in the run's folder
+    python -m gspo.report gspo_outputs/RUN1 gspo_outputs/RUN2 ...        one page for all, here
+
+The runs may be finished, going, stopped or damaged. Exit codes: 0 done; 1 cannot write; 2 bad input.
+"""
+
+import sys
+from pathlib import Path
+
+from gspo.report.curves import draw_curves
+from gspo.report.page import visible, write_page
+from gspo.report.run_record import STREAMS, RunRecord, read_run
+from gspo.report.verdict import verdict
+from gspo.training.command_line import Parser, complain
+from gspo.training.whole_folders import CannotSave
+
+PROGRAM = "gspo.report"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = Parser(str(__doc__))
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where the page goes, instead")
+    given = parser.parse_args(arguments)
+    try:
+        runs = [find_run(folder) for folder in given.runs]
+    except (OSError, ValueError) as error:
+        complain(PROGRAM, error)
+        return 2
+    page = given.output or (given.runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    try:
+        if len(runs) == 1:
+            draw_curves(runs[0], page.with_name("training_curves.png"))
+        write_page(runs, page)
+    except CannotSave as error:
+        complain(PROGRAM, error)
+        return 1
+    for run in runs:
+        print(
+            visible("\n".join([f"{run.name}:", *verdict(run), *(f"Damaged: {what}." for what in run.damage)]))
+        )
+        print()
+    print(page)
+    return 0
+
+
+def find_run(folder: Path) -> RunRecord:
+    """The record of a folder.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or holds nothing of a run.
+    """
+    if not any((folder / name).exists() for name in ("config.json", *(f"{s}.jsonl" for s in STREAMS))):
+        what = (
+            "holds no run (no config.json, metrics.jsonl or eval.jsonl)"
+            if folder.is_dir()
+            else "is no folder"
+        )
+        raise ValueError(f"{folder} {what}; name a folder in gspo_outputs")
+    return read_run(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

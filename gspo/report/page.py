@@ -1,0 +1,261 @@
+"""report.html: one file with the verdict, curves and texts of one run or of several, which needs no network."""
+
+import html
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from gspo.report.panels import CLIPPING, PANELS, REWARD, Panel, minibatches
+from gspo.report.run_record import RunRecord
+from gspo.report.verdict import verdict
+from gspo.training.whole_folders import write_whole
+
+HERE = Path(__file__).parent
+# Characters of texts in a page, shared among its runs; and of one text.
+ALL_CHARACTERS, TEXT_CHARACTERS = 1_200_000, 3000
+# Rollout batches whose best and worst responses a page shows.
+MOST_PAIRS = 40
+# Settings in which runs may differ and still be the same but for the seed.
+BESIDE_THE_POINT = {"seed", "run_name", "output_dir", "resume", "environment", "reward_function"}
+# Characters that turn the direction of text or take no room, C1 controls, and halves of surrogate pairs.
+HIDDEN = (range(0x80, 0xA0), range(0x200B, 0x2010), range(0x202A, 0x202F), range(0x2060, 0x206A),
+          range(0xD800, 0xE000), range(0xFEFF, 0xFF00))  # fmt: skip
+
+
+def write_page(runs: Sequence[RunRecord], path: Path) -> None:
+    """Write the page. Raises CannotSave."""
+    data = {
+        "charts": [chart(panel, runs) for panel in PANELS],
+        "runs": [describe(run, ALL_CHARACTERS // len(runs)) for run in runs],
+        "differences": differences(runs),
+    }
+    # Text within a script element ends at "</script", wherever it stands.
+    text = json.dumps(plain(data), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    page = (HERE / "page.html").read_text(encoding="utf-8")
+    parts = {
+        "TITLE": html.escape(visible(", ".join(run.name for run in runs))),
+        "STYLE": (HERE / "uplot" / "uPlot.min.css").read_text("utf-8")
+        + (HERE / "page.css").read_text("utf-8"),
+        "UPLOT": (HERE / "uplot" / "uPlot.iife.min.js").read_text(encoding="utf-8"),
+        "SCRIPT": (HERE / "page.js").read_text(encoding="utf-8"),
+        "DATA": text,  # last: a text in it may look like a placeholder
+    }
+    for name, part in parts.items():
+        page = page.replace(f"{{{{{name}}}}}", part)
+    write_whole(path, page)
+
+
+# ---- text that may hold anything
+
+
+def visible(text: str) -> str:
+    """The text with a visible sign for each control character, as a terminal escape has, but line ends."""
+
+    def sign(code: int) -> str:
+        if code < 0x20 and code not in (0x09, 0x0A):
+            return chr(0x2400 + code)
+        if code == 0x7F:
+            return "\u2421"
+        return f"\u27e8{code:X}\u27e9" if any(code in hidden for hidden in HIDDEN) else chr(code)
+
+    return "".join(map(sign, map(ord, text)))
+
+
+def plain(value: Any) -> Any:
+    """The value for JSON: texts visible and cut, figures rounded to 5 digits, what is not finite as null."""
+    match value:
+        case dict():
+            return {visible(str(name)): plain(inner) for name, inner in value.items()}
+        case list() | tuple():
+            return [plain(inner) for inner in value]
+        case float():
+            return float(f"{value:.5g}") if math.isfinite(value) else None
+        case str() if len(value) > TEXT_CHARACTERS:
+            left = len(value) - TEXT_CHARACTERS
+            return f"{visible(value[:TEXT_CHARACTERS])} ... ({left} more characters)"
+        case str():
+            return visible(value)
+        case int() | None:
+            return value
+    return visible(str(value))
+
+
+# ---- what a page says of a run
+
+
+def describe(run: RunRecord, characters: int) -> dict:
+    """The verdict, configuration, alarms and texts of a run; characters: how many the texts may have."""
+    environment = run.config.get("environment", {})
+    details = environment if isinstance(environment, dict) else {}
+    command = details.get("command_line", [])
+    gpus = details.get("gpus") or []
+    facts = {
+        "command": shlex.join(map(str, command)) if isinstance(command, list) else command,
+        "model": run.config.get("model_name"),
+        "algorithm": run.config.get("algorithm"),
+        "data": run.config.get("data"),
+        "commit": details.get("git_commit"),
+        "hardware": f"{gpus or 'no GPU'}, {details.get('cpu_cores')} cores, {details.get('platform')}",
+        "versions": details.get("versions"),
+    }
+    problems = changed_problems(run)
+    samples = best_and_worst(run)
+    return {
+        "name": run.name,
+        "verdict": verdict(run),
+        "facts": {name: value for name, value in facts.items() if value},
+        "config": {name: value for name, value in run.config.items() if name != "environment"},
+        "alarms": [{"kind": a.kind, "when": a.when, "message": a.message} for a in run.alarms],
+        "damage": run.damage,
+        "problems": fitting(problems, characters * 2 // 3),
+        "all_problems": len(problems),
+        "samples": evenly(samples, characters // 3),
+        "all_samples": len(samples),
+        "emergency": run.emergency,
+        "emergency_samples": run.emergency_samples[:8],
+    }
+
+
+def changed_problems(run: RunRecord) -> list[dict]:
+    """Held-out problems with their first and their last responses, those whose reward changed most first."""
+    by_problem: dict[Any, list[dict]] = {}
+    for line in run.eval_samples:
+        by_problem.setdefault(str(line.get("problem")), []).append(line)
+    found = [
+        {
+            "problem": name,
+            "before": lines[0],
+            "after": lines[-1],
+            "change": earned(lines[-1]) - earned(lines[0]),
+        }
+        for name, lines in by_problem.items()
+    ]
+    return sorted(found, key=lambda problem: -abs(problem["change"]))
+
+
+def earned(line: dict) -> float:
+    """Mean reward of the responses to a problem; 0 for one that could not be judged."""
+    rewards = line.get("rewards")
+    numbers = [x if isinstance(x, int | float) else 0.0 for x in rewards] if isinstance(rewards, list) else []
+    return fmean(numbers) if numbers else 0.0
+
+
+def best_and_worst(run: RunRecord) -> list[dict]:
+    """The best and the worst response of each rollout batch, oldest first."""
+    pairs: dict[int, dict] = {}
+    for sample in run.samples:
+        pairs.setdefault(sample["step"], {"step": sample["step"]})[str(sample.get("kind"))] = sample
+    return list(pairs.values())
+
+
+def size(text: dict) -> int:
+    return len(json.dumps(plain(text), ensure_ascii=False))
+
+
+def fitting(texts: Sequence[dict], characters: int) -> list[dict]:
+    """The first of the texts, as many as have so many characters together."""
+    totals = accumulate(map(size, texts))
+    return [text for text, total in zip(texts, totals, strict=True) if total <= characters]
+
+
+def evenly(texts: Sequence[dict], characters: int) -> list[dict]:
+    """The last of the texts and every n-th before it, with about so many characters together."""
+    stride = max(math.ceil(sum(map(size, texts)) / characters), math.ceil(len(texts) / MOST_PAIRS), 1)
+    return list(texts[::-1][::stride][::-1])
+
+
+# ---- curves
+
+
+def groups_of(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Runs that differ only in their seed, together: a label to runs."""
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        settings = {name: value for name, value in run.config.items() if name not in BESIDE_THE_POINT}
+        groups.setdefault(json.dumps(settings, sort_keys=True) if settings else run.name, []).append(run)
+    varied = differences(runs)
+    labels = {}
+    for same in groups.values():
+        words = [f"{name} {values[runs.index(same[0])]}" for name, values in varied.items() if name != "seed"]
+        label = ", ".join(words[:3]) if len(groups) > 1 and words else same[0].name
+        label = f"{label} ({len(same)} seeds)" if len(same) > 1 else label
+        labels[label if label not in labels else f"{label}, {same[0].name}"] = same
+    return labels
+
+
+def differences(runs: Sequence[RunRecord]) -> dict[str, list]:
+    """The settings in which the runs differ: name to the value of each."""
+    names = {name: None for run in runs for name in run.config}
+    values = {name: [run.config.get(name) for run in runs] for name in names}
+    beside = BESIDE_THE_POINT - {"seed"} | {"problems"}
+    return {n: v for n, v in values.items() if n not in beside and any(x != v[0] for x in v)}
+
+
+def chart(panel: Panel, runs: Sequence[RunRecord]) -> dict:
+    """A panel as the page draws it: x, and lines with a value or None for each x.
+
+    A line has a label, a colour (its place in the palette) and a kind: "line", "thin", "second" (axis on the
+    right), "points", or "low" and "high", between which the page fills.
+    """
+    lines: list[tuple[str, int, str, dict[int, float | None]]] = []
+    if len(runs) == 1:
+        run = runs[0]
+        steps = [batch["step"] for batch in run.metrics]
+        for name, kind in zip(panel.spread, ("low", "high"), strict=False):
+            lines.append((name.rpartition("_")[2], 0, kind, {b["step"]: b[name] for b in run.metrics}))
+        for i, (name, label) in enumerate(panel.lines.items()):
+            kind = "second" if name in panel.second else "line"
+            lines.append((label, i, kind, {batch["step"]: batch[name] for batch in run.metrics}))
+        if panel is CLIPPING:
+            for label, values in minibatches(run.metrics).items():
+                lines.append((label, 5, "thin", dict(zip(steps, values, strict=True))))
+        if panel is REWARD:
+            ends = [{e["step"]: e["interval_95"][i] for e in run.evaluations} for i in (0, 1)]
+            lines += [("95 % from", 1, "low", ends[0]), ("to", 1, "high", ends[1])]
+            passed = {e["step"]: e["pass_at_1"] for e in run.evaluations}
+            lines.append(("held-out pass@1", 1, "points", passed))
+    else:
+        name = next(iter(panel.lines))
+        for i, (label, same) in enumerate(groups_of(runs).items()):
+            lines += band(label, i, "line", [{b["step"]: b[name] for b in run.metrics} for run in same])
+            if panel is REWARD:
+                passed_by_run = [{e["step"]: e["pass_at_1"] for e in run.evaluations} for run in same]
+                lines += band(f"{label}: held-out pass@1", i, "points", passed_by_run)
+    xs = sorted({step for *_, values in lines for step in values})
+    alarms = [a for run in runs[:1] for a in run.alarms if len(runs) == 1 and a.kind in panel.alarms]
+    stops = [
+        {"first": s, "last": s, "kind": "emergency stop"} for run in runs if (s := run.emergency.get("step"))
+    ]
+    title = panel.title
+    if len(runs) > 1 and len(panel.lines) > 1:
+        title += f": {next(iter(panel.lines.values()))}"
+    return {
+        "title": title,
+        "band": panel.band,
+        "top": panel.top,
+        "x": xs,
+        "lines": [
+            {"label": label, "colour": colour, "kind": kind, "y": [values.get(x) for x in xs]}
+            for label, colour, kind, values in lines
+        ],
+        "marks": [{"first": a.first, "last": a.last, "kind": a.kind} for a in alarms] + stops,
+    }
+
+
+def band(label: str, colour: int, kind: str, runs: Sequence[dict[int, float]]) -> list[tuple]:
+    """The mean of some runs at each step, and the lowest and the highest value if there are several runs."""
+    steps = sorted({step for run in runs for step in run})
+    at = {step: [run[step] for run in runs if step in run] for step in steps}
+    mean = (label, colour, kind, {step: fmean(values) for step, values in at.items()})
+    if len(runs) == 1:
+        return [mean]
+    return [
+        ("lowest", colour, "low", {step: min(values) for step, values in at.items()}),
+        ("highest", colour, "high", {step: max(values) for step, values in at.items()}),
+        mean,
+    ]
