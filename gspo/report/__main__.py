@@ -1,7 +1,7 @@
 """Draw the curves of runs and write a page about them, from what their folders hold.
 
-    python -m gspo.report gspo_outputs/RUN                training_curves.png and report.html in the run's folder
-    python -m gspo.report gspo_outputs/RUN1 gspo_outputs/RUN2 ...        one page for all, here
+    python -m gspo.report gspo_outputs/RUN        training_curves.png and report.html in its folder
+    python -m gspo.report gspo_outputs/RUN1 gspo_outputs/RUN2        one page for both, here
 
 The runs may be finished, going, stopped or damaged. Exit codes: 0 done; 1 cannot write; 2 bad input.
 """
@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 from gspo.report.curves import draw_curves
-from gspo.report.page import visible, write_page
+from gspo.report.page import write_page
 from gspo.report.run_record import STREAMS, RunRecord, read_run
 from gspo.report.verdict import verdict
-from gspo.training.command_line import Parser, complain
+from gspo.training.command_line import Parser, complain, escaped
 from gspo.training.whole_folders import CannotSave
 
 PROGRAM = "gspo.report"
@@ -38,10 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
         complain(PROGRAM, error)
         return 1
     for run in runs:
-        print(
-            visible("\n".join([f"{run.name}:", *verdict(run), *(f"Damaged: {what}." for what in run.damage)]))
-        )
-        print()
+        lines = [f"{run.name}:", *verdict(run), *(f"Damaged: {what}." for what in run.damage)]
+        print(escaped("\n".join(lines), "\n"), end="\n\n")
     print(page)
     return 0
 

@@ -87,8 +87,8 @@ def _draw(run: RunRecord, panel: Panel, ax: Any) -> None:
                     va="top", transform=ax.get_xaxis_transform(), clip_on=True)  # fmt: skip
     if run.emergency:
         ax.axvline(run.emergency["step"], color=ALARM, lw=2.5)
-        ax.text(run.emergency["step"], 0.5, "emergency stop", color=ALARM, fontsize=13, rotation=90, ha="right",
-                va="center", transform=ax.get_xaxis_transform())  # fmt: skip
+        ax.text(run.emergency["step"], 0.5, "emergency stop", color=ALARM, fontsize=13, rotation=90,
+                ha="right", va="center", transform=ax.get_xaxis_transform())  # fmt: skip
     ax.set_title(panel.title, fontsize=17, fontweight="bold", loc="left", pad=26)
     ax.tick_params(labelsize=13)
     ax.grid(alpha=0.3)

@@ -23,6 +23,12 @@ function series(line, count) {
     case "low":
     case "high":
       return { ...base, class: "edge", stroke: shade + "66", width: 0, spanGaps: true, points: { show: false } };
+    case "trend":  // of the faint line before it, whose values the legend shows
+      return { ...base, class: "hidden", points: { show: false } };
+    case "faint":
+      return { ...base, stroke: shade + "70", width: 1, points: { show: false } };
+    case "wide":
+      return { ...base, stroke: shade + "60", width: 6, points: { show: false } };
     case "thin":
       return { ...base, stroke: COLOURS[5] + "99", width: 1, points: { show: false } };
     case "second":
@@ -127,7 +133,7 @@ function problem(entry, i) {
 
 function pair(entry) {
   const shown = entry.best || entry.worst || {};
-  const side = (name) => entry[name] && element("div", "", element("b", "", `${name}, ${figure(entry[name].tokens)} tokens`),
+  const side = (name) => entry[name] && element("div", "", element("b", "", `, ${figure(entry[name].tokens)} tokens`),
     response(entry[name].response, entry[name].reward));
   return element("details", "",
     element("summary", "", `rollout batch ${entry.step}: rewards ${figure(entry.best?.reward)} and ${figure(entry.worst?.reward)}`),
@@ -140,50 +146,57 @@ function table(rows) {
     element("tr", "", ...cells.map((cell) => element("td", "", text(cell)))))));
 }
 
+/* Some parts, with those after the first ten folded. */
+function folded(parts) {
+  if (parts.length <= 12) return parts;
+  return [...parts.slice(0, 10), element("details", "", element("summary", "", `${parts.length - 10} more`), ...parts.slice(10))];
+}
+
 function section(title, note, parts) {
-  return parts.length ? [element("h2", "", title), note ? element("p", "faint", note) : null, ...parts] : [];
+  return parts.length ? [element("h2", "", title), ...(note ? [element("p", "faint", note)] : []), ...parts] : [];
 }
 
 function verdict(run) {
   const [headline, ...others] = run.verdict;
   const bad = /^(Collapsed|Stopped|Tied|Responses|Every|It got worse)/.test(headline);
-  return element("div", "card", data.runs.length > 1 ? element("b", "", run.name) : null,
+  return element("div", "card", several ? element("b", "", run.name) : null,
     element("p", `headline ${bad ? "bad" : /^It learned/.test(headline) ? "good" : ""}`, headline),
     ...others.map((sentence) => element("p", "", sentence)),
+    element("details", "", element("summary", "", "Command, hardware, commit, configuration"),
+      table([...Object.entries(run.facts), ...Object.entries(run.config)])),
     ...run.damage.map((sentence) => element("p", "bad", `Damaged: ${sentence}.`)));
 }
 
 function texts(run) {
   const of = (kept, all) => (kept < all ? `${kept} of ${all} are shown. ` : "");
-  const name = data.runs.length > 1 ? `${run.name}: ` : "";
   return [
-    ...section(`${name}alarms`, "", run.alarms.map((alarm) =>
+    ...section(`Alarms`, "", run.alarms.map((alarm) =>
       element("p", "", element("b", "bad", `${alarm.kind}, ${alarm.when}: `), alarm.message))),
-    ...section(`${name}evidence of the emergency stop`, "responses of the rollout batch in which it stopped",
+    ...section(`Evidence of the emergency stop`, "responses of the rollout batch in which it stopped",
       run.emergency_samples.map((sample) => response(sample.response, sample.reward))),
-    ...section(`${name}held-out problems before and after`,
-      of(run.problems.length, run.all_problems) + "Those whose reward changed most come first.", run.problems.map(problem)),
-    ...section(`${name}best and worst responses of groups in training`,
-      of(run.samples.length, run.all_samples), run.samples.map(pair)),
-    ...section(`${name}how it was made`, "", [table(Object.entries(run.facts)),
-      element("details", "", element("summary", "", "configuration"), table(Object.entries(run.config)))]),
+    ...section(`Held-out problems before and after`,
+      of(run.problems.length, run.all_problems) + "Those whose reward changed most come first.", folded(run.problems.map(problem))),
+    ...section(`Best and worst responses of groups in training`,
+      of(run.samples.length, run.all_samples), folded(run.samples.map(pair))),
   ];
 }
 
-const varied = Object.entries(data.differences);
+const several = data.runs.length > 1;
+const differing = Object.entries(data.differences).map(([name, values]) => [name, ...values]);
 page.replaceChildren(
-  element("h1", "", data.runs.length > 1 ? `${data.runs.length} runs` : data.runs[0].name),
-  ...data.runs.map(verdict),
-  ...section("settings that differ", "", data.runs.length > 1 && varied.length
-    ? [table([["", ...data.runs.map((run) => run.name)], ...varied.map(([name, values]) => [name, ...values])])] : []),
-  element("h2", "", "curves"),
-  element("p", "faint", "over rollout batches; the values under the cursor stand below each chart. Drag to zoom, double-click to go back."),
+  element("h1", "", several ? `${data.runs.length} runs` : data.runs[0].name),
+  ...data.seeds.map((sentence) => element("p", "", sentence)),
+  element("div", several ? "runs" : "", ...data.runs.map(verdict)),
+  ...section("Settings that differ", "", several && differing.length
+    ? [table([["", ...data.runs.map((run) => run.name)], ...differing])] : []),
+  element("h2", "", "Curves"),
+  element("p", "faint", data.note),
   element("div", "charts", ...data.charts.map((chart, i) => {
     const host = element("div", "chart", element("h3", "", chart.title));
     host.id = `chart${i}`;
     return host;
   })),
-  ...data.runs.flatMap(texts));
+  ...data.runs.flatMap((run) => several ? [element("details", "", element("summary", "", `Texts of ${run.name}`), ...texts(run))] : texts(run)));
 
 drawCharts();
 const dark = matchMedia("(prefers-color-scheme: dark)");

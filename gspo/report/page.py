@@ -1,4 +1,4 @@
-"""report.html: one file with the verdict, curves and texts of one run or of several, which needs no network."""
+"""report.html: one file with the verdicts, curves and texts of one run or several; it needs no network."""
 
 import html
 import json
@@ -10,21 +10,26 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from gspo.report.panels import CLIPPING, PANELS, REWARD, Panel, minibatches
+from gspo.report.panels import CLIPPING, LEAST_TO_SMOOTH, PANELS, REWARD, Panel, minibatches, smooth
 from gspo.report.run_record import RunRecord
 from gspo.report.verdict import verdict
+from gspo.training.command_line import escaped
 from gspo.training.whole_folders import write_whole
 
 HERE = Path(__file__).parent
 # Characters of texts in a page, shared among its runs; and of one text.
 ALL_CHARACTERS, TEXT_CHARACTERS = 1_200_000, 3000
+NOTE = (
+    "Over rollout batches. The values at the cursor stand below each chart; drag to zoom, double-click to go "
+    f"back. From {LEAST_TO_SMOOTH} rollout batches on, strong lines are means over neighbours. An area around a "
+    "line of several seeds goes from the lowest to the highest."
+)
+# Control characters that stay in a text.
+KEPT = "\n\t"
 # Rollout batches whose best and worst responses a page shows.
 MOST_PAIRS = 40
 # Settings in which runs may differ and still be the same but for the seed.
 BESIDE_THE_POINT = {"seed", "run_name", "output_dir", "resume", "environment", "reward_function"}
-# Characters that turn the direction of text or take no room, C1 controls, and halves of surrogate pairs.
-HIDDEN = (range(0x80, 0xA0), range(0x200B, 0x2010), range(0x202A, 0x202F), range(0x2060, 0x206A),
-          range(0xD800, 0xE000), range(0xFEFF, 0xFF00))  # fmt: skip
 
 
 def write_page(runs: Sequence[RunRecord], path: Path) -> None:
@@ -33,12 +38,14 @@ def write_page(runs: Sequence[RunRecord], path: Path) -> None:
         "charts": [chart(panel, runs) for panel in PANELS],
         "runs": [describe(run, ALL_CHARACTERS // len(runs)) for run in runs],
         "differences": differences(runs),
+        "seeds": gains_by_seed(runs),
+        "note": NOTE,
     }
     # Text within a script element ends at "</script", wherever it stands.
     text = json.dumps(plain(data), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     page = (HERE / "page.html").read_text(encoding="utf-8")
     parts = {
-        "TITLE": html.escape(visible(", ".join(run.name for run in runs))),
+        "TITLE": html.escape(escaped(", ".join(run.name for run in runs))),
         "STYLE": (HERE / "uplot" / "uPlot.min.css").read_text("utf-8")
         + (HERE / "page.css").read_text("utf-8"),
         "UPLOT": (HERE / "uplot" / "uPlot.iife.min.js").read_text(encoding="utf-8"),
@@ -53,36 +60,23 @@ def write_page(runs: Sequence[RunRecord], path: Path) -> None:
 # ---- text that may hold anything
 
 
-def visible(text: str) -> str:
-    """The text with a visible sign for each control character, as a terminal escape has, but line ends."""
-
-    def sign(code: int) -> str:
-        if code < 0x20 and code not in (0x09, 0x0A):
-            return chr(0x2400 + code)
-        if code == 0x7F:
-            return "\u2421"
-        return f"\u27e8{code:X}\u27e9" if any(code in hidden for hidden in HIDDEN) else chr(code)
-
-    return "".join(map(sign, map(ord, text)))
-
-
 def plain(value: Any) -> Any:
-    """The value for JSON: texts visible and cut, figures rounded to 5 digits, what is not finite as null."""
+    """The value for JSON: texts are cut, controls visible, figures rounded or, if not finite, null."""
     match value:
         case dict():
-            return {visible(str(name)): plain(inner) for name, inner in value.items()}
+            return {escaped(str(name)): plain(inner) for name, inner in value.items()}
         case list() | tuple():
             return [plain(inner) for inner in value]
         case float():
             return float(f"{value:.5g}") if math.isfinite(value) else None
         case str() if len(value) > TEXT_CHARACTERS:
             left = len(value) - TEXT_CHARACTERS
-            return f"{visible(value[:TEXT_CHARACTERS])} ... ({left} more characters)"
+            return f"{escaped(value[:TEXT_CHARACTERS], KEPT)} ... ({left} more characters)"
         case str():
-            return visible(value)
+            return escaped(value, KEPT)
         case int() | None:
             return value
-    return visible(str(value))
+    return escaped(str(value))
 
 
 # ---- what a page says of a run
@@ -169,7 +163,7 @@ def evenly(texts: Sequence[dict], characters: int) -> list[dict]:
     return list(texts[::-1][::stride][::-1])
 
 
-# ---- curves
+# ---- several runs, and curves
 
 
 def groups_of(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
@@ -196,11 +190,25 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, list]:
     return {n: v for n, v in values.items() if n not in beside and any(x != v[0] for x in v)}
 
 
+def gains_by_seed(runs: Sequence[RunRecord]) -> list[str]:
+    """A sentence for each group of runs that differ only in their seed, on their gains in pass@1."""
+    sentences = []
+    for label, same in groups_of(runs).items():
+        ends = [(run.evaluations[0], run.evaluations[-1]) for run in same if len(run.evaluations) > 1]
+        gains = [after["pass_at_1"] - before["pass_at_1"] for before, after in ends]
+        if len(gains) > 1:
+            sentences.append(
+                f"{label}: held-out pass@1 gained {fmean(gains):+.3f} on average, "
+                f"{min(gains):+.3f} to {max(gains):+.3f} over {len(gains)} seeds."
+            )
+    return sentences
+
+
 def chart(panel: Panel, runs: Sequence[RunRecord]) -> dict:
     """A panel as the page draws it: x, and lines with a value or None for each x.
 
-    A line has a label, a colour (its place in the palette) and a kind: "line", "thin", "second" (axis on the
-    right), "points", or "low" and "high", between which the page fills.
+    A line has a label, a colour (its place in the palette) and a kind: "line", "points", "trend" over a
+    "faint" one, "wide", "thin", "second" (axis on the right), or "low" and "high" with an area between.
     """
     lines: list[tuple[str, int, str, dict[int, float | None]]] = []
     if len(runs) == 1:
@@ -209,8 +217,16 @@ def chart(panel: Panel, runs: Sequence[RunRecord]) -> dict:
         for name, kind in zip(panel.spread, ("low", "high"), strict=False):
             lines.append((name.rpartition("_")[2], 0, kind, {b["step"]: b[name] for b in run.metrics}))
         for i, (name, label) in enumerate(panel.lines.items()):
+            values = [batch[name] for batch in run.metrics]
             kind = "second" if name in panel.second else "line"
-            lines.append((label, i, kind, {batch["step"]: batch[name] for batch in run.metrics}))
+            if (
+                panel.stacked and name not in panel.stacked
+            ):  # the sum of the others, which would lie over them
+                kind = "wide"
+            elif len(steps) >= LEAST_TO_SMOOTH and kind == "line" and not panel.stacked:
+                lines.append((label, i, "trend", dict(zip(steps, smooth(values), strict=True))))
+                kind = "faint"
+            lines.append((label, i, kind, dict(zip(steps, values, strict=True))))
         if panel is CLIPPING:
             for label, values in minibatches(run.metrics).items():
                 lines.append((label, 5, "thin", dict(zip(steps, values, strict=True))))
@@ -222,7 +238,7 @@ def chart(panel: Panel, runs: Sequence[RunRecord]) -> dict:
     else:
         name = next(iter(panel.lines))
         for i, (label, same) in enumerate(groups_of(runs).items()):
-            lines += band(label, i, "line", [{b["step"]: b[name] for b in run.metrics} for run in same])
+            lines += band(label, i, "line", [trend(run, name) for run in same])
             if panel is REWARD:
                 passed_by_run = [{e["step"]: e["pass_at_1"] for e in run.evaluations} for run in same]
                 lines += band(f"{label}: held-out pass@1", i, "points", passed_by_run)
@@ -245,6 +261,13 @@ def chart(panel: Panel, runs: Sequence[RunRecord]) -> dict:
         ],
         "marks": [{"first": a.first, "last": a.last, "kind": a.kind} for a in alarms] + stops,
     }
+
+
+def trend(run: RunRecord, name: str) -> dict[int, float]:
+    """A metric by step, smoothed if there are many."""
+    values = [batch[name] for batch in run.metrics]
+    shown = smooth(values) if len(values) >= LEAST_TO_SMOOTH else values
+    return dict(zip([batch["step"] for batch in run.metrics], shown, strict=True))
 
 
 def band(label: str, colour: int, kind: str, runs: Sequence[dict[int, float]]) -> list[tuple]:

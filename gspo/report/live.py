@@ -1,0 +1,57 @@
+"""The curves of a run while it runs, and its page at the end: a sink of the record."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from gspo.report.curves import draw_curves
+from gspo.report.page import write_page
+from gspo.report.run_record import read_run
+
+# Drawing takes at most this share of the run's time.
+DRAWING_SHARE = 0.005
+
+
+class LiveReport:
+    """Redraws training_curves.png as the run goes on, and writes report.html at its end.
+
+    It never ends a run: what prevents drawing, such as a full disk, is said once on standard error.
+
+    Args:
+        folder: the run's folder, whose files are written before this sink gets their lines.
+        clock: seconds that pass; a test has its own.
+    """
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic):
+        self.folder, self.clock = folder, clock
+        self.started = clock()
+        self.spent = 0.0  # seconds of drawing so far
+        self.last = 0.0  # seconds of the last drawing, which the next one is expected to take
+        self.failed = False
+
+    def write(self, stream: str, step: int, values: dict) -> None:
+        """Redraw after a rollout batch or an evaluation, if there is time for it."""
+        allowed = DRAWING_SHARE * (self.clock() - self.started)
+        if stream in ("metrics", "eval") and self.spent + max(self.last, 1.0) <= allowed:
+            self._draw(going=True)
+
+    def close(self) -> None:
+        """Draw the curves a last time, and the page."""
+        self._draw(going=False)
+
+    def _draw(self, going: bool) -> None:
+        if self.failed:
+            return
+        start = self.clock()
+        try:
+            run = read_run(self.folder, going)
+            draw_curves(run, self.folder / "training_curves.png")
+            if not going:
+                write_page([run], self.folder / "report.html")
+        except Exception as error:  # a picture must not end a run, whatever matplotlib or the disk raises
+            self.failed = True
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"no curves and no report: {reason}; the run goes on, all is in its files", file=sys.stderr)
+        self.last = self.clock() - start
+        self.spent += self.last
