@@ -85,7 +85,7 @@ function plot(chart, host) {
       share: { range: [0, 1.02] },
     },
     axes: [{ ...axis, space: 45, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 100000] },
-      { ...axis, size: 58 }, ...(hasSecond ? [{ ...axis, scale: "share", side: 1, size: 40, grid: { show: false } }] : [])],
+      { ...axis, size: 58, values: (_, splits) => splits.map((value) => String(+value.toPrecision(6))) }, ...(hasSecond ? [{ ...axis, scale: "share", side: 1, size: 40, grid: { show: false } }] : [])],
     series: [{ label: "rollout batch", value: (_, value) => figure(value) }, ...lines.map((line) => series(line, chart.x.length))],
     bands,
     cursor: { sync: { key: "runs" }, drag: { x: true, y: false } },

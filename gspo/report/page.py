@@ -21,8 +21,8 @@ HERE = Path(__file__).parent
 ALL_CHARACTERS, TEXT_CHARACTERS = 1_200_000, 3000
 NOTE = (
     "Over rollout batches. The values at the cursor stand below each chart; drag to zoom, double-click to go "
-    f"back. From {LEAST_TO_SMOOTH} rollout batches on, strong lines are means over neighbours. An area around a "
-    "line of several seeds goes from the lowest to the highest."
+    f"back. From {LEAST_TO_SMOOTH} rollout batches on, strong lines are means over neighbours. An area around "
+    "a line of several seeds goes from the lowest to the highest."
 )
 # Control characters that stay in a text.
 KEPT = "\n\t"
@@ -172,11 +172,18 @@ def groups_of(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     for run in runs:
         settings = {name: value for name, value in run.config.items() if name not in BESIDE_THE_POINT}
         groups.setdefault(json.dumps(settings, sort_keys=True) if settings else run.name, []).append(run)
-    varied = differences(runs)
-    labels = {}
+    # One setting tells the groups apart, or the first three do.
+    varied = {name: values for name, values in differences(runs).items() if name != "seed"}
+    ways = {
+        name: len({str(values[runs.index(same[0])]) for same in groups.values()})
+        for name, values in varied.items()
+    }
+    alone = [name for name, count in ways.items() if count == len(groups)]
+    telling = {name: varied[name] for name in alone[:1] or list(varied)[:3]}
+    labels: dict[str, list[RunRecord]] = {}
     for same in groups.values():
-        words = [f"{name} {values[runs.index(same[0])]}" for name, values in varied.items() if name != "seed"]
-        label = ", ".join(words[:3]) if len(groups) > 1 and words else same[0].name
+        label = ", ".join(f"{name} {values[runs.index(same[0])]}" for name, values in telling.items())
+        label = label if label and len(groups) > 1 else same[0].name
         label = f"{label} ({len(same)} seeds)" if len(same) > 1 else label
         labels[label if label not in labels else f"{label}, {same[0].name}"] = same
     return labels
