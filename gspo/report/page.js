@@ -162,8 +162,8 @@ function verdict(run) {
   return element("div", "card", several ? element("b", "", run.name) : null,
     element("p", `headline ${bad ? "bad" : /^It learned/.test(headline) ? "good" : ""}`, headline),
     ...others.map((sentence) => element("p", "", sentence)),
-    element("details", "", element("summary", "", "Command, hardware, commit, configuration"),
-      table([...Object.entries(run.facts), ...Object.entries(run.config)])),
+    element("details", "", element("summary", "", "Command, commit, hardware, configuration"),
+      table(Object.entries(run.config))),
     ...run.damage.map((sentence) => element("p", "bad", `Damaged: ${sentence}.`)));
 }
 
@@ -199,6 +199,7 @@ page.replaceChildren(
   ...data.runs.flatMap((run) => several ? [element("details", "", element("summary", "", `Texts of ${run.name}`), ...texts(run))] : texts(run)));
 
 drawCharts();
+performance.mark("drawn");
 const dark = matchMedia("(prefers-color-scheme: dark)");
 dark.addEventListener("change", drawCharts);
 addEventListener("resize", () => plots.forEach((drawn) => drawn.setSize({ width: drawn.root.parentElement.clientWidth, height: 240 })));

@@ -15,7 +15,7 @@ from gspo.training.intervals import describe_gain, paired_interval
 CLIP_BAND = (0.10, 0.30)
 # A run that earns at most this share of what it earned at its start has collapsed.
 REWARD_KEPT = 0.1
-# The first sentence for each finding about the first rollout batches.
+# The first sentence for findings about the first rollout batches; the first of them that holds.
 OBSTACLES = {
     "too hard": "Tied from the start: the problems are too hard",
     "too easy": "Tied from the start: the problems are too easy",
@@ -37,9 +37,11 @@ def verdict(run: RunRecord) -> list[str]:
     if fall:
         evidence.append(_describe_collapse(run, fall))
     if run.emergency:
-        return [_headline(run, fall, at_start), *evidence, _emergency(run)]
+        evidence.append(_emergency(run))
+    if fall or run.emergency:
+        return [_headline(run, fall, at_start), *evidence]
     evidence += [f"In {_span(start)}, {finding.message}." for finding in at_start]
-    if len(run.metrics) >= 2 * WINDOW and not fall:
+    if len(run.metrics) >= 2 * WINDOW:
         known = {finding.name for finding in at_start}
         late = [finding for finding in obstacles(run, end) if finding.name not in known]
         evidence += [f"At the end, in {_span(end)}, {finding.message}." for finding in late]
@@ -47,11 +49,11 @@ def verdict(run: RunRecord) -> list[str]:
     # The findings say why groups are tied.
     alarms = {alarm.kind: alarm for alarm in run.alarms if not (at_start and alarm.kind == "no signal")}
     evidence += [f"Warning ({alarm.kind}, {alarm.when}): {alarm.message}." for alarm in alarms.values()]
-    if outcome == SAME and not (fall or at_start):
+    if outcome == SAME and not at_start:
         evidence.append(
             "What changed is within chance: train longer, or hold out more problems (--num_eval_samples)."
         )
-    if outcome == LEARNED and not (fall or at_start or alarms or one_update(run)):
+    if outcome == LEARNED and not (at_start or alarms or one_update(run)):
         evidence.append("Nothing needs changing; runs with other seeds tell how much of the gain is luck.")
     return [_headline(run, fall, at_start), *evidence]
 
@@ -66,8 +68,9 @@ def _headline(run: RunRecord, fall: int | None, at_start: Sequence[Finding]) -> 
         return f"{what}, {stop}." if stop else f"{what}."
     if stop:
         return f"{'Stopped' if _is_fault_of_reward(run) else 'Collapsed'}: {stop}."
-    if at_start:
-        return f"{OBSTACLES.get(at_start[0].name, at_start[0].name.capitalize())}."
+    found = [finding.name for finding in at_start]
+    if first := next((sentence for name, sentence in OBSTACLES.items() if name in found), None):
+        return f"{first}."
     health = "with warnings" if run.alarms else "no alarm was raised"
     if one_update(run):
         health += ", and nothing could clip: one update per rollout batch"
@@ -157,8 +160,8 @@ def _when(evaluation: dict) -> str:
 def obstacles(run: RunRecord, metrics: Sequence[dict]) -> list[Finding]:
     """The findings about some rollout batches, from their metrics: the same that a run prints at its start.
 
-    Of the responses that were cut, those in samples.jsonl tell how many earned a reward. What needs all
-    responses (the form of their answers) is left out.
+    How many rewarded responses were cut is estimated from those in samples.jsonl. What needs all responses
+    (the form of their answers) is left out.
     """
     if not metrics:
         return []
@@ -171,7 +174,9 @@ def obstacles(run: RunRecord, metrics: Sequence[dict]) -> list[Finding]:
     queries = sum(batch["queries"] for batch in metrics)
     truncated = size * count("truncated_fraction")
     cut = [sample for sample in run.samples if sample.get("finished") is False]
-    rewarded = [sample for sample in cut if (sample.get("reward") or 0) > 0]
+    rewarded = [sample for sample in run.samples if (sample.get("reward") or 0) > 0]
+    cut_share = fmean([sample.get("finished") is False for sample in rewarded] or [0])
+    earned = size * queries * min(1.0, max(0.0, _mean(metrics)))  # responses with a reward, if it is 0 or 1
     at_most_new = [sample for sample in cut if sample.get("tokens") == max_new_tokens]
     rewards = {batch["reward_mean"] for batch in metrics}
     is_constant = len(rewards) == 1 and not any(batch["reward_std"] for batch in metrics)
@@ -189,7 +194,7 @@ def obstacles(run: RunRecord, metrics: Sequence[dict]) -> list[Finding]:
             tokens_mean=fmean(batch["response_tokens_mean"] for batch in metrics),
             tokens_longest=0,
             truncated=truncated,
-            truncated_rewarded=round(truncated * len(rewarded) / max(1, len(cut))),
+            truncated_rewarded=min(truncated, round(cut_share * earned)),
             truncated_by="max_new_tokens" if 2 * len(at_most_new) >= len(cut) else "max_length",
             answerable=0,
             with_answer=0,
