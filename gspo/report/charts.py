@@ -1,7 +1,7 @@
 """The charts of report.html as data: one run with all its lines, or several overlaid, with seeds as bands.
 
 A line is (label, colour, kind, step to value); colour is a place in the page's palette. Kinds: "line",
-"points", "trend" over a "faint" one, "wide", "thin", "second" (axis on the right), "low" and "high" (an area).
+"points", "trend" over a "faint" one, "wide", "thin", "second" (axis on the right), "low" and "high".
 """
 
 import json

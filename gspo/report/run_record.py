@@ -4,9 +4,9 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 
 from gspo.training.alarms import held_out_fall, warnings_of
@@ -83,25 +83,25 @@ class RunRecord:
     def alarms(self) -> list[Alarm]:
         """The warnings of the run, in the order of their first rollout batches."""
         found: list[Alarm] = []
-        for earlier, step, raised in [*self._raised_by_metrics(), *self._raised_by_evaluations()]:
-            for kind, message in raised.items():
-                begun = next((a for a in found if a.kind == kind and a.last == earlier), None)
-                if begun:
-                    found.remove(begun)
-                found.append(Alarm(kind, begun.first if begun else step, step, message))
+        for lines, rule in ((self.metrics, self._raised), (self.evaluations, _fallen)):
+            earlier = -1
+            for i, line in enumerate(lines):
+                for kind, message in rule(lines[: i + 1]).items():
+                    begun = next((a for a in found if a.kind == kind and a.last == earlier), None)
+                    if begun:
+                        found.remove(begun)
+                    first = begun.first if begun else line["step"]
+                    found.append(Alarm(kind, first, line["step"], message))
+                earlier = line["step"]
         return sorted(found, key=lambda alarm: alarm.first)
 
-    def _raised_by_metrics(self) -> Iterator[tuple[int, int, dict[str, str]]]:
-        """The step before, the step, and its warnings."""
-        for i, batch in enumerate(self.metrics):
-            earlier = self.metrics[i - 1]["step"] if i else -1
-            yield earlier, batch["step"], warnings_of(self.metrics[: i + 1], self.clips_per_token)
+    def _raised(self, metrics: list[dict]) -> dict[str, str]:
+        return warnings_of(metrics, self.clips_per_token)
 
-    def _raised_by_evaluations(self) -> Iterator[tuple[int, int, dict[str, str]]]:
-        for i, evaluation in enumerate(self.evaluations):
-            earlier = self.evaluations[i - 1]["step"] if i else -1
-            fall = held_out_fall(self.evaluations[: i + 1])
-            yield earlier, evaluation["step"], {"held-out": fall} if fall else {}
+
+def _fallen(evaluations: list[dict]) -> dict[str, str]:
+    fall = held_out_fall(evaluations)
+    return {"held-out": fall} if fall else {}
 
 
 def read_run(folder: Path, going: bool | None = None) -> RunRecord:
@@ -114,7 +114,7 @@ def read_run(folder: Path, going: bool | None = None) -> RunRecord:
     """
     os.listdir(folder)
     read = {stream: readable_lines(folder, stream) for stream in STREAMS}
-    lines = {stream: _by_step(found) for stream, (found, _) in read.items()}
+    lines = {stream: sorted(found, key=itemgetter("step")) for stream, (found, _) in read.items()}
     damage = [f"{what}; what follows is left out" for _, what in read.values() if what]
     config = settings_of(folder)
     if config is None:
@@ -132,7 +132,7 @@ def read_run(folder: Path, going: bool | None = None) -> RunRecord:
         samples=lines["samples"],
         eval_samples=lines["eval_samples"],
         emergency=emergency if is_stopped else {},
-        emergency_samples=_plain_lines(folder / "emergency" / "samples.jsonl") if is_stopped else [],
+        emergency_samples=_objects(folder / "emergency" / "samples.jsonl") if is_stopped else [],
         damage=damage,
         going=_is_locked(folder) if going is None else going,
     )
@@ -143,29 +143,24 @@ def batches(first: int, last: int) -> str:
     return f"rollout batch {first}" if first == last else f"rollout batches {first} to {last}"
 
 
-def _by_step(lines: Sequence[dict]) -> list[dict]:
-    return sorted(lines, key=lambda line: line["step"])
+def _objects(path: Path) -> list[dict]:
+    """The JSON objects of a file with one a line, up to the first damaged line; none if there is no file."""
+    found: list[dict] = []
+    try:
+        for line in path.read_bytes().splitlines():
+            found.append(dict(json.loads(line)))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return found
+    return found
 
 
 def _emergency(path: Path) -> dict:
     """What emergency/metrics.json says, if it says when and why."""
     try:
-        figures = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        figures = dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
-    is_whole = isinstance(figures, dict) and isinstance(figures.get("step"), int) and "reason" in figures
-    return figures if is_whole else {}
-
-
-def _plain_lines(path: Path) -> list[dict]:
-    """The lines of a file that are JSON objects, without a step."""
-    found = []
-    try:
-        for line in path.read_bytes().splitlines():
-            found.append(json.loads(line))
-    except (OSError, ValueError, RecursionError):
-        pass  # the lines before it
-    return [line for line in found if isinstance(line, dict)]
+    return figures if isinstance(figures.get("step"), int) and "reason" in figures else {}
 
 
 def _is_locked(folder: Path) -> bool:

@@ -51,7 +51,8 @@ def verdict(run: RunRecord) -> list[str]:
     evidence += [f"Warning ({alarm.kind}, {alarm.when}): {alarm.message}." for alarm in alarms.values()]
     if outcome == SAME and not at_start:
         evidence.append(
-            "What changed is within chance: train longer, or hold out more problems (--num_eval_samples)."
+            "What changed is within chance: train longer, hold out more problems (--num_eval_samples), or, if "
+            "little is clipped, raise --learning_rate."
         )
     if outcome == LEARNED and not (at_start or alarms or one_update(run)):
         evidence.append("Nothing needs changing; runs with other seeds tell how much of the gain is luck.")
@@ -259,11 +260,10 @@ def _describe_collapse(run: RunRecord, fall: int) -> str:
 
 def one_update(run: RunRecord) -> bool:
     """True if one update per rollout batch is made, by the settings, so that nothing can clip."""
-    planned = (
-        run.setting("batch_size", 1) / run.setting("mini_batch_size", 1) * run.setting("update_frequency", 1)
-    )
+    sampled = run.setting("batch_size", 1) * run.setting("update_frequency", 1)
     can_clip = any(batch["eligible_fraction"] for batch in run.metrics)
-    return planned <= 1 and not can_clip and any(batch["grad_norm"] for batch in run.metrics)
+    made_any = any(batch["grad_norm"] for batch in run.metrics)
+    return made_any and not can_clip and sampled <= run.setting("mini_batch_size", 1)
 
 
 def _clipping(run: RunRecord) -> list[str]:
