@@ -51,10 +51,10 @@ def verdict(run: RunRecord) -> list[str]:
     evidence += [f"Warning ({alarm.kind}, {alarm.when}): {alarm.message}." for alarm in alarms.values()]
     if outcome == SAME and not at_start:
         evidence.append(
-            "What changed is within chance: train longer, hold out more problems (--num_eval_samples), or, if "
+            "What changed is within chance: train longer, hold out more problems (--num_eval_samples) or, if "
             "little is clipped, raise --learning_rate."
         )
-    if outcome == LEARNED and not (at_start or alarms or one_update(run)):
+    if outcome == LEARNED and run.finished and not (at_start or alarms or one_update(run)):
         evidence.append("Nothing needs changing; runs with other seeds tell how much of the gain is luck.")
     return [_headline(run, fall, at_start), *evidence]
 

@@ -1,5 +1,6 @@
 """The page in a browser: it draws, asks the network for nothing, and shows hostile text as text."""
 
+import json
 import shutil
 import time
 from dataclasses import replace
@@ -48,6 +49,15 @@ def opened(browser, folder, *runs, width=1280):
     return page
 
 
+def requests_of(browser, page):
+    """The addresses that the page asked for, without its own; other pages of the browser have theirs."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    asked = [each["request"]["url"] for each in sent if each["documentURL"] == page.as_uri()]
+    assert page.as_uri() in asked  # the log is on
+    return [url for url in asked if url != page.as_uri()]
+
+
 def many(run, count):
     lines = [run.metrics[i % len(run.metrics)] | {"step": i + 1} for i in range(count)]
     return replace(run, metrics=lines)
@@ -58,9 +68,7 @@ def many(run, count):
 def test_the_page_draws_without_an_error_or_a_request(browser, tmp_path, names, width):
     page = opened(browser, tmp_path, *(read_run(RECORDS / name) for name in names), width=width)
     assert browser.get_log("browser") == []
-    requests = [entry["message"] for entry in browser.get_log("performance")]
-    sent = [message for message in requests if '"Network.requestWillBeSent"' in message]
-    assert [message for message in sent if page.as_uri() not in message] == []
+    assert requests_of(browser, page) == []
     assert browser.execute_script("return document.querySelectorAll('.chart canvas').length") == 8
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     # Each chart has something other than background on it.
@@ -100,8 +108,8 @@ def test_hostile_text_is_shown_as_text(browser, tmp_path):
     ]
     config = run.config | {"model_name": HOSTILE}
     hostile = replace(run, name=HOSTILE, config=config, eval_samples=lines, samples=samples)
-    opened(browser, tmp_path, hostile)
-    assert browser.get_log("browser") == []
+    page = opened(browser, tmp_path, hostile)
+    assert browser.get_log("browser") == [] and requests_of(browser, page) == []
     assert browser.title != "owned"
     assert browser.execute_script("return document.querySelectorAll('main img, main script').length") == 0
     shown = browser.execute_script("return document.querySelector('details pre').textContent")
