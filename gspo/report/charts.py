@@ -13,7 +13,7 @@ from gspo.report.run_record import RunRecord
 
 Line = tuple[str, int, str, dict[int, float | None]]
 # Settings in which runs may differ and still differ in nothing but the seed.
-BESIDE_THE_POINT = {"run_name", "output_dir", "resume", "environment", "reward_function"}
+BESIDE_THE_POINT = {"run_name", "output_dir", "resume", "environment", "reward_function", "problems", "data"}
 
 
 def charts(runs: Sequence[RunRecord]) -> list[dict]:
@@ -116,20 +116,15 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, list]:
 
 def groups_of(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     """Runs that differ only in their seed, together: a label to runs."""
-    varied = {name: each for name, each in differences(runs).items() if name != "seed"}
-    groups: dict[str, list[int]] = {}
-    for i in range(len(runs)):
-        groups.setdefault(json.dumps([each[i] for each in varied.values()]), []).append(i)
-    # The label is of one setting if that tells the groups apart.
-    firsts = [places[0] for places in groups.values()]
-    alone = [name for name, each in varied.items() if len({str(each[i]) for i in firsts}) == len(firsts)]
-    labels: dict[str, list[RunRecord]] = {}
-    for places in groups.values():
-        words = [f"{name} {varied[name][places[0]]}" for name in alone[:1] or list(varied)[:3]]
-        label = ", ".join(words) or runs[places[0]].name
-        label += f" ({len(places)} seeds)" if len(places) > 1 else ""
-        unique = label if label not in labels else f"{label}, {runs[places[0]].name}"
-        labels[unique] = [runs[i] for i in places]
+    varied = [each for name, each in differences(runs).items() if name != "seed"]
+    groups: dict[str, list[RunRecord]] = {}
+    for i, run in enumerate(runs):
+        settings = [run.config.get("problems"), *(each[i] for each in varied)]
+        groups.setdefault(json.dumps(settings), []).append(run)
+    labels = {}
+    for number, same in enumerate(groups.values(), start=1):
+        label = f"{same[0].name} with {len(same)} seeds" if len(same) > 1 else same[0].name
+        labels[label if label not in labels else f"{label} ({number})"] = same
     return labels
 
 

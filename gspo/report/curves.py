@@ -50,6 +50,9 @@ def draw_curves(run: RunRecord, path: Path) -> None:
 def _draw(run: RunRecord, panel: Panel, ax: Any) -> None:
     steps = [batch["step"] for batch in run.metrics]
     values = {name: [batch[name] for batch in run.metrics] for name in (*panel.lines, *panel.spread)}
+    is_long = len(steps) >= LEAST_TO_SMOOTH
+    shown = {name: smooth(each) if is_long else each for name, each in values.items()}
+    faintness = 0.35 if len(steps) < 200 else 0.12  # of lines that go up and down at every rollout batch
     if panel.band:
         ax.axhspan(*panel.band, color=RIGHT, alpha=0.15, lw=0, label="usual")
     if panel.spread:
@@ -57,12 +60,13 @@ def _draw(run: RunRecord, panel: Panel, ax: Any) -> None:
         ax.fill_between(steps, low, high, color=COLOURS[0], alpha=0.25, lw=0, label="smallest to largest")
     if panel is CLIPPING:
         for i, clipped in enumerate(minibatches(run.metrics).values()):
-            label = "by minibatch" if i == 0 else None
-            ax.plot(steps, [math.nan if x is None else x for x in clipped], color=FAINT, lw=0.8, label=label)
+            known = [math.nan if share is None else share for share in clipped]
+            label = None if i else "by minibatch"
+            ax.plot(steps, known, color=FAINT, lw=0.8, alpha=2 * faintness, label=label)
     if panel.stacked:
         names = panel.stacked
         colours = [AREAS.get(name, colour) for name, colour in zip(names, COLOURS, strict=False)]
-        areas, labels = [values[name] for name in names], [panel.lines[name] for name in names]
+        areas, labels = [shown[name] for name in names], [panel.lines[name] for name in names]
         ax.stackplot(steps, *areas, labels=labels, colors=colours, alpha=0.8)
     for (name, label), colour in zip(panel.lines.items(), COLOURS, strict=False):
         if name in panel.stacked:
@@ -72,17 +76,16 @@ def _draw(run: RunRecord, panel: Panel, ax: Any) -> None:
             own.set(ylim=(-0.03, 1.03), yticks=(0, 0.5, 1))
             own.tick_params(labelsize=13, colors=colour)
             own.spines[["top", "right"]].set_visible(False)
-        if len(steps) >= LEAST_TO_SMOOTH:
-            own.plot(steps, values[name], color=colour, lw=0.8, alpha=0.35)
-            own.plot(steps, smooth(values[name]), color=colour, lw=2.2)
-        else:
-            own.plot(steps, values[name], "o-", color=colour, lw=2.2, markersize=4)
+        own.plot(steps, shown[name], "-" if is_long else "o-", color=colour, lw=2.2, markersize=4)
+        if is_long:
+            own.plot(steps, values[name], color=colour, lw=0.8, alpha=faintness)
         ax.plot([], [], color=colour, lw=2.2, label=label)
     if panel is REWARD:
         _draw_evaluations(run, ax)
-    for alarm in run.alarms:
-        if alarm.kind in panel.alarms:
-            ax.axvspan(alarm.first - 0.5, alarm.last + 0.5, color=ALARM, alpha=0.15, lw=0)
+    alarms = [alarm for alarm in run.alarms if alarm.kind in panel.alarms]
+    for i, alarm in enumerate(alarms):
+        ax.axvspan(alarm.first - 0.5, alarm.last + 0.5, color=ALARM, alpha=0.15, lw=0)
+        if alarm.kind not in {earlier.kind for earlier in alarms[:i]}:
             ax.text(alarm.first - 0.5, 0.97, f"! {alarm.kind}", color=ALARM, fontsize=13, fontweight="bold",
                     va="top", transform=ax.get_xaxis_transform(), clip_on=True)  # fmt: skip
     if run.emergency:

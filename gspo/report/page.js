@@ -13,6 +13,7 @@ function element(tag, name, ...inner) {
 }
 const text = (value) => (typeof value === "string" ? value : JSON.stringify(value) ?? "");
 const figure = (value) => (value === null || value === undefined ? "-" : String(+(+value).toPrecision(4)));
+const sentence = (value) => value.split(/(--\w+)/).map((part, i) => (i % 2 ? element("span", "flag", part) : part));
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 /* ---- curves */
@@ -26,11 +27,11 @@ function series(line, count) {
     case "trend":  // of the faint line before it, whose values the legend shows
       return { ...base, class: "hidden", points: { show: false } };
     case "faint":
-      return { ...base, stroke: shade + "70", width: 1, points: { show: false } };
+      return { ...base, stroke: shade + (count < 200 ? "70" : "38"), width: 1, points: { show: false } };
     case "wide":
       return { ...base, stroke: shade + "60", width: 6, points: { show: false } };
     case "thin":
-      return { ...base, stroke: COLOURS[5] + "99", width: 1, points: { show: false } };
+      return { ...base, stroke: COLOURS[5] + (count < 200 ? "99" : "40"), width: 1, points: { show: false } };
     case "second":
       return { ...base, scale: "share" };
     case "points":
@@ -68,6 +69,7 @@ function plot(chart, host) {
       const to = Math.max(from + 3, u.valToPos(mark.last + 0.5, "x", true));
       ctx.fillStyle = ALARM + "44";
       ctx.fillRect(from, top, to - from, height);
+      if (chart.marks.findIndex((other) => other.kind === mark.kind) < i) return;
       ctx.fillStyle = ALARM;
       ctx.font = `600 ${12 * devicePixelRatio}px system-ui`;
       ctx.textAlign = from > left + width / 2 ? "right" : "left";
@@ -104,7 +106,7 @@ function response(value, reward, passed) {
   const mark = passed === undefined ? "" : passed ? ", passed" : ", not passed";
   const earned = reward === null || reward === undefined ? "not judged" : `reward ${figure(reward)}`;
   return element("div", "", element("span", passed || (passed === undefined && reward > 0) ? "good" : "bad", earned + mark),
-    element("pre", "", text(value)));
+    element("pre", "", text(value) || "(empty)"));
 }
 
 function evaluated(line) {
@@ -161,17 +163,17 @@ function verdict(run) {
   const bad = /^(Collapsed|Stopped|Tied|Responses|Every|It got worse)/.test(headline);
   return element("div", "card", several ? element("b", "", run.name) : null,
     element("p", `headline ${bad ? "bad" : /^It learned/.test(headline) ? "good" : ""}`, headline),
-    ...others.map((sentence) => element("p", "", sentence)),
+    ...others.map((other) => element("p", "", ...sentence(other))),
     element("details", "", element("summary", "", "Command, commit, hardware, configuration"),
       table(Object.entries(run.config))),
-    ...run.damage.map((sentence) => element("p", "bad", `Damaged: ${sentence}.`)));
+    ...run.damage.map((what) => element("p", "bad", `Damaged: ${what}.`)));
 }
 
 function texts(run) {
   const of = (kept, all) => (kept < all ? `${kept} of ${all} are shown. ` : "");
   return [
     ...section(`Alarms`, "", run.alarms.map((alarm) =>
-      element("p", "", element("b", "bad", `${alarm.kind}, ${alarm.when}: `), alarm.message))),
+      element("p", "", element("b", "bad", `${alarm.kind}, ${alarm.when}: `), ...sentence(alarm.message)))),
     ...section(`Evidence of the emergency stop`, "responses of the rollout batch in which it stopped",
       run.emergency_samples.map((sample) => response(sample.response, sample.reward))),
     ...section(`Held-out problems before and after`,
@@ -185,7 +187,7 @@ const several = data.runs.length > 1;
 const differing = Object.entries(data.differences).map(([name, values]) => [name, ...values]);
 page.replaceChildren(
   element("h1", "", several ? `${data.runs.length} runs` : data.runs[0].name),
-  ...data.seeds.map((sentence) => element("p", "", sentence)),
+  ...data.seeds.map((gain) => element("p", "", gain)),
   element("div", several ? "runs" : "", ...data.runs.map(verdict)),
   ...section("Settings that differ", "", several && differing.length
     ? [table([["", ...data.runs.map((run) => run.name)], ...differing])] : []),

@@ -70,7 +70,7 @@ def plain(value: Any) -> Any:
             left = len(value) - TEXT_CHARACTERS
             return f"{escaped(value[:TEXT_CHARACTERS], KEPT)} ... ({left} more characters)"
         case str():
-            return escaped(value, KEPT)
+            return value if value.isprintable() else escaped(value, KEPT)
         case int() | None:
             return value
     return escaped(str(value))

@@ -72,18 +72,18 @@ def test_runs_that_differ_in_the_seed_are_a_band():
     """Two seeds and one run of another learning rate: mean, lowest and highest, by hand."""
     run = read_run(RECORDS / "no_difference")
 
-    def with_clipping(seed, learning_rate, values):
+    def with_clipping(name, seed, learning_rate, values):
         metrics = [b | {"clip_fraction_eligible": v} for b, v in zip(run.metrics, values, strict=False)]
-        config = run.config | {"seed": seed, "learning_rate": learning_rate, "run_name": f"run{seed}"}
-        return replace(run, name=f"run{seed}", config=config, metrics=metrics)
+        config = run.config | {"seed": seed, "learning_rate": learning_rate, "run_name": name}
+        return replace(run, name=name, config=config, metrics=metrics)
 
     runs = [
-        with_clipping(0, 1e-5, [0.1, 0.2, 0.9]),
-        with_clipping(1, 1e-5, [0.3, 0.4]),
-        with_clipping(0, 2e-5, [0.5]),
+        with_clipping("run0", 0, 1e-5, [0.1, 0.2, 0.9]),
+        with_clipping("run1", 1, 1e-5, [0.3, 0.4]),
+        with_clipping("other", 0, 2e-5, [0.5]),
     ]
     assert {label: len(same) for label, same in groups_of(runs).items()} == {
-        "learning_rate 1e-05 (2 seeds)": 2, "learning_rate 2e-05": 1,
+        "run0 with 2 seeds": 2, "other": 1,
     }  # fmt: skip
     _, drawn, *_ = charts(runs)
     assert drawn["x"] == [1, 2, 3]
