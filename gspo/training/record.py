@@ -248,22 +248,6 @@ def read_lines(folder: Path, stream: str, count: int | None = None) -> list[dict
     return [_parse(line, stream, f"{path}, line {i + 1}") for i, line in enumerate(lines[:count])]
 
 
-def readable_lines(folder: Path, stream: str) -> tuple[list[dict], str]:
-    """The same up to the first damaged line, and what is wrong with that one: "" if there is none.
-
-    Unlike read_lines() it raises nothing: it is for looking at a run, not for continuing it.
-    """
-    path = _path(folder, stream)
-    found: list[dict] = []
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        for i, line in enumerate(lines):
-            found.append(_parse(line, stream, f"{path.name}, line {i + 1}"))
-    except (OSError, ValueError) as error:
-        return found, str(error)
-    return found, ""
-
-
 def _path(folder: Path, stream: str) -> Path:
     return folder / f"{stream}.jsonl"
 
@@ -292,6 +276,22 @@ def _is_value_of(name: str, value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300  # false for NaN
+
+
+def readable_lines(folder: Path, stream: str) -> tuple[list[dict], str]:
+    """The lines of a file up to the first damaged one, and what is wrong with that: "" if none is.
+
+    Unlike read_lines() it raises nothing: it is for looking at a run, not for continuing it.
+    """
+    path = _path(folder, stream)
+    found: list[dict] = []
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        for i, line in enumerate(lines):
+            found.append(_parse(line, stream, f"{path.name}, line {i + 1}"))
+    except (OSError, ValueError) as error:
+        return found, str(error)
+    return found, ""
 
 
 def glossary_table() -> str:
