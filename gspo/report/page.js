@@ -40,7 +40,7 @@ function series(line, count) {
   return base;
 }
 
-function plot(chart, host) {
+function plot(chart, host, width) {
   const lines = chart.lines;
   const bands = lines.flatMap((line, i) =>
     line.kind === "high" ? [{ series: [i + 1, i], fill: COLOURS[line.colour % COLOURS.length] + "33" }] : []);
@@ -79,7 +79,7 @@ function plot(chart, host) {
   }
   const xs = chart.x.concat(chart.marks.map((mark) => mark.last));
   return new uPlot({
-    width: host.clientWidth,
+    width: width || host.clientWidth,
     height: 240,
     scales: {
       x: { time: false, range: () => [Math.min(...xs, 0) - 0.5, Math.max(...xs, 1) + 0.5] },
@@ -96,9 +96,9 @@ function plot(chart, host) {
 }
 
 let plots = [];
-function drawCharts() {
+function drawCharts(width) {
   plots.forEach((drawn) => drawn.destroy());
-  plots = data.charts.map((chart, i) => plot(chart, document.getElementById(`chart${i}`)));
+  plots = data.charts.map((chart, i) => plot(chart, document.getElementById(`chart${i}`), width));
 }
 
 /* ---- texts */
@@ -203,7 +203,7 @@ page.replaceChildren(
 drawCharts();
 performance.mark("drawn");
 const dark = matchMedia("(prefers-color-scheme: dark)");
-dark.addEventListener("change", drawCharts);
+dark.addEventListener("change", () => drawCharts());
 addEventListener("resize", () => plots.forEach((drawn) => drawn.setSize({ width: drawn.root.parentElement.clientWidth, height: 240 })));
-addEventListener("beforeprint", () => { document.documentElement.classList.add("print"); drawCharts(); });
+addEventListener("beforeprint", () => { document.documentElement.classList.add("print"); drawCharts(330); });
 addEventListener("afterprint", () => { document.documentElement.classList.remove("print"); drawCharts(); });

@@ -55,7 +55,7 @@ def verdict(run: RunRecord) -> list[str]:
             "little is clipped, raise --learning_rate."
         )
     if outcome == LEARNED and run.finished and not (at_start or alarms or one_update(run)):
-        evidence.append("Nothing needs changing; runs with other seeds tell how much of the gain is luck.")
+        evidence.append("It can stay as it is; runs with other seeds tell how much of the gain is luck.")
     return [_headline(run, fall, at_start), *evidence]
 
 
@@ -72,9 +72,9 @@ def _headline(run: RunRecord, fall: int | None, at_start: Sequence[Finding]) -> 
     found = [finding.name for finding in at_start]
     if first := next((sentence for name, sentence in OBSTACLES.items() if name in found), None):
         return f"{first}."
-    health = "with warnings" if run.alarms else "no alarm was raised"
+    health = "with warnings" if run.alarms else "and no alarm was raised"
     if one_update(run):
-        health += ", and nothing could clip: one update per rollout batch"
+        health += ", but nothing could clip: one update per rollout batch"
     return f"{outcome_of(run)}, {health}."
 
 
@@ -281,8 +281,11 @@ def _clipping(run: RunRecord) -> list[str]:
     eligible = sum(batch["eligible_fraction"] for batch in can_clip)
     share = sum(b["clip_fraction_eligible"] * b["eligible_fraction"] for b in can_clip) / eligible
     low, high = CLIP_BAND
-    place = "below" if share < low else "above" if share > high else "within"
-    usual = f"{place} the usual {low:g} to {high:g}"
+    usual = f"within the usual {low:g} to {high:g}"
+    if share < low:
+        usual = f"below the usual {low:g} to {high:g}: the policy moves little"
+    if share > high:
+        usual = f"above the usual {low:g} to {high:g}: the policy moves far"
     if run.clips_per_token:
         usual = "about .001 is usual with GRPO"
     lowest = min(batch["importance_ratio_min"] for batch in can_clip)

@@ -117,7 +117,7 @@ def test_the_picture_is_drawn(tmp_path):
 def test_the_command_writes_into_the_run_and_prints_the_verdict(tmp_path, capsys):
     folder = shutil.copytree(RECORDS / "healthy", tmp_path / "run")
     assert main([str(folder)]) == 0
-    assert "It learned, no alarm was raised." in capsys.readouterr().out
+    assert "It learned, and no alarm was raised." in capsys.readouterr().out
     assert (folder / "report.html").exists() and (folder / "training_curves.png").exists()
 
 

@@ -17,7 +17,7 @@ from support import ROOT
 RECORDS = ROOT / "tests" / "report" / "records"
 # Record: the first sentence, and what the others say.
 EXPECTED = {
-    "healthy": ("It learned, no alarm was raised.", ["gain +0.", "the usual 0.1 to 0.3", "other seeds"]),
+    "healthy": ("It learned, and no alarm was raised.", ["gain +0.", "the usual 0.1 to 0.3", "other seeds"]),
     "too_hard": (
         "Tied from the start: the problems are too hard.",
         ["20 of 20 groups", "easier --difficulty"],
