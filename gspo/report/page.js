@@ -80,7 +80,7 @@ function plot(chart, host, width) {
   const xs = chart.x.concat(chart.marks.map((mark) => mark.last));
   return new uPlot({
     width: width || host.clientWidth,
-    height: 240,
+    height: width ? 180 : 240,  // of a printed page, eight fit on two
     scales: {
       x: { time: false, range: () => [Math.min(...xs, 0) - 0.5, Math.max(...xs, 1) + 0.5] },
       y: { range },
