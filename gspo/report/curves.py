@@ -92,7 +92,8 @@ def _draw(run: RunRecord, panel: Panel, ax: Any) -> None:
         ax.axvline(run.emergency["step"], color=ALARM, lw=2.5)
         ax.text(run.emergency["step"], 0.5, "emergency stop", color=ALARM, fontsize=13, rotation=90,
                 ha="right", va="center", transform=ax.get_xaxis_transform())  # fmt: skip
-    ax.set_title(panel.title, fontsize=17, fontweight="bold", loc="left", pad=26)
+    # With a height given, matplotlib need not look for one, which takes a quarter of all the time.
+    ax.set_title(panel.title, fontsize=17, fontweight="bold", loc="left", y=1.0, pad=26)
     ax.tick_params(labelsize=13)
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
