@@ -21,6 +21,7 @@ PROGRAM = "gspo.report"
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(str(__doc__))
+    parser.prog = PROGRAM
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the page goes, instead")
     given = parser.parse_args(arguments)
@@ -50,13 +51,9 @@ def find_run(folder: Path) -> RunRecord:
     Raises:
         OSError, ValueError: it cannot be read, or holds nothing of a run.
     """
-    if not any((folder / name).exists() for name in ("config.json", *(f"{s}.jsonl" for s in STREAMS))):
-        what = (
-            "holds no run (no config.json, metrics.jsonl or eval.jsonl)"
-            if folder.is_dir()
-            else "is no folder"
-        )
-        raise ValueError(f"{folder} {what}; name a folder in gspo_outputs")
+    names = ("config.json", *(f"{stream}.jsonl" for stream in STREAMS))
+    if not any((folder / name).exists() for name in names):
+        raise ValueError(f"{folder} holds no run (none of {', '.join(names)}); name a folder in gspo_outputs")
     return read_run(folder)
 
 

@@ -98,7 +98,6 @@ def describe(run: RunRecord, characters: int) -> dict:
         "all_problems": len(problems),
         "samples": evenly(samples, characters // 3),
         "all_samples": len(samples),
-        "emergency": run.emergency,
         "emergency_samples": run.emergency_samples[:8],
     }
 
