@@ -13,6 +13,9 @@ from gspo.training.alarms import held_out_fall, warnings_of
 from gspo.training.find_run import settings_of
 from gspo.training.record import readable_lines
 
+# The rules of the alarms read the beginning of a run and its last rollout batches. They get so many of each, so
+# that the time for a long run does not grow with the square of its length.
+BEGINNING, RECENT = 100, 400
 STREAMS = ("metrics", "eval", "samples", "eval_samples")
 
 
@@ -86,7 +89,8 @@ class RunRecord:
         for lines, rule in ((self.metrics, self._raised), (self.evaluations, _fallen)):
             earlier = -1
             for i, line in enumerate(lines):
-                for kind, message in rule(lines[: i + 1]).items():
+                recent = lines[max(BEGINNING, i + 1 - RECENT) : i + 1]
+                for kind, message in rule([*lines[: min(BEGINNING, i + 1)], *recent]).items():
                     begun = next((a for a in found if a.kind == kind and a.last == earlier), None)
                     if begun:
                         found.remove(begun)
