@@ -13,8 +13,8 @@ from gspo.training.alarms import held_out_fall, warnings_of
 from gspo.training.find_run import settings_of
 from gspo.training.record import readable_lines
 
-# The rules of the alarms read the beginning of a run and its last rollout batches. They get so many of each, so
-# that the time for a long run does not grow with the square of its length.
+# The rules of the alarms read the beginning of a run and its last rollout batches. They get so many of each:
+# with all of them, the time would grow with the square of a run's length.
 BEGINNING, RECENT = 100, 400
 STREAMS = ("metrics", "eval", "samples", "eval_samples")
 
