@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gspo.report.curves import draw_curves
 from gspo.report.page import write_page
-from gspo.report.run_record import STREAMS, RunRecord, read_run
+from gspo.report.run_record import read_run
 from gspo.report.verdict import verdict
 from gspo.training.command_line import Parser, complain, escaped
 from gspo.training.whole_folders import CannotSave
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the page goes, instead")
     given = parser.parse_args(arguments)
     try:
-        runs = [find_run(folder) for folder in given.runs]
+        runs = [read_run(folder) for folder in given.runs]
     except (OSError, ValueError) as error:
         complain(PROGRAM, error)
         return 2
@@ -43,18 +43,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(escaped("\n".join(lines), "\n"), end="\n\n")
     print(page)
     return 0
-
-
-def find_run(folder: Path) -> RunRecord:
-    """The record of a folder.
-
-    Raises:
-        OSError, ValueError: it cannot be read, or holds nothing of a run.
-    """
-    names = ("config.json", *(f"{stream}.jsonl" for stream in STREAMS))
-    if not any((folder / name).exists() for name in names):
-        raise ValueError(f"{folder} holds no run (none of {', '.join(names)}); name a folder in gspo_outputs")
-    return read_run(folder)
 
 
 if __name__ == "__main__":

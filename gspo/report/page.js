@@ -1,209 +1,184 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const page = document.getElementById("page");
-const COLOURS = ["#3b82f6", "#f0871f", "#12a975", "#c54bb0", "#8b6cf0", "#8d97a5"];
-const ALARM = "#e5484d";
+const several = data.runs.length > 1;
+const GREY = "#8d97a5";
+
+/* ---- elements */
 
 /* An element; texts in it are texts and never markup. */
 function element(tag, name, ...inner) {
   const made = document.createElement(tag);
-  if (name) made.className = name;
-  made.append(...inner.filter((part) => part !== null && part !== undefined));
+  made.className = name;
+  made.append(...inner);
   return made;
 }
-const text = (value) => (typeof value === "string" ? value : JSON.stringify(value) ?? "");
-const figure = (value) => (value === null || value === undefined ? "-" : String(+(+value).toPrecision(4)));
-const sentence = (value) => value.split(/(--\w+)/).map((part, i) => (i % 2 ? element("span", "flag", part) : part));
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+function text(value) {
+  return typeof value === "string" ? value : JSON.stringify(value ?? "-");
+}
+
+function figure(value) {
+  return Number.isFinite(value) ? String(+value.toPrecision(4)) : "-";
+}
+
+function list(value) {
+  return Array.isArray(value) ? value : [];
+}
+
+function folded(title, ...inner) {
+  return element("details", "", element("summary", "", title), ...inner);
+}
+
+function table(rows) {
+  const cells = (row) => row.map((cell) => element("td", "", text(cell)));
+  return element("div", "table", element("table", "", ...rows.map((row) => element("tr", "", ...cells(row)))));
+}
+
+/* Nothing if there are no parts. */
+function section(title, note, parts) {
+  return parts.length ? [element("h2", "", title), element("p", "faint", note), ...parts] : [];
+}
 
 /* ---- curves */
-function series(line, count) {
-  const shade = COLOURS[line.colour % COLOURS.length];
-  const base = { label: line.label, stroke: shade, width: 2, value: (_, value) => figure(value), points: { show: count < 40 } };
-  switch (line.kind) {
-    case "low":
-    case "high":
-      return { ...base, class: "edge", stroke: shade + "66", width: 0, spanGaps: true, points: { show: false } };
-    case "trend":  // of the faint line before it, whose values the legend shows
-      return { ...base, class: "hidden", points: { show: false } };
-    case "faint":
-      return { ...base, stroke: shade + (count < 200 ? "70" : "38"), width: 1, points: { show: false } };
-    case "wide":
-      return { ...base, stroke: shade + "60", width: 6, points: { show: false } };
-    case "thin":
-      return { ...base, stroke: COLOURS[5] + (count < 200 ? "99" : "40"), width: 1, points: { show: false } };
-    case "second":
-      return { ...base, scale: "share" };
-    case "points":
-      return { ...base, dash: [6, 4], spanGaps: true, points: { show: true, size: 8, fill: shade } };
+
+const STYLES = {
+  line: { width: 2 },
+  points: { width: 2, dash: [6, 4], points: { show: true, size: 8 } },
+  faint: { width: 1, alpha: 0.5, points: { show: false } },
+  low: { width: 0, points: { show: false } },
+  high: { width: 0, points: { show: false } },
+};
+
+/* Paint what lies under the lines: the band of healthy values, and alarms. */
+function underlay(plot, chart) {
+  const { ctx, bbox } = plot;
+  const at = (value, axis) => plot.valToPos(value, axis, true);
+  ctx.save();
+  ctx.beginPath();
+  ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
+  ctx.clip();
+  if (chart.band.length) {
+    const [low, high] = chart.band.map((value) => at(value, "y"));
+    ctx.fillStyle = "#12a97522";
+    ctx.fillRect(bbox.left, high, bbox.width, low - high);
   }
-  return base;
+  ctx.font = `600 ${12 * devicePixelRatio}px system-ui`;
+  const named = new Set();
+  for (const mark of chart.marks) {
+    const from = at(mark.first - 0.5, "x");
+    ctx.fillStyle = "#e5484d44";
+    ctx.fillRect(from, bbox.top, at(mark.last + 0.5, "x") - from + 2, bbox.height);
+    if (named.has(mark.kind)) continue;
+    named.add(mark.kind);
+    ctx.fillStyle = "#e5484d";
+    const room = bbox.left + bbox.width - ctx.measureText(mark.kind).width;
+    ctx.fillText(mark.kind, Math.min(from, room), bbox.top + 14 * named.size * devicePixelRatio);
+  }
+  ctx.restore();
 }
 
-function plot(chart, host, width) {
+function draw(chart, host) {
   const lines = chart.lines;
-  const bands = lines.flatMap((line, i) =>
-    line.kind === "high" ? [{ series: [i + 1, i], fill: COLOURS[line.colour % COLOURS.length] + "33" }] : []);
-  const axis = { stroke: colour("--faint"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line") } };
-  const hasSecond = lines.some((line) => line.kind === "second");
+  const axis = { stroke: GREY, grid: { stroke: GREY + "44", width: 1 }, ticks: { stroke: GREY + "44" } };
+  const series = lines.map((line) => (
+    { label: line.label, stroke: line.colour, value: (_, y) => figure(y), spanGaps: true, ...STYLES[line.kind] }));
+  const bands = lines.flatMap((line, i) => (
+    line.kind === "high" ? [{ series: [i + 1, i], fill: line.colour + "40" }] : []));
+  const marked = chart.marks.flatMap((mark) => [mark.first, mark.last]);
+  const steps = lines.flatMap((line) => line.x).concat(marked, 0, 1);
+  const first = steps.reduce((a, b) => Math.min(a, b));
+  const last = steps.reduce((a, b) => Math.max(a, b));
   function range(_, low, high) {
-    if (low === null) return [0, chart.top || 1];
-    if (chart.top) return [Math.min(0, low), Math.max(chart.top, high) * 1.02];
-    const room = (high - low) * 0.05 || Math.abs(high) * 0.05 || 1;
+    if (chart.top) return [Math.min(0, low), Math.max(chart.top, high) * 1.03];
+    const room = 0.05 * (high - low || Math.abs(high) || 1);
     return [low - room, high + room];
   }
-  function underlay(u) {
-    const { left, top, width, height } = u.bbox;
-    const ctx = u.ctx;
-    ctx.save();
-    ctx.beginPath();
-    ctx.rect(left, top, width, height);
-    ctx.clip();
-    if (chart.band.length) {
-      const [from, to] = chart.band.map((value) => u.valToPos(value, "y", true));
-      ctx.fillStyle = "#12a97522";
-      ctx.fillRect(left, to, width, from - to);
-    }
-    chart.marks.forEach((mark, i) => {
-      const from = u.valToPos(mark.first - 0.5, "x", true);
-      const to = Math.max(from + 3, u.valToPos(mark.last + 0.5, "x", true));
-      ctx.fillStyle = ALARM + "44";
-      ctx.fillRect(from, top, to - from, height);
-      if (chart.marks.findIndex((other) => other.kind === mark.kind) < i) return;
-      ctx.fillStyle = ALARM;
-      ctx.font = `600 ${12 * devicePixelRatio}px system-ui`;
-      ctx.textAlign = from > left + width / 2 ? "right" : "left";
-      ctx.fillText(mark.kind, ctx.textAlign === "right" ? to : from, top + (14 + 14 * (i % 3)) * devicePixelRatio);
-    });
-    ctx.restore();
-  }
-  const xs = chart.x.concat(chart.marks.map((mark) => mark.last));
   return new uPlot({
-    width: width || host.clientWidth,
-    height: width ? 180 : 240,  // of a printed page, eight fit on two
-    scales: {
-      x: { time: false, range: () => [Math.min(...xs, 0) - 0.5, Math.max(...xs, 1) + 0.5] },
-      y: { range },
-      share: { range: [0, 1.02] },
-    },
-    axes: [{ ...axis, space: 45, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 100000] },
-      { ...axis, size: 58, values: (_, splits) => splits.map((value) => String(+value.toPrecision(6))) }, ...(hasSecond ? [{ ...axis, scale: "share", side: 1, size: 40, grid: { show: false } }] : [])],
-    series: [{ label: "rollout batch", value: (_, value) => figure(value) }, ...lines.map((line) => series(line, chart.x.length))],
+    width: host.clientWidth,
+    height: 240,
+    scales: { x: { time: false, range: [first - 0.5, last + 0.5] }, y: { range } },
+    axes: [{ ...axis, space: 45, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10000] }, { ...axis, size: 58 }],
+    series: [{ label: "rollout batch", value: (_, x) => figure(x) }, ...series],
     bands,
     cursor: { sync: { key: "runs" }, drag: { x: true, y: false } },
-    hooks: { drawAxes: [underlay] },
-  }, [chart.x, ...lines.map((line) => line.y)], host);
-}
-
-let plots = [];
-function drawCharts(width) {
-  plots.forEach((drawn) => drawn.destroy());
-  plots = data.charts.map((chart, i) => plot(chart, document.getElementById(`chart${i}`), width));
+    hooks: { drawAxes: [(plot) => underlay(plot, chart)] },
+  }, uPlot.join(lines.map((line) => [line.x, line.y])), host);
 }
 
 /* ---- texts */
+
 function response(value, reward, passed) {
-  const mark = passed === undefined ? "" : passed ? ", passed" : ", not passed";
-  const earned = reward === null || reward === undefined ? "not judged" : `reward ${figure(reward)}`;
-  return element("div", "", element("span", passed || (passed === undefined && reward > 0) ? "good" : "bad", earned + mark),
-    element("pre", "", text(value) || "(empty)"));
+  const earned = Number.isFinite(reward) ? `reward ${figure(reward)}` : "not judged";
+  return element("div", "", element("b", passed ? "good" : "bad", earned), element("pre", "", text(value)));
 }
 
 function evaluated(line) {
-  const when = line.step === 0 ? "before training" : `after rollout batch ${figure(line.step)}`;
-  const list = (value) => (Array.isArray(value) ? value : []);
+  const when = line.step ? `after rollout batch ${line.step}` : "before training";
   const cut = line.cut_characters ? ` (${line.cut_characters} characters were not kept)` : "";
-  return element("div", "", element("b", "", when + cut),
-    ...list(line.responses).map((value, i) => response(value, list(line.rewards)[i], list(line.passed)[i])));
+  const shown = list(line.responses).map((value, i) => response(value, list(line.rewards)[i], list(line.passed)[i]));
+  return element("div", "", element("p", "", when + cut), ...shown);
 }
 
-function mean(rewards) {
-  return Array.isArray(rewards) && rewards.length ? rewards.reduce((sum, value) => sum + (+value || 0), 0) / rewards.length : 0;
+function question(line) {
+  return [element("pre", "", text(line.prompt)), element("p", "faint", `reference answer: ${text(line.answer)}`)];
 }
 
-function problem(entry, i) {
-  const { before, after } = entry;
-  const [from, to] = [before, after].map((line) => figure(mean(line.rewards)));
-  const title = element("summary", "", `problem ${entry.problem}: `,
-    element("b", entry.change > 0 ? "good" : entry.change < 0 ? "bad" : "", `mean reward ${from} → ${to}`));
-  const made = element("details", "", title, element("pre", "", text(before.prompt)),
-    before.answer === null || before.answer === undefined ? null : element("p", "faint", "reference answer: ", text(before.answer)),
-    element("div", "pair", evaluated(before), before.step === after.step ? null : evaluated(after)));
+function problem({ problem, before, after, means }, i) {
+  const sides = before.step === after.step ? [before] : [before, after];
+  const title = `problem ${problem}: mean reward ${means.map(figure).join(" → ")}`;
+  const made = folded(title, ...question(before), element("div", "pair", ...sides.map(evaluated)));
   made.open = i < 2;
   return made;
 }
 
-function pair(entry) {
-  const shown = entry.best || entry.worst || {};
-  const side = (name) => entry[name] && element("div", "", element("b", "", `, ${figure(entry[name].tokens)} tokens`),
-    response(entry[name].response, entry[name].reward));
-  return element("details", "",
-    element("summary", "", `rollout batch ${entry.step}: rewards ${figure(entry.best?.reward)} and ${figure(entry.worst?.reward)}`),
-    element("pre", "", text(shown.prompt)), element("p", "faint", "reference answer: ", text(shown.answer)),
-    element("div", "pair", side("best"), side("worst")));
-}
-
-function table(rows) {
-  return element("div", "table", element("table", "", ...rows.map((cells) =>
-    element("tr", "", ...cells.map((cell) => element("td", "", text(cell)))))));
-}
-
-/* Some parts, with those after the first ten folded. */
-function folded(parts) {
-  if (parts.length <= 12) return parts;
-  return [...parts.slice(0, 10), element("details", "", element("summary", "", `${parts.length - 10} more`), ...parts.slice(10))];
-}
-
-function section(title, note, parts) {
-  return parts.length ? [element("h2", "", title), ...(note ? [element("p", "faint", note)] : []), ...parts] : [];
-}
-
-function verdict(run) {
-  const [headline, ...others] = run.verdict;
-  const bad = /^(Collapsed|Stopped|Tied|Responses|Every|It got worse)/.test(headline);
-  return element("div", "card", several ? element("b", "", run.name) : null,
-    element("p", `headline ${bad ? "bad" : /^It learned/.test(headline) ? "good" : ""}`, headline),
-    ...others.map((other) => element("p", "", ...sentence(other))),
-    element("details", "", element("summary", "", "Command, commit, hardware, configuration"),
-      table(Object.entries(run.config))),
-    ...run.damage.map((what) => element("p", "bad", `Damaged: ${what}.`)));
+function pair({ step, best, worst }) {
+  const both = [best, worst].filter((sample) => sample);
+  const title = `rollout batch ${step}: rewards ${both.map((sample) => figure(sample.reward)).join(" and ")}`;
+  const shown = both.map((sample) => response(sample.response, sample.reward, sample.reward > 0));
+  return folded(title, ...question(both[0] ?? {}), element("div", "pair", ...shown));
 }
 
 function texts(run) {
-  const of = (kept, all) => (kept < all ? `${kept} of ${all} are shown. ` : "");
+  const alarms = run.alarms.map((alarm) => element("p", "", `${alarm.kind}, ${alarm.when}: ${alarm.message}`));
+  const evidence = run.emergency_samples.map((sample) => response(sample.response, sample.reward, sample.reward > 0));
   return [
-    ...section(`Alarms`, "", run.alarms.map((alarm) =>
-      element("p", "", element("b", "bad", `${alarm.kind}, ${alarm.when}: `), ...sentence(alarm.message)))),
-    ...section(`Evidence of the emergency stop`, "responses of the rollout batch in which it stopped",
-      run.emergency_samples.map((sample) => response(sample.response, sample.reward))),
-    ...section(`Held-out problems before and after`,
-      of(run.problems.length, run.all_problems) + "Those whose reward changed most come first.", folded(run.problems.map(problem))),
-    ...section(`Best and worst responses of groups in training`,
-      of(run.samples.length, run.all_samples), folded(run.samples.map(pair))),
+    ...section("Alarms", "", alarms),
+    ...section("Evidence of the emergency stop", "Responses of the rollout batch in which it stopped.", evidence),
+    ...section("Held-out problems before and after",
+      `${run.problems.length} of ${run.all_problems}, those whose reward changed most first.`, run.problems.map(problem)),
+    ...section("Best and worst responses of groups in training",
+      `Of ${run.samples.length} of ${run.all_samples} rollout batches.`, run.samples.map(pair)),
   ];
 }
 
-const several = data.runs.length > 1;
-const differing = Object.entries(data.differences).map(([name, values]) => [name, ...values]);
-page.replaceChildren(
-  element("h1", "", several ? `${data.runs.length} runs` : data.runs[0].name),
-  ...data.seeds.map((gain) => element("p", "", gain)),
-  element("div", several ? "runs" : "", ...data.runs.map(verdict)),
-  ...section("Settings that differ", "", several && differing.length
-    ? [table([["", ...data.runs.map((run) => run.name)], ...differing])] : []),
-  element("h2", "", "Curves"),
-  element("p", "faint", data.note),
-  element("div", "charts", ...data.charts.map((chart, i) => {
-    const host = element("div", "chart", element("h3", "", chart.title));
-    host.id = `chart${i}`;
-    return host;
-  })),
-  ...data.runs.flatMap((run) => several ? [element("details", "", element("summary", "", `Texts of ${run.name}`), ...texts(run))] : texts(run)));
+/* ---- the page */
 
-drawCharts();
+function verdict(run) {
+  const [headline, ...others] = run.verdict;
+  const isBad = /^(Collapsed|Stopped|Tied|Responses|It got worse)/.test(headline);
+  const colour = isBad ? "bad" : headline.startsWith("It learned") ? "good" : "";
+  return element("div", "card",
+    element("b", "", several ? run.name : ""),
+    element("p", `headline ${colour}`, headline),
+    ...others.map((sentence) => element("p", "", sentence)),
+    ...run.damage.map((what) => element("p", "bad", `Damaged: ${what}.`)),
+    folded("Command, commit, hardware, configuration", table(Object.entries(run.config))));
+}
+
+const differing = Object.entries(data.differences).map(([name, values]) => [name, ...values]);
+const hosts = data.charts.map((chart, i) => {
+  const host = element("div", "chart", element("h3", "", chart.title));
+  host.id = `chart${i}`;
+  return host;
+});
+document.getElementById("page").replaceChildren(
+  element("h1", "", several ? `${data.runs.length} runs` : data.runs[0].name),
+  element("div", several ? "runs" : "", ...data.runs.map(verdict)),
+  ...section("Settings that differ", "", differing.length ? [table([["", ...data.runs.map((run) => run.name)], ...differing])] : []),
+  ...section("Curves", "Over rollout batches. Point at a chart for its values; drag to zoom, double-click to go back.",
+    [element("div", "charts", ...hosts)]),
+  ...data.runs.flatMap((run) => (several ? [folded(`Texts of ${run.name}`, ...texts(run))] : texts(run))));
+
+const plots = data.charts.map((chart, i) => draw(chart, hosts[i]));
 performance.mark("drawn");
-const dark = matchMedia("(prefers-color-scheme: dark)");
-dark.addEventListener("change", () => drawCharts());
-addEventListener("resize", () => plots.forEach((drawn) => drawn.setSize({ width: drawn.root.parentElement.clientWidth, height: 240 })));
-addEventListener("beforeprint", () => { document.documentElement.classList.add("print"); drawCharts(330); });
-addEventListener("afterprint", () => { document.documentElement.classList.remove("print"); drawCharts(); });
+addEventListener("resize", () => plots.forEach((plot, i) => plot.setSize({ width: hosts[i].clientWidth, height: 240 })));

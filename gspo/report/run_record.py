@@ -4,8 +4,9 @@ import fcntl
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -13,15 +14,16 @@ from gspo.training.alarms import held_out_fall, warnings_of
 from gspo.training.find_run import settings_of
 from gspo.training.record import readable_lines
 
+STREAMS = ("metrics", "eval", "samples", "eval_samples")
+EMERGENCY_STOP = "emergency stop"
 # The rules of the alarms read the beginning of a run and its last rollout batches. They get so many of each:
 # with all of them, the time would grow with the square of a run's length.
 BEGINNING, RECENT = 100, 400
-STREAMS = ("metrics", "eval", "samples", "eval_samples")
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """A warning and the rollout batches from the first to the last that raised it without a break."""
+    """A warning or a stop, and the first and the last rollout batch of those in a row that raised it."""
 
     kind: str
     first: int
@@ -63,14 +65,11 @@ class RunRecord:
     @property
     def finished(self) -> bool:
         """True if all queries of all epochs were drawn, and the held-out problems evaluated after them."""
-        drawn = sum(batch["queries"] for batch in self.metrics)
         data = self.config.get("data")
         problems = data.get("train_problems", math.inf) if isinstance(data, dict) else math.inf
-        return (
-            drawn >= self.setting("num_epochs", 1) * problems
-            and bool(self.evaluations)
-            and self.evaluations[-1]["step"] == self.step
-        )
+        drawn = sum(batch["queries"] for batch in self.metrics)
+        is_evaluated = any(evaluation["step"] == self.step for evaluation in self.evaluations)
+        return is_evaluated and drawn >= self.setting("num_epochs", 1) * problems
 
     @property
     def clips_per_token(self) -> bool:
@@ -84,55 +83,62 @@ class RunRecord:
 
     @cached_property
     def alarms(self) -> list[Alarm]:
-        """The warnings of the run, in the order of their first rollout batches."""
-        found: list[Alarm] = []
-        for lines, rule in ((self.metrics, self._raised), (self.evaluations, _fallen)):
-            earlier = -1
-            for i, line in enumerate(lines):
-                recent = lines[max(BEGINNING, i + 1 - RECENT) : i + 1]
-                for kind, message in rule([*lines[: min(BEGINNING, i + 1)], *recent]).items():
-                    begun = next((a for a in found if a.kind == kind and a.last == earlier), None)
-                    if begun:
-                        found.remove(begun)
-                    first = begun.first if begun else line["step"]
-                    found.append(Alarm(kind, first, line["step"], message))
-                earlier = line["step"]
-        return sorted(found, key=lambda alarm: alarm.first)
-
-    def _raised(self, metrics: list[dict]) -> dict[str, str]:
-        return warnings_of(metrics, self.clips_per_token)
+        """The warnings of the run, in the order of their first rollout batches, and the emergency stop."""
+        warnings = partial(warnings_of, clips_per_token=self.clips_per_token)
+        found = _raised(self.metrics, warnings) + _raised(self.evaluations, _held_out_warning)
+        found.sort(key=lambda alarm: alarm.first)
+        if self.emergency:
+            step = self.emergency["step"]
+            found.append(Alarm(EMERGENCY_STOP, step, step, str(self.emergency["reason"])))
+        return found
 
 
-def _fallen(evaluations: list[dict]) -> dict[str, str]:
+def _raised(lines: list[dict], rule: Callable[[list[dict]], dict[str, str]]) -> list[Alarm]:
+    """The alarms that a rule on the lines so far raises; those in a row are one."""
+    found: dict[tuple[str, int], Alarm] = {}
+    begun: dict[str, int] = {}
+    for i, line in enumerate(lines):
+        recent = lines[max(BEGINNING, i + 1 - RECENT) : i + 1]
+        messages = rule(lines[: min(BEGINNING, i + 1)] + recent)
+        begun = {kind: begun.get(kind, line["step"]) for kind in messages}
+        for kind, first in begun.items():
+            found[kind, first] = Alarm(kind, first, line["step"], messages[kind])
+    return list(found.values())
+
+
+def _held_out_warning(evaluations: list[dict]) -> dict[str, str]:
     fall = held_out_fall(evaluations)
     return {"held-out": fall} if fall else {}
 
 
 def read_run(folder: Path, going: bool | None = None) -> RunRecord:
-    """Read a run's folder. Only a folder that cannot be listed is an error; what is missing stays empty.
+    """Read a run's folder. What is missing in it stays empty.
 
     going: whether a process is at work on the run, if that is known; the lock on the folder tells otherwise.
 
     Raises:
-        OSError: there is no such folder.
+        OSError: the folder cannot be read.
+        ValueError: it holds nothing of a run.
     """
-    os.listdir(folder)
+    names = ["config.json", *(f"{stream}.jsonl" for stream in STREAMS)]
+    if not set(names) & set(os.listdir(folder)):
+        raise ValueError(f"{folder} holds no run (none of {', '.join(names)}); name a folder in gspo_outputs")
     read = {stream: readable_lines(folder, stream) for stream in STREAMS}
     lines = {stream: sorted(found, key=itemgetter("step")) for stream, (found, _) in read.items()}
     damage = [f"{what}; what follows is left out" for _, what in read.values() if what]
     config = settings_of(folder)
     if config is None:
         damage.append("config.json is missing or damaged: settings are unknown")
-    emergency = _emergency(folder / "emergency" / "metrics.json")
     metrics = list({batch["step"]: batch for batch in lines["metrics"]}.values())
-    is_stopped = emergency.get("step", 0) > (metrics[-1]["step"] if metrics else 0)
-    evaluations = lines["eval"]
-    lengths = [{len(e["pass_by_problem"]), len(e["reward_by_problem"])} for e in evaluations]
+    emergency = next(iter(_objects(folder / "emergency" / "metrics.json")), {})
+    last = metrics[-1]["step"] if metrics else 0
+    step = emergency.get("step")
+    is_stopped = isinstance(step, int) and step > last and "reason" in emergency
     return RunRecord(
         name=Path(os.path.abspath(folder)).name,
         config=config or {},
         metrics=metrics,
-        evaluations=[e for e, found in zip(evaluations, lengths, strict=True) if found == lengths[0] != {0}],
+        evaluations=[e for e in lines["eval"] if _has_same_problems(e, lines["eval"][0])],
         samples=lines["samples"],
         eval_samples=lines["eval_samples"],
         emergency=emergency if is_stopped else {},
@@ -147,24 +153,23 @@ def batches(first: int, last: int) -> str:
     return f"rollout batch {first}" if first == last else f"rollout batches {first} to {last}"
 
 
+def _has_same_problems(evaluation: dict, first: dict) -> bool:
+    count = len(first["pass_by_problem"])
+    return count == len(evaluation["pass_by_problem"]) == len(evaluation["reward_by_problem"]) > 0
+
+
 def _objects(path: Path) -> list[dict]:
-    """The JSON objects of a file with one a line, up to the first damaged line; none if there is no file."""
+    """The JSON objects in a file, up to the first damage; none if there is no file."""
     found: list[dict] = []
     try:
-        for line in path.read_bytes().splitlines():
-            found.append(dict(json.loads(line)))
+        text = path.read_text(encoding="utf-8").strip()
+        while text:
+            value, end = json.JSONDecoder().raw_decode(text)
+            found.append(dict(value))
+            text = text[end:].strip()
     except (OSError, ValueError, TypeError, RecursionError):
         return found
     return found
-
-
-def _emergency(path: Path) -> dict:
-    """What emergency/metrics.json says, if it says when and why."""
-    try:
-        figures = dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return {}
-    return figures if isinstance(figures.get("step"), int) and "reason" in figures else {}
 
 
 def _is_locked(folder: Path) -> bool:
