@@ -32,16 +32,16 @@ class Alarm:
 
     @property
     def when(self) -> str:
-        return batches(self.first, self.last)
+        is_one = self.first == self.last
+        return f"rollout batch {self.first}" if is_one else f"rollout batches {self.first} to {self.last}"
 
 
 @dataclass(frozen=True)
 class RunRecord:
     """What a run's folder says; empty where it says nothing.
 
-    config: config.json. metrics, evaluations, samples, eval_samples: the lines of the files, by step.
-    emergency: emergency/metrics.json, with its "step" and "reason", if the run stopped there and has not gone
-        on since. emergency_samples: the responses of that rollout batch.
+    metrics, evaluations, samples, eval_samples: the lines of the files, by step.
+    emergency: emergency/metrics.json, with its "step" and "reason", if the run has not gone on since.
     damage: a line for each file that could not be read to its end.
     going: True if a process is at work on the run.
     """
@@ -65,21 +65,20 @@ class RunRecord:
     @property
     def finished(self) -> bool:
         """True if all queries of all epochs were drawn, and the held-out problems evaluated after them."""
-        data = self.config.get("data")
-        problems = data.get("train_problems", math.inf) if isinstance(data, dict) else math.inf
+        problems = self.config.get("data", {}).get("train_problems", math.inf)
         drawn = sum(batch["queries"] for batch in self.metrics)
         is_evaluated = any(evaluation["step"] == self.step for evaluation in self.evaluations)
-        return is_evaluated and drawn >= self.setting("num_epochs", 1) * problems
+        return is_evaluated and drawn >= self.setting("num_epochs") * problems
 
     @property
     def clips_per_token(self) -> bool:
         """True for GRPO, whose ratios and clip fractions are those of single tokens."""
         return self.config.get("algorithm") == "grpo"
 
-    def setting(self, name: str, default: float) -> float:
-        """A number of the configuration, or the default if it is missing or not a number."""
+    def setting(self, name: str) -> float:
+        """A number of the configuration; 0 if it is missing or not a number."""
         value = self.config.get(name)
-        return value if isinstance(value, int | float) else default
+        return value if isinstance(value, int | float) else 0
 
     @cached_property
     def alarms(self) -> list[Alarm]:
@@ -112,13 +111,12 @@ def _held_out_warning(evaluations: list[dict]) -> dict[str, str]:
 
 
 def read_run(folder: Path, going: bool | None = None) -> RunRecord:
-    """Read a run's folder. What is missing in it stays empty.
+    """Read a run's folder.
 
     going: whether a process is at work on the run, if that is known; the lock on the folder tells otherwise.
 
     Raises:
-        OSError: the folder cannot be read.
-        ValueError: it holds nothing of a run.
+        OSError, ValueError: the folder cannot be read, or holds nothing of a run.
     """
     names = ["config.json", *(f"{stream}.jsonl" for stream in STREAMS)]
     if not set(names) & set(os.listdir(folder)):
@@ -131,14 +129,13 @@ def read_run(folder: Path, going: bool | None = None) -> RunRecord:
         damage.append("config.json is missing or damaged: settings are unknown")
     metrics = list({batch["step"]: batch for batch in lines["metrics"]}.values())
     emergency = next(iter(_objects(folder / "emergency" / "metrics.json")), {})
-    last = metrics[-1]["step"] if metrics else 0
-    step = emergency.get("step")
-    is_stopped = isinstance(step, int) and step > last and "reason" in emergency
+    has_gone_on = bool(metrics) and metrics[-1]["step"] >= emergency.get("step", 0)
+    is_stopped = "step" in emergency and "reason" in emergency and not has_gone_on
     return RunRecord(
         name=Path(os.path.abspath(folder)).name,
         config=config or {},
         metrics=metrics,
-        evaluations=[e for e in lines["eval"] if _has_same_problems(e, lines["eval"][0])],
+        evaluations=[e for e in lines["eval"] if _counts(e) == _counts(lines["eval"][0])],
         samples=lines["samples"],
         eval_samples=lines["eval_samples"],
         emergency=emergency if is_stopped else {},
@@ -148,28 +145,18 @@ def read_run(folder: Path, going: bool | None = None) -> RunRecord:
     )
 
 
-def batches(first: int, last: int) -> str:
-    """Some rollout batches in words."""
-    return f"rollout batch {first}" if first == last else f"rollout batches {first} to {last}"
-
-
-def _has_same_problems(evaluation: dict, first: dict) -> bool:
-    count = len(first["pass_by_problem"])
-    return count == len(evaluation["pass_by_problem"]) == len(evaluation["reward_by_problem"]) > 0
+def _counts(evaluation: dict) -> tuple[int, int]:
+    """The numbers of held-out problems, which are the same in all evaluations of a run."""
+    return len(evaluation["pass_by_problem"]), len(evaluation["reward_by_problem"])
 
 
 def _objects(path: Path) -> list[dict]:
-    """The JSON objects in a file, up to the first damage; none if there is no file."""
-    found: list[dict] = []
+    """The JSON objects in a file; none if it is missing or damaged."""
     try:
-        text = path.read_text(encoding="utf-8").strip()
-        while text:
-            value, end = json.JSONDecoder().raw_decode(text)
-            found.append(dict(value))
-            text = text[end:].strip()
-    except (OSError, ValueError, TypeError, RecursionError):
-        return found
-    return found
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(text)] if path.suffix == ".json" else [*map(json.loads, text.splitlines())]
+    except (OSError, ValueError):
+        return []
 
 
 def _is_locked(folder: Path) -> bool:
