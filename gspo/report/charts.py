@@ -4,13 +4,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
 
 from gspo.report.run_record import EMERGENCY_STOP, Alarm, RunRecord
 from gspo.report.verdict import CLIP_BAND
 
 # Blue, orange, green, magenta, violet and grey, for a light and for a dark background.
 COLOURS = ("#3b82f6", "#f0871f", "#12a975", "#c54bb0", "#8b6cf0", "#8d97a5")
-GREY = 5
+GREEN, GREY = 2, 5
 # From so many rollout batches on, the mean over neighbours is drawn over the values.
 LEAST_TO_SMOOTH = 30
 # Settings in which runs may differ and still differ in nothing but the seed.
@@ -18,29 +19,18 @@ BESIDE_THE_POINT = ("run_name", "output_dir", "resume", "environment", "reward_f
 Values = dict[int, float]  # step to value
 
 
-@dataclass(frozen=True)
-class Panel:
-    """Some metrics over the rollout batches.
-
-    lines: metric to label. Of several runs, only the first one is drawn.
-    alarms: kinds of the alarms that are marked.
-    band: the values of a healthy run.
-    top: what the vertical axis reaches at least, from 0 on; 0: it follows the values.
-    """
-
+class Panel(NamedTuple):
     title: str
-    lines: dict[str, str]
-    alarms: tuple[str, ...] = ()
-    band: tuple[float, ...] = ()
-    top: float = 0.0
+    lines: dict[str, str]  # metric to label; of several runs, only the first one is drawn
+    alarms: tuple[str, ...] = ()  # kinds of those that belong here
+    top: float = 0.0  # what the vertical axis reaches at least, from 0 on; 0: it follows the values
 
 
 REWARD = Panel("Reward and held-out pass@1", {"reward_mean": "mean reward"}, ("held-out",), top=0.1)
 CLIPPING = Panel(
-    "Clip fraction",
+    "Clip fraction (usual: 10 to 30 %)",
     {"clip_fraction_eligible": "of what can clip", "clip_fraction": "of all; grey: by minibatch"},
     ("clip", "clips most", "clips nothing", "null clip"),
-    CLIP_BAND,
     top=0.4,
 )
 RATIO = Panel(
@@ -83,12 +73,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines, of which later ones lie over earlier ones, with marks; band and top as in Panel."""
+    """Lines, of which later ones lie over earlier ones, with marks; top as in Panel."""
 
     title: str
     lines: list[Line]
     marks: list[Alarm]
-    band: tuple[float, ...]
     top: float
 
 
@@ -99,9 +88,13 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
     for panel in PANELS:
         kinds = (*panel.alarms, EMERGENCY_STOP) if is_one else (EMERGENCY_STOP,)
         marks = [alarm for run in runs for alarm in run.alarms if alarm.kind in kinds]
-        title = panel.title if is_one else f"{panel.title}: {next(iter(panel.lines.values()))}"
         lines = _lines_of_one(panel, runs[0]) if is_one else _lines_of_several(panel, runs)
-        found.append(Chart(title.partition(";")[0], lines, marks, panel.band, panel.top))
+        named = dict.fromkeys(f" ! {alarm.kind}" for alarm in marks)
+        if panel is CLIPPING:
+            steps = sorted({step for line in lines for step in line.x})
+            low, high = (dict.fromkeys(steps, share) for share in CLIP_BAND)
+            lines = [*_area("usual", GREEN, low, high), *lines]
+        found.append(Chart("".join([panel.title, *named]), lines, marks, panel.top))
     return found
 
 

@@ -26,14 +26,13 @@ class LiveReport:
     def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic):
         self.folder, self.clock = folder, clock
         self.started = clock()
-        self.spent = 0.0  # seconds of drawing so far
-        self.last = 0.0  # seconds of the last drawing, which the next one is expected to take
+        self.spent, self.last = 0.0, 1.0  # seconds of all drawings, and of the last one or at least 1
         self.failed = False
 
     def write(self, stream: str, step: int, values: dict) -> None:
         """Redraw after a rollout batch or an evaluation, if there is time for it."""
         allowed = DRAWING_SHARE * (self.clock() - self.started)
-        if stream in ("metrics", "eval") and self.spent + max(self.last, 1.0) <= allowed:
+        if stream in ("metrics", "eval") and self.spent + self.last <= allowed:
             self._draw(going=True)
 
     def close(self) -> None:
@@ -41,8 +40,6 @@ class LiveReport:
         self._draw(going=False)
 
     def _draw(self, going: bool) -> None:
-        if self.failed:
-            return
         start = self.clock()
         try:
             run = read_run(self.folder, going)
@@ -50,8 +47,9 @@ class LiveReport:
             if not going:
                 write_page([run], self.folder / "report.html")
         except Exception as error:  # a picture must not end a run, whatever matplotlib or the disk raises
-            self.failed = True
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"no curves and no report: {reason}; the run goes on, all is in its files", file=sys.stderr)
-        self.last = self.clock() - start
+            if not self.failed:
+                print(f"no curves and no report: {reason}; all is in the run's files", file=sys.stderr)
+            self.failed = True
+        self.last = max(1.0, self.clock() - start)
         self.spent += self.last

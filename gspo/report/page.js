@@ -1,7 +1,6 @@
 "use strict";
 /* Draws the charts, which are those of charts.py, with uPlot. */
 const GREY = "#8d97a5";
-const GREEN = "#12a975";
 const RED = "#e5484d";
 const HEIGHT = 240;
 const STYLES = {
@@ -16,39 +15,28 @@ function figure(value) {
   return value === null || value === undefined ? "-" : String(+value.toPrecision(4));
 }
 
-/* Paint what lies under the lines: the usual values, and alarms. */
+/* Paint the alarms, under the lines. */
 function underlay(plot, chart) {
   const { ctx, bbox } = plot;
-  const at = (value, axis) => plot.valToPos(value, axis, true);
   ctx.save();
   ctx.beginPath();
   ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
   ctx.clip();
-  if (chart.band.length) {
-    const [bottom, top] = chart.band.map((value) => at(value, "y"));
-    ctx.fillStyle = GREEN + "22";
-    ctx.fillRect(bbox.left, top, bbox.width, bottom - top);
-  }
-  ctx.font = `600 ${12 * devicePixelRatio}px system-ui`;
-  ctx.textAlign = "left";
-  const named = new Set();
+  ctx.fillStyle = RED + "44";
   for (const mark of chart.marks) {
-    const from = at(mark.first - 0.5, "x");
-    const to = at(mark.last + 0.5, "x");
-    ctx.fillStyle = RED + "44";
+    const from = plot.valToPos(mark.first - 0.5, "x", true);
+    const to = plot.valToPos(mark.last + 0.5, "x", true);
     ctx.fillRect(from, bbox.top, Math.max(3, to - from), bbox.height);
-    if (named.has(mark.kind)) continue;
-    named.add(mark.kind);
-    const rightmost = bbox.left + bbox.width - ctx.measureText(mark.kind).width;
-    ctx.fillStyle = RED;
-    ctx.fillText(mark.kind, Math.min(from, rightmost), bbox.top + 14 * named.size * devicePixelRatio);
   }
   ctx.restore();
 }
 
 function draw(chart) {
   const host = document.createElement("div");
-  host.append(Object.assign(document.createElement("h3"), { textContent: chart.title }));
+  const title = document.createElement("h3");
+  title.append(chart.title);
+  title.className = chart.marks.length ? "bad" : "";
+  host.append(title);
   document.getElementById("charts").append(host);
   const labels = chart.lines.map((line) => line.label);
   const series = chart.lines.map((line, i) => ({
@@ -76,7 +64,7 @@ function draw(chart) {
     width: host.clientWidth,
     height: HEIGHT,
     scales: { x: { time: false, range: (_, low, high) => [low - 0.5, high + 0.5] }, y: { range } },
-    axes: [{ ...axis, space: 45, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10000] }, { ...axis, size: 58 }],
+    axes: [{ ...axis, incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10000] }, { ...axis, size: 58 }],
     series: [{ label: "rollout batch", value: (_, x) => figure(x) }, ...series],
     bands,
     cursor: { sync: { key: "runs" }, drag: { x: true, y: false } },

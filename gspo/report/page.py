@@ -21,33 +21,33 @@ HERE = Path(__file__).parent
 MOST_TEXTS = 40
 TEXT_CHARACTERS = 3000
 NOTE = "Over rollout batches. Point at a chart for its values; drag to zoom, double-click to go back."
+FILES = {
+    "UPLOT_STYLE": "uplot/uPlot.min.css",
+    "UPLOT": "uplot/uPlot.iife.min.js",
+    "STYLE": "page.css",
+    "SCRIPT": "page.js",
+}
 
 
 def write_page(runs: Sequence[RunRecord], path: Path) -> None:
     """Write the page. Raises CannotSave."""
     names = [run.name for run in runs]
-    is_one = len(runs) == 1
     differing = [[name, *values] for name, values in differences(runs).items()]
     texts = [texts_of(run, max(4, MOST_TEXTS // len(runs))) for run in runs]
     body = [
-        tag("h1", text(names[0]) if is_one else f"{len(runs)} runs"),
+        tag("h1", text(", ".join(names))),
         tag("div", *map(verdict_of, runs), kind="runs"),
         section("Settings that differ", "", [table([["", *names], *differing])] if differing else []),
         section("Curves", NOTE, ['<div class="charts" id="charts"></div>']),
-        *(texts if is_one else map(folded, [f"Texts of {name}" for name in names], texts)),
+        *(texts if len(runs) == 1 else map(folded, [f"Texts of {name}" for name in names], texts)),
     ]
-    data = json.dumps([dataclasses.asdict(chart) for chart in charts(runs)])
     page = (HERE / "page.html").read_text(encoding="utf-8")
-    parts = {
-        "TITLE": text(", ".join(names)),
-        "UPLOT_STYLE": (HERE / "uplot" / "uPlot.min.css").read_text(encoding="utf-8"),
-        "STYLE": (HERE / "page.css").read_text(encoding="utf-8"),
-        "UPLOT": (HERE / "uplot" / "uPlot.iife.min.js").read_text(encoding="utf-8"),
-        "SCRIPT": (HERE / "page.js").read_text(encoding="utf-8"),
-        # A text within a script element would end it with "</script".
-        "DATA": data.replace("<", "\\u003c"),
-        "BODY": "".join(body),  # last: a text in it may look like a placeholder
-    }
+    parts = {name: (HERE / file).read_text(encoding="utf-8") for name, file in FILES.items()}
+    parts["TITLE"] = text(", ".join(names))
+    # A text within a script element would end it with "</script".
+    data = json.dumps([dataclasses.asdict(chart) for chart in charts(runs)])
+    parts["DATA"] = data.replace("<", "\\u003c")
+    parts["BODY"] = "".join(body)  # last: a text in it may look like a placeholder
     for name, part in parts.items():
         page = page.replace(f"{{{{{name}}}}}", part)
     write_whole(path, page)
@@ -65,8 +65,7 @@ def text(value: Any) -> str:
 
 
 def figure(value: Any) -> str:
-    is_known = isinstance(value, int | float) and math.isfinite(value)
-    return f"{value:.4g}" if is_known else "-"
+    return f"{value:.4g}" if isinstance(value, int | float) and math.isfinite(value) else "not judged"
 
 
 def tag(name: str, *inner: str, kind: str = "") -> str:
@@ -95,61 +94,38 @@ def verdict_of(run: RunRecord) -> str:
     """The verdict, what is damaged, and the configuration."""
     headline, *others = verdict(run)
     colour = "good" if headline.startswith(LEARNED) else "bad"
-    kind = "" if headline.startswith((SAME, UNKNOWN)) else colour
+    kind = "headline" if headline.startswith((SAME, UNKNOWN)) else f"headline {colour}"
     config = dict(run.config)
     environment = dict(config.pop("environment", {}))
     command = shlex.join(map(str, environment.pop("command_line", [])))
-    return tag(
-        "div",
-        tag("b", text(run.name)),
-        tag("p", text(headline), kind=f"headline {kind}"),
-        *(tag("p", text(sentence)) for sentence in others),
-        *(tag("p", text(f"Damaged: {what}."), kind="bad") for what in run.damage),
-        folded(
-            "Command, commit, hardware, configuration",
-            table([("command", command), *environment.items(), *config.items()]),
-        ),
-        kind="card",
-    )
+    rows = [("command", command), *environment.items(), *config.items()]
+    sentences = [tag("p", text(sentence)) for sentence in others]
+    damage = [tag("p", text(f"Damaged: {what}."), kind="bad") for what in run.damage]
+    settings = folded("Command, commit, hardware, configuration", table(rows))
+    top = [tag("b", text(run.name)), tag("p", text(headline), kind=kind)]
+    return tag("div", *top, *sentences, *damage, settings, kind="card")
 
 
 def texts_of(run: RunRecord, most: int) -> str:
-    """Alarms, held-out problems and samples; most: problems, and pairs of samples."""
+    """Alarms, held-out problems, and pairs of samples; of these, at most so many each."""
     alarms = [tag("p", text(f"{alarm.kind}, {alarm.when}: {alarm.message}")) for alarm in run.alarms]
     by_problem: dict[str, list[dict]] = {}
     for line in run.eval_samples:
         by_problem.setdefault(str(line.get("problem")), []).append(line)
     problems = sorted(by_problem.values(), key=lambda lines: -abs(earned(lines[-1]) - earned(lines[0])))
-    pairs: dict[int, list[dict]] = {}
+    by_step: dict[int, list[dict]] = {}
     for sample in run.samples:
-        pairs.setdefault(sample["step"], []).append(sample)
-    stride = math.ceil(len(pairs) / most) or 1
-    of = f"{min(most, len(problems))} of {len(problems)}, those whose reward changed most first."
-    return "".join([
-        section("Alarms", "", alarms),
-        section("Evidence of the emergency stop", "", [response(each) for each in run.emergency_samples[:8]]),
-        section("Held-out problems before and after", of, [problem(lines) for lines in problems[:most]]),
-        section(
-            "Best and worst responses of groups in training",
-            f"Of every rollout batch of {len(pairs)}." if stride == 1 else f"Of every {stride}th rollout batch.",
-            [pair(samples) for samples in [*pairs.values()][::stride]],
-        ),
-    ])  # fmt: skip
-
-
-def problem(lines: Sequence[dict]) -> str:
-    """A held-out problem with its first and its last responses."""
-    ends = [lines[0], lines[-1]] if len(lines) > 1 else lines
-    rewards = " → ".join(figure(earned(line)) for line in ends)
-    title = f"Problem {lines[0].get('problem')}: mean reward {rewards}"
-    return folded(title, question(lines[0]), tag("div", *map(evaluated, ends), kind="pair"))
-
-
-def evaluated(line: dict) -> str:
-    when = f"after rollout batch {line['step']}" if line["step"] else "before training"
-    responses = zip(line.get("responses", []), line.get("rewards", []), strict=False)
-    shown = [response({"response": each, "reward": reward}) for each, reward in responses]
-    return tag("div", tag("p", when), *shown)
+        by_step.setdefault(sample["step"], []).append(sample)
+    pairs = list(by_step.values())[:: math.ceil(len(by_step) / most) or 1]
+    of_problems = f"{len(problems[:most])} of {len(problems)}, those whose reward changed most first."
+    of_pairs = f"Of {len(pairs)} of {len(by_step)} rollout batches."
+    return "".join(
+        [
+            section("Alarms", "", alarms),
+            section("Held-out problems before and after", of_problems, [*map(problem, problems[:most])]),
+            section("Best and worst responses of groups in training", of_pairs, [*map(pair, pairs)]),
+        ]
+    )
 
 
 def earned(line: dict) -> float:
@@ -157,20 +133,30 @@ def earned(line: dict) -> float:
     return fmean([reward or 0.0 for reward in line.get("rewards", [])] or [0.0])
 
 
+def problem(lines: Sequence[dict]) -> str:
+    """A held-out problem with its first and its last responses."""
+    ends = [lines[0], lines[-1]] if len(lines) > 1 else lines
+    sides = []
+    for line in ends:
+        when = f"After rollout batch {line['step']}" if line["step"] else "Before training"
+        responses = map(response, line.get("responses", []), line.get("rewards", []))
+        sides.append(tag("div", tag("p", when), *responses))
+    rewards = " → ".join(figure(earned(line)) for line in ends)
+    return question(f"Problem {lines[0].get('problem')}: mean reward {rewards}", lines[0], sides)
+
+
 def pair(samples: Sequence[dict]) -> str:
     """The best and the worst response of a group."""
     rewards = " and ".join(figure(sample.get("reward")) for sample in samples)
-    title = f"Rollout batch {samples[0]['step']}: rewards {rewards}"
-    return folded(title, question(samples[0]), tag("div", *map(response, samples), kind="pair"))
+    sides = [response(sample.get("response"), sample.get("reward")) for sample in samples]
+    return question(f"Rollout batch {samples[0]['step']}: rewards {rewards}", samples[0], sides)
 
 
-def question(line: dict) -> str:
+def question(title: str, line: dict, sides: Sequence[str]) -> str:
     answer = tag("p", "reference answer: ", text(line.get("answer")), kind="faint")
-    return tag("pre", text(line.get("prompt"))) + answer
+    return folded(title, tag("pre", text(line.get("prompt"))), answer, tag("div", *sides, kind="pair"))
 
 
-def response(sample: dict) -> str:
-    reward = sample.get("reward")
-    colour = "good" if (reward or 0) > 0 else "bad"
-    label = tag("b", "not judged" if reward is None else f"reward {figure(reward)}", kind=colour)
-    return tag("div", label, tag("pre", text(sample.get("response"))))
+def response(value: Any, reward: float | None) -> str:
+    label = tag("b", f"reward: {figure(reward)}", kind="good" if (reward or 0) > 0 else "bad")
+    return tag("div", label, tag("pre", text(value)))

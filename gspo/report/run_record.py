@@ -38,13 +38,7 @@ class Alarm:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run's folder says; empty where it says nothing.
-
-    metrics, evaluations, samples, eval_samples: the lines of the files, by step.
-    emergency: emergency/metrics.json, with its "step" and "reason", if the run has not gone on since.
-    damage: a line for each file that could not be read to its end.
-    going: True if a process is at work on the run.
-    """
+    """What a run's folder says; empty where it says nothing. Lines are in the order of their steps."""
 
     name: str
     config: dict
@@ -52,10 +46,9 @@ class RunRecord:
     evaluations: list[dict]
     samples: list[dict]
     eval_samples: list[dict]
-    emergency: dict
-    emergency_samples: list[dict]
-    damage: list[str]
-    going: bool
+    emergency: dict  # emergency/metrics.json, if the run has not gone on since
+    damage: list[str]  # what is wrong with each file that could not be read to its end
+    going: bool  # a process is at work on the run
 
     @property
     def step(self) -> int:
@@ -70,11 +63,6 @@ class RunRecord:
         is_evaluated = any(evaluation["step"] == self.step for evaluation in self.evaluations)
         return is_evaluated and drawn >= self.setting("num_epochs") * problems
 
-    @property
-    def clips_per_token(self) -> bool:
-        """True for GRPO, whose ratios and clip fractions are those of single tokens."""
-        return self.config.get("algorithm") == "grpo"
-
     def setting(self, name: str) -> float:
         """A number of the configuration; 0 if it is missing or not a number."""
         value = self.config.get(name)
@@ -83,8 +71,8 @@ class RunRecord:
     @cached_property
     def alarms(self) -> list[Alarm]:
         """The warnings of the run, in the order of their first rollout batches, and the emergency stop."""
-        warnings = partial(warnings_of, clips_per_token=self.clips_per_token)
-        found = _raised(self.metrics, warnings) + _raised(self.evaluations, _held_out_warning)
+        rule = partial(warnings_of, clips_per_token=self.config.get("algorithm") == "grpo")
+        found = _raised(self.metrics, rule) + _raised(self.evaluations, _held_out_warning)
         found.sort(key=lambda alarm: alarm.first)
         if self.emergency:
             step = self.emergency["step"]
@@ -128,35 +116,26 @@ def read_run(folder: Path, going: bool | None = None) -> RunRecord:
     if config is None:
         damage.append("config.json is missing or damaged: settings are unknown")
     metrics = list({batch["step"]: batch for batch in lines["metrics"]}.values())
-    emergency = next(iter(_objects(folder / "emergency" / "metrics.json")), {})
-    has_gone_on = bool(metrics) and metrics[-1]["step"] >= emergency.get("step", 0)
-    is_stopped = "step" in emergency and "reason" in emergency and not has_gone_on
     return RunRecord(
         name=Path(os.path.abspath(folder)).name,
         config=config or {},
         metrics=metrics,
-        evaluations=[e for e in lines["eval"] if _counts(e) == _counts(lines["eval"][0])],
+        evaluations=lines["eval"],
         samples=lines["samples"],
         eval_samples=lines["eval_samples"],
-        emergency=emergency if is_stopped else {},
-        emergency_samples=_objects(folder / "emergency" / "samples.jsonl") if is_stopped else [],
+        emergency=_emergency(folder, after=metrics[-1]["step"] if metrics else 0),
         damage=damage,
         going=_is_locked(folder) if going is None else going,
     )
 
 
-def _counts(evaluation: dict) -> tuple[int, int]:
-    """The numbers of held-out problems, which are the same in all evaluations of a run."""
-    return len(evaluation["pass_by_problem"]), len(evaluation["reward_by_problem"])
-
-
-def _objects(path: Path) -> list[dict]:
-    """The JSON objects in a file; none if it is missing or damaged."""
+def _emergency(folder: Path, after: int) -> dict:
+    """What emergency/metrics.json says, if it can be read and is about a later step."""
     try:
-        text = path.read_text(encoding="utf-8")
-        return [json.loads(text)] if path.suffix == ".json" else [*map(json.loads, text.splitlines())]
+        figures = json.loads((folder / "emergency" / "metrics.json").read_bytes())
     except (OSError, ValueError):
-        return []
+        return {}
+    return figures if "reason" in figures and figures.get("step", 0) > after else {}
 
 
 def _is_locked(folder: Path) -> bool:
