@@ -16,28 +16,23 @@ from gspo.report.verdict import verdict
 from gspo.training.command_line import Parser, complain, escaped
 from gspo.training.whole_folders import CannotSave
 
-PROGRAM = "gspo.report"
-
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(str(__doc__))
-    parser.prog = PROGRAM
+    parser.prog = "gspo.report"
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the page goes, instead")
     given = parser.parse_args(arguments)
+    is_one = len(given.runs) == 1
+    page = given.output or (given.runs[0] / "report.html" if is_one else Path("report.html"))
     try:
         runs = [read_run(folder) for folder in given.runs]
-    except (OSError, ValueError) as error:
-        complain(PROGRAM, error)
-        return 2
-    page = given.output or (given.runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-    try:
-        if len(runs) == 1:
+        if is_one:
             draw_curves(runs[0], page.with_name("training_curves.png"))
         write_page(runs, page)
-    except CannotSave as error:
-        complain(PROGRAM, error)
-        return 1
+    except (CannotSave, OSError, ValueError) as error:
+        complain(parser.prog, error)
+        return 1 if isinstance(error, CannotSave) else 2
     for run in runs:
         lines = [f"{run.name}:", *verdict(run), *(f"Damaged: {what}." for what in run.damage)]
         print(escaped("\n".join(lines), "\n"), end="\n\n")

@@ -59,14 +59,11 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Line:
-    """Values over rollout batches.
-
-    kind: "line"; "points", joined by dashes; "faint"; or "low" and, after it, "high", the edges of an area.
-    """
+    """Values over rollout batches."""
 
     label: str
     colour: str
-    kind: str
+    kind: str  # "line"; "points", joined by dashes; "faint"; "low" and, after it, "high", edges of an area
     x: list[int]
     y: list[float]
 
@@ -83,18 +80,17 @@ class Chart:
 
 def charts(runs: Sequence[RunRecord]) -> list[Chart]:
     """A chart for each of PANELS."""
-    is_one = len(runs) == 1
     found = []
     for panel in PANELS:
-        kinds = (*panel.alarms, EMERGENCY_STOP) if is_one else (EMERGENCY_STOP,)
+        kinds = (EMERGENCY_STOP, *(panel.alarms if len(runs) == 1 else ()))
         marks = [alarm for run in runs for alarm in run.alarms if alarm.kind in kinds]
-        lines = _lines_of_one(panel, runs[0]) if is_one else _lines_of_several(panel, runs)
-        named = dict.fromkeys(f" ! {alarm.kind}" for alarm in marks)
+        lines = _lines_of_one(panel, runs[0]) if len(runs) == 1 else _lines_of_several(panel, runs)
         if panel is CLIPPING:
             steps = sorted({step for line in lines for step in line.x})
             low, high = (dict.fromkeys(steps, share) for share in CLIP_BAND)
             lines = [*_area("usual", GREEN, low, high), *lines]
-        found.append(Chart("".join([panel.title, *named]), lines, marks, panel.top))
+        alarms = dict.fromkeys(f" ! {alarm.kind}" for alarm in marks)
+        found.append(Chart(panel.title + "".join(alarms), lines, marks, panel.top))
     return found
 
 
@@ -102,32 +98,37 @@ def _lines_of_one(panel: Panel, run: RunRecord) -> list[Line]:
     """All lines of a panel."""
     lines = []
     if panel is RATIO:
-        lines += _area("ratio", 0, _values(run, "importance_ratio_min"), _values(run, "importance_ratio_max"))
+        low, high = (_values(run.metrics, f"importance_ratio_{end}") for end in ("min", "max"))
+        lines += _area("ratio", 0, low, high)
     if panel is CLIPPING:
-        shares = {batch["step"]: batch["clip_fraction_by_minibatch"] for batch in run.metrics}
+        shares = _values(run.metrics, "clip_fraction_by_minibatch")
         for i in range(1, max(map(len, shares.values()), default=0)):  # the first one cannot clip
             values = {step: share[i] for step, share in shares.items() if i < len(share)}
             lines.append(_line(f"minibatch {i + 1}", GREY, "faint", _smooth(values)))
-    named = [(i, label, _values(run, name)) for i, (name, label) in enumerate(panel.lines.items())]
+    named = [(label, i, _values(run.metrics, name)) for i, (name, label) in enumerate(panel.lines.items())]
     if len(run.metrics) >= LEAST_TO_SMOOTH:
-        lines += [_line(label, i, "faint", values) for i, label, values in named]
-    lines += [_line(label, i, "line", _smooth(values)) for i, label, values in named]
+        lines += [_line(label, i, "faint", values) for label, i, values in named]
+    lines += [_line(label, i, "line", _smooth(values)) for label, i, values in named]
     if panel is REWARD:
-        low, high = ({e["step"]: e["interval_95"][i] for e in run.evaluations} for i in (0, 1))
+        intervals = _values(run.evaluations, "interval_95")
+        low, high = ({step: interval[i] for step, interval in intervals.items()} for i in (0, 1))
         lines += _area("95 % interval", 1, low, high)
-        lines.append(_line("held-out pass@1, 95 %", 1, "points", _passed(run)))
+        lines.append(_line("held-out pass@1, 95 %", 1, "points", _values(run.evaluations, "pass_at_1")))
     return lines
 
 
 def _lines_of_several(panel: Panel, runs: Sequence[RunRecord]) -> list[Line]:
     """The first line of a panel for each group of runs."""
-    name = next(iter(panel.lines))
     lines = []
-    for colour, same in enumerate(groups_of(runs)):
+    for i, same in enumerate(groups_of(runs)):
         label = same[0].name if len(same) == 1 else f"{same[0].name} with {len(same)} seeds"
-        lines += _band(label, colour, "line", [_smooth(_values(run, name)) for run in same])
+        name, meaning = next(iter(panel.lines.items()))
+        lines += _band(
+            f"{label}: {meaning}", i, "line", [_smooth(_values(run.metrics, name)) for run in same]
+        )
         if panel is REWARD:
-            lines += _band(f"{label}: held-out pass@1", colour, "points", [_passed(run) for run in same])
+            passed = [_values(run.evaluations, "pass_at_1") for run in same]
+            lines += _band(f"{label}: held-out pass@1", i, "points", passed)
     return lines
 
 
@@ -149,12 +150,8 @@ def _line(label: str, colour: int, kind: str, values: Values) -> Line:
     return Line(label, COLOURS[colour % len(COLOURS)], kind, list(values), rounded)
 
 
-def _values(run: RunRecord, name: str) -> Values:
-    return {batch["step"]: batch[name] for batch in run.metrics}
-
-
-def _passed(run: RunRecord) -> Values:
-    return {evaluation["step"]: evaluation["pass_at_1"] for evaluation in run.evaluations}
+def _values(lines: Sequence[dict], name: str) -> dict:
+    return {line["step"]: line[name] for line in lines}
 
 
 def _smooth(values: Values) -> Values:
@@ -162,9 +159,6 @@ def _smooth(values: Values) -> Values:
     numbers = list(values.values())
     reach = len(numbers) // 20 if len(numbers) >= LEAST_TO_SMOOTH else 0
     return {step: fmean(numbers[max(0, i - reach) : i + reach + 1]) for i, step in enumerate(values)}
-
-
-# ---- which runs belong together
 
 
 def differences(runs: Sequence[RunRecord]) -> dict[str, list]:

@@ -45,7 +45,7 @@ function draw(chart) {
     spanGaps: true,
     value: (_, y) => figure(y),
     // A mean over neighbours has the label of the line before it, whose values are shown.
-    class: labels.indexOf(line.label) < i ? "hidden" : "",
+    class: labels.indexOf(line.label) < i ? "hidden" : null,
     ...STYLES[line.kind],
   }));
   const highs = chart.lines.flatMap((line, i) => (line.kind === "high" ? [i + 1] : []));

@@ -5,7 +5,7 @@ import html
 import json
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,40 +20,24 @@ HERE = Path(__file__).parent
 # Held-out problems, and pairs of samples, in a page; they are shared among its runs.
 MOST_TEXTS = 40
 TEXT_CHARACTERS = 3000
-NOTE = "Over rollout batches. Point at a chart for its values; drag to zoom, double-click to go back."
-FILES = {
-    "UPLOT_STYLE": "uplot/uPlot.min.css",
-    "UPLOT": "uplot/uPlot.iife.min.js",
-    "STYLE": "page.css",
-    "SCRIPT": "page.js",
-}
 
 
 def write_page(runs: Sequence[RunRecord], path: Path) -> None:
     """Write the page. Raises CannotSave."""
     names = [run.name for run in runs]
-    differing = [[name, *values] for name, values in differences(runs).items()]
     texts = [texts_of(run, max(4, MOST_TEXTS // len(runs))) for run in runs]
-    body = [
-        tag("h1", text(", ".join(names))),
-        tag("div", *map(verdict_of, runs), kind="runs"),
-        section("Settings that differ", "", [table([["", *names], *differing])] if differing else []),
-        section("Curves", NOTE, ['<div class="charts" id="charts"></div>']),
-        *(texts if len(runs) == 1 else map(folded, [f"Texts of {name}" for name in names], texts)),
-    ]
+    if len(runs) > 1:
+        differing = table([("", *names), *((name, *values) for name, values in differences(runs).items())])
+        texts = [differing, *map(folded, [f"Texts of {name}" for name in names], texts)]
     page = (HERE / "page.html").read_text(encoding="utf-8")
-    parts = {name: (HERE / file).read_text(encoding="utf-8") for name, file in FILES.items()}
-    parts["TITLE"] = text(", ".join(names))
-    # A text within a script element would end it with "</script".
+    for file in ("uplot/uPlot.min.css", "uplot/uPlot.iife.min.js", "page.css", "page.js"):
+        page = page.replace(f"{{{{{file}}}}}", (HERE / file).read_text(encoding="utf-8"))
     data = json.dumps([dataclasses.asdict(chart) for chart in charts(runs)])
-    parts["DATA"] = data.replace("<", "\\u003c")
-    parts["BODY"] = "".join(body)  # last: a text in it may look like a placeholder
-    for name, part in parts.items():
-        page = page.replace(f"{{{{{name}}}}}", part)
-    write_whole(path, page)
-
-
-# ---- elements
+    # A text within a script element would end it with "</script".
+    page = page.replace("{{charts}}", data.replace("<", "\\u003c"))
+    page = page.replace("{{title}}", text(", ".join(names)))
+    page = page.replace("{{verdicts}}", "".join(map(verdict_of, runs)))
+    write_whole(path, page.replace("{{texts}}", "".join(texts)))  # last: one may look like a placeholder
 
 
 def text(value: Any) -> str:
@@ -77,7 +61,7 @@ def folded(title: str, *inner: str) -> str:
     return tag("details", tag("summary", text(title)), *inner)
 
 
-def table(rows: Iterable[Sequence]) -> str:
+def table(rows: Sequence[Sequence]) -> str:
     lines = [tag("tr", *(tag("td", text(cell)) for cell in row)) for row in rows]
     return tag("div", tag("table", *lines), kind="table")
 
@@ -85,9 +69,6 @@ def table(rows: Iterable[Sequence]) -> str:
 def section(title: str, note: str, parts: Sequence[str]) -> str:
     """Nothing if there are no parts."""
     return "".join([tag("h2", title), tag("p", note, kind="faint"), *parts]) if parts else ""
-
-
-# ---- what a page says of a run
 
 
 def verdict_of(run: RunRecord) -> str:
@@ -99,11 +80,10 @@ def verdict_of(run: RunRecord) -> str:
     environment = dict(config.pop("environment", {}))
     command = shlex.join(map(str, environment.pop("command_line", [])))
     rows = [("command", command), *environment.items(), *config.items()]
-    sentences = [tag("p", text(sentence)) for sentence in others]
-    damage = [tag("p", text(f"Damaged: {what}."), kind="bad") for what in run.damage]
-    settings = folded("Command, commit, hardware, configuration", table(rows))
-    top = [tag("b", text(run.name)), tag("p", text(headline), kind=kind)]
-    return tag("div", *top, *sentences, *damage, settings, kind="card")
+    parts = [tag("h1", text(run.name)), tag("p", text(headline), kind=kind)]
+    parts += [tag("p", text(sentence)) for sentence in others]
+    parts += [tag("p", text(f"Damaged: {what}."), kind="bad") for what in run.damage]
+    return tag("div", *parts, folded("Command, commit, hardware, configuration", table(rows)), kind="card")
 
 
 def texts_of(run: RunRecord, most: int) -> str:
@@ -117,14 +97,16 @@ def texts_of(run: RunRecord, most: int) -> str:
     for sample in run.samples:
         by_step.setdefault(sample["step"], []).append(sample)
     pairs = list(by_step.values())[:: math.ceil(len(by_step) / most) or 1]
-    of_problems = f"{len(problems[:most])} of {len(problems)}, those whose reward changed most first."
-    of_pairs = f"Of {len(pairs)} of {len(by_step)} rollout batches."
-    return "".join(
-        [
-            section("Alarms", "", alarms),
-            section("Held-out problems before and after", of_problems, [*map(problem, problems[:most])]),
-            section("Best and worst responses of groups in training", of_pairs, [*map(pair, pairs)]),
-        ]
+    shown = [problem(lines) for lines in problems[:most]]
+    note = f"{len(shown)} of {len(problems)}, those whose reward changed most first."
+    return (
+        section("Alarms", "", alarms)
+        + section("Held-out problems before and after", note, shown)
+        + section(
+            "Best and worst responses of groups in training",
+            f"Of {len(pairs)} of {len(by_step)} rollout batches.",
+            [pair(samples) for samples in pairs],
+        )
     )
 
 

@@ -31,8 +31,8 @@ OBSTACLES: list[tuple[str, Callable[[dict], bool], str]] = [
         "Tied from the start: the problems are too hard",
         lambda m: m["groups_all_wrong"] >= NEARLY_ALL and m["reward_mean"] <= NEARLY_NOTHING,
         "{groups_all_wrong:.0%} of {groups} groups had no right response: use an easier --difficulty or "
-        "easier problems, a stronger model, a larger --group_size, or a reward that pays for a part of the answer "
-        "({truncated_fraction:.0%} of the responses were cut before their end, by --{limit} {limit_now})",
+        "easier problems, a stronger model, a larger --group_size, or a reward that pays for a part of the "
+        "answer ({truncated_fraction:.0%} of the responses were cut before their end, by --{limit})",
     ),
     (
         "Tied from the start: the problems are too easy",
@@ -59,9 +59,11 @@ def verdict(run: RunRecord) -> list[str]:
         faults = [says.format(abs(last[name]), first[name]) for name, says in worse]
         headline = f"Collapsed{' into gibberish' if faults else ''}: "
         headline += f"next to nothing was rewarded from rollout batch {fall} on{', ' if stop else ''}{stop}"
-        rewards = [batch["reward_mean"] for batch in run.metrics if batch["step"] < fall]
-        earlier = f", where it was {fmean(rewards):.3f} before" if rewards else ""
-        sentences.append("; ".join([f"The mean reward in training fell to nearly 0{earlier}", *faults]) + ".")
+        before = [batch["reward_mean"] for batch in run.metrics if batch["step"] < fall]
+        after = [batch["reward_mean"] for batch in run.metrics if batch["step"] >= fall]
+        earlier = f" and {fmean(before):.3f} before" if before else ""
+        what = f"The mean reward in training was {fmean(after):.3f} from then on{earlier}"
+        sentences.append("; ".join([what, *faults]) + ".")
     elif stop:
         headline = f"{'Stopped' if is_unjudged else 'Collapsed'}: {stop}"
     else:

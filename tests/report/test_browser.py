@@ -69,10 +69,10 @@ def test_the_page_draws_without_an_error_or_a_request(browser, tmp_path, names, 
     page = opened(browser, tmp_path, *(read_run(RECORDS / name) for name in names), width=width)
     assert browser.get_log("browser") == []
     assert requests_of(browser, page) == []
-    assert browser.execute_script("return document.querySelectorAll('.chart canvas').length") == 8
+    assert browser.execute_script("return document.querySelectorAll('.charts canvas').length") == 8
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     # Each chart has something other than background on it.
-    painted = """return [...document.querySelectorAll('.chart canvas')].map((canvas) =>
+    painted = """return [...document.querySelectorAll('.charts canvas')].map((canvas) =>
         canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data.some((x) => x))"""
     assert browser.execute_script(painted) == [True] * 8
 
@@ -82,14 +82,14 @@ def test_the_values_under_the_pointer_are_shown(browser, tmp_path):
     opened(browser, tmp_path, run)
     # The pointer is put upon the third rollout batch of the first chart; all charts follow.
     browser.execute_script("""
-        const over = document.querySelector('#chart0 .u-over'), box = over.getBoundingClientRect();
+        const over = document.querySelector('.charts .u-over'), box = over.getBoundingClientRect();
         const [low, high] = [plots[0].scales.x.min, plots[0].scales.x.max];
         const place = { clientX: box.left + box.width * (3 - low) / (high - low), clientY: box.top + 50 };
         over.dispatchEvent(new MouseEvent('mouseenter', place));
         over.dispatchEvent(new MouseEvent('mousemove', place));""")
     time.sleep(0.2)  # uPlot shows it with the next frame
     legends = browser.execute_script(
-        "return [0, 3].map((i) => document.querySelector(`#chart${i} .u-legend`).innerText)"
+        "return [0, 3].map((i) => document.querySelectorAll('.u-legend')[i].innerText)"
     )
     third = run.metrics[2]
     for legend, value in zip(legends, (third["reward_mean"], third["grad_norm"]), strict=True):

@@ -1,6 +1,5 @@
 """The page, the picture and the command, from files alone."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -10,10 +9,10 @@ import pytest
 from PIL import Image
 
 from gspo.report.__main__ import main
-from gspo.report.charts import charts, groups_of
+from gspo.report.charts import COLOURS, charts, groups_of
 from gspo.report.curves import draw_curves
 from gspo.report.live import DRAWING_SHARE, LiveReport
-from gspo.report.page import plain, write_page
+from gspo.report.page import figure, text, write_page
 from gspo.report.run_record import read_run
 from support import ROOT
 
@@ -40,32 +39,31 @@ def long_run(batches=1000):
     )
 
 
-def data_of(page):
-    text = page.read_text(encoding="utf-8")
-    return json.loads(text.split('<script type="application/json" id="data">')[1].split("</script>")[0])
-
-
 def test_the_report_of_a_long_run_is_small(tmp_path):
     write_page([long_run()], tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size < 3e6
-    (run,) = data_of(tmp_path / "report.html")["runs"]
-    assert 10 <= len(run["problems"]) < run["all_problems"] == 100
-    assert 10 <= len(run["samples"]) < run["all_samples"] == 1000
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    problems = page.count('<summary class="">Problem')
+    samples = page.count('<summary class="">Rollout batch')
+    assert 10 <= problems < 100 and f"{problems} of 100, " in page
+    assert 10 <= samples < 1000 and f"{samples} of 1000 rollout batches" in page
 
 
 def test_text_of_a_model_cannot_leave_its_element(tmp_path):
     run = read_run(RECORDS / "healthy")
     problem = {"step": 0, "problem": 0, "prompt": HOSTILE, "responses": [HOSTILE], "rewards": [1.0]}
     write_page([replace(run, name=HOSTILE, eval_samples=[problem])], tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert text.count("</script>") == 3 and "<b>" not in text.split("<body>")[1].split("uPlot")[0]
-    assert "\x1b" not in text and "\u202e" not in text and "\\\\x1b[31m" in text
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("</script>") == 3 and "<b>" not in page
+    assert "\x1b" not in page and "\u202e" not in page and "\\x1b[31m" in page
+    write_page([replace(run, name=HOSTILE), run], tmp_path / "report.html")  # the name is in its charts
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("</script>") == 3
 
 
-def test_figures_that_are_not_finite_are_null():
-    assert plain({"a": [float("nan"), float("inf"), 1.23456789, True, 3]}) == {
-        "a": [None, None, 1.2346, True, 3]
-    }
+def test_figures_and_texts_of_any_kind_can_be_shown():
+    assert [figure(x) for x in (float("nan"), None, "?", 1.23456789)] == ["not judged"] * 3 + ["1.235"]
+    assert text(None) == "null" and text({"a": "<"}) == "{&quot;a&quot;: &quot;&lt;&quot;}"
+    assert text("x" * 5000) == "x" * 3000 + " ... (2000 more characters)"
 
 
 def test_runs_that_differ_in_the_seed_are_a_band():
@@ -82,21 +80,20 @@ def test_runs_that_differ_in_the_seed_are_a_band():
         with_clipping("run1", 1, 1e-5, [0.3, 0.4]),
         with_clipping("other", 0, 2e-5, [0.5]),
     ]
-    assert {label: len(same) for label, same in groups_of(runs).items()} == {
-        "run0 with 2 seeds": 2, "other": 1,
-    }  # fmt: skip
+    assert [[run.name for run in same] for same in groups_of(runs)] == [["run0", "run1"], ["other"]]
     _, drawn, *_ = charts(runs)
-    assert drawn["x"] == [1, 2, 3]
-    lines = {(line["kind"], line["colour"]): line["y"] for line in drawn["lines"]}
-    assert lines["line", 0] == pytest.approx([0.2, 0.3, 0.9])
-    assert lines["low", 0] == [0.1, 0.2, 0.9] and lines["high", 0] == [0.3, 0.4, 0.9]
-    assert lines["line", 1] == [0.5, None, None]
+    lines = {(line.kind, line.colour): (line.x, line.y) for line in drawn.lines}
+    assert lines["line", COLOURS[0]] == ([1, 2, 3], [0.2, 0.3, 0.9])
+    assert lines["low", COLOURS[0]] == ([1, 2, 3], [0.1, 0.2, 0.9])
+    assert lines["high", COLOURS[0]] == ([1, 2, 3], [0.3, 0.4, 0.9])
+    assert lines["line", COLOURS[1]] == ([1], [0.5])
+    assert any("run0 with 2 seeds" in line.label for line in drawn.lines)
 
 
 def test_a_chart_of_one_run_has_its_evaluations_with_intervals():
     run = read_run(RECORDS / "healthy")
     drawn, *_ = charts([run])
-    lines = {line["kind"]: dict(zip(drawn["x"], line["y"], strict=True)) for line in drawn["lines"]}
+    lines = {line.kind: dict(zip(line.x, line.y, strict=True)) for line in drawn.lines}
     last = run.evaluations[-1]
     low, high = last["interval_95"]
     at = last["step"]
@@ -106,7 +103,7 @@ def test_a_chart_of_one_run_has_its_evaluations_with_intervals():
 def test_the_picture_is_drawn(tmp_path):
     draw_curves(read_run(RECORDS / "gibberish"), tmp_path / "training_curves.png")
     with Image.open(tmp_path / "training_curves.png") as image:
-        assert image.size == (1350, 990)
+        assert image.size == (1500, 675)
         assert len(image.convert("RGB").getcolors(1 << 20)) > 100
     assert [path.name for path in tmp_path.iterdir()] == ["training_curves.png"]
 
@@ -126,7 +123,8 @@ def test_several_runs_give_one_page_here(tmp_path, capsys, monkeypatch):
     assert main([str(RECORDS / "healthy"), str(RECORDS / "gibberish")]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert capsys.readouterr().out.endswith("report.html\n")
-    assert [run["name"] for run in data_of(tmp_path / "report.html")["runs"]] == ["healthy", "gibberish"]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.index('<h1 class="">healthy</h1>') < page.index('<h1 class="">gibberish</h1>')
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "."])

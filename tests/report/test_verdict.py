@@ -20,21 +20,21 @@ EXPECTED = {
     "healthy": ("It learned, and no alarm was raised.", ["gain +0.", "the usual 0.1 to 0.3", "other seeds"]),
     "too_hard": (
         "Tied from the start: the problems are too hard.",
-        ["20 of 20 groups", "easier --difficulty"],
+        ["100% of 20 groups", "easier --difficulty"],
     ),
-    "too_easy": ("Tied from the start: the problems are too easy.", ["20 of 20 groups", "harder problems"]),
+    "too_easy": ("Tied from the start: the problems are too easy.", ["100% of 20 groups", "harder problems"]),
     "emergency_stop": (
         "Collapsed: emergency stop in rollout batch 1.",
-        ["importance_ratio_min is 2.95e-21", "learning rate of 1:", "lower --learning_rate"],
+        ["importance_ratio_min is 2.95e-21", "lower --learning_rate (now 1)"],
     ),
     "collapsed": (
         "Collapsed into gibberish: next to nothing was rewarded from rollout batch 2 on.",
-        ["from 0.500 in rollout batch 1 to 0.000", "lower --learning_rate (now 1)"],
+        ["0.000 from then on and 0.500 before", "lower --learning_rate (now 1)"],
     ),
     "gibberish": (
         "Collapsed into gibberish: next to nothing was rewarded from rollout batch 2 on, emergency stop in "
         "rollout batch 6.",
-        ["73% of the text is repetition, 1% at the start", "learning rate of 0.003"],
+        ["73% of the text is repetition, 1% at the start", "lower --learning_rate (now 0.003)"],
     ),
     "truncated": ("Responses are cut off before their end.", ["raise --max_length (now 24)"]),
     "one_update": ("nothing could clip: one update per rollout batch.", ["--mini_batch_size (now 4)"]),
