@@ -26,9 +26,9 @@ class Panel(NamedTuple):
     top: float = 0.0  # what the vertical axis reaches at least, from 0 on; 0: it follows the values
 
 
-REWARD = Panel("Reward and held-out pass@1", {"reward_mean": "mean reward"}, ("held-out",), top=0.1)
+REWARD = Panel("Reward", {"reward_mean": "mean reward"}, ("held-out",), top=0.1)
 CLIPPING = Panel(
-    "Clip fraction (usual: 10 to 30 %)",
+    "Clip fraction (green: usual)",
     {"clip_fraction_eligible": "of what can clip", "clip_fraction": "of all; grey: by minibatch"},
     ("clip", "clips most", "clips nothing", "null clip"),
     top=0.4,
@@ -52,7 +52,9 @@ PANELS = (
     Panel("Gradient norm", {"grad_norm": "before clipping"}, ("gradient",)),
     Panel("Response length", {"response_tokens_mean": "mean, tokens"}, ("text",)),
     Panel("Entropy", {"entropy": "nats per token"}, ("entropy",)),
-    Panel("Tied groups", TIES | {"truncated_fraction": "responses cut off"}, ("no signal",), top=1.0),
+    Panel(
+        "Tied groups; responses cut off", TIES | {"truncated_fraction": "cut off"}, ("no signal",), top=1.0
+    ),
     Panel("Seconds per rollout batch", SECONDS, top=0.1),
 )
 
@@ -89,8 +91,9 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
             steps = sorted({step for line in lines for step in line.x})
             low, high = (dict.fromkeys(steps, share) for share in CLIP_BAND)
             lines = [*_area("usual", GREEN, low, high), *lines]
-        alarms = dict.fromkeys(f" ! {alarm.kind}" for alarm in marks)
-        found.append(Chart(panel.title + "".join(alarms), lines, marks, panel.top))
+        shown = f": {next(iter(panel.lines.values()))}" if len(runs) > 1 and len(panel.lines) > 1 else ""
+        alarms = dict.fromkeys(f" ! {alarm.kind}" for alarm in marks if alarm.kind != EMERGENCY_STOP)
+        found.append(Chart(panel.title + shown + "".join(alarms), lines, marks, panel.top))
     return found
 
 
@@ -118,27 +121,22 @@ def _lines_of_one(panel: Panel, run: RunRecord) -> list[Line]:
 
 
 def _lines_of_several(panel: Panel, runs: Sequence[RunRecord]) -> list[Line]:
-    """The first line of a panel for each group of runs."""
+    """The first line of a panel for each group of runs: the mean, from the lowest to the highest."""
     lines = []
+    name = next(iter(panel.lines))
     for i, same in enumerate(groups_of(runs)):
         label = same[0].name if len(same) == 1 else f"{same[0].name} with {len(same)} seeds"
-        name, meaning = next(iter(panel.lines.items()))
-        lines += _band(
-            f"{label}: {meaning}", i, "line", [_smooth(_values(run.metrics, name)) for run in same]
-        )
+        drawn = [(label, "line", [_smooth(_values(run.metrics, name)) for run in same])]
         if panel is REWARD:
             passed = [_values(run.evaluations, "pass_at_1") for run in same]
-            lines += _band(f"{label}: held-out pass@1", i, "points", passed)
+            drawn.append((f"{label}: held-out pass@1", "points", passed))
+        for label, kind, seeds in drawn:
+            steps = sorted({step for values in seeds for step in values})
+            at = {step: [values[step] for values in seeds if step in values] for step in steps}
+            low, mean, high = ({step: f(values) for step, values in at.items()} for f in (min, fmean, max))
+            lines += _area(label, i, low, high) if len(same) > 1 else []
+            lines.append(_line(label, i, kind, mean))
     return lines
-
-
-def _band(label: str, colour: int, kind: str, runs: Sequence[Values]) -> list[Line]:
-    """The mean of some runs at each step, and the lowest and the highest value if there are several runs."""
-    steps = sorted({step for run in runs for step in run})
-    at = {step: [run[step] for run in runs if step in run] for step in steps}
-    low, mean, high = ({step: f(values) for step, values in at.items()} for f in (min, fmean, max))
-    area = _area(label, colour, low, high) if len(runs) > 1 else []
-    return [*area, _line(label, colour, kind, mean)]
 
 
 def _area(label: str, colour: int, low: Values, high: Values) -> list[Line]:

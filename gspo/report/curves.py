@@ -49,12 +49,12 @@ def _draw(chart: Chart, ax: Any) -> None:
         ax.axvspan(mark.first - 0.5, mark.last + 0.5, color=ALARM, alpha=0.2, lw=0)
     # With a height given, matplotlib need not look for one, which takes a quarter of all the time.
     colour = ALARM if chart.marks else "black"
-    ax.set_title(chart.title, fontsize=17, fontweight="bold", loc="left", y=1.0, pad=28, color=colour)
-    ax.tick_params(labelsize=15)
+    ax.set_title(chart.title, fontsize=15, fontweight="bold", loc="left", y=1.0, pad=26, color=colour)
+    ax.tick_params(labelsize=14)
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     ax.xaxis.get_major_locator().set_params(integer=True, nbins=6)
     if chart.top:
         ax.set_ylim(min(0, ax.get_ylim()[0]), max(chart.top, ax.get_ylim()[1]))
-    ax.legend(fontsize=14, loc="lower left", bbox_to_anchor=(-0.03, 0.98), ncols=4, frameon=False,
-              handlelength=1, columnspacing=0.8, handletextpad=0.4)  # fmt: skip
+    ax.legend(fontsize=13, loc="lower left", bbox_to_anchor=(-0.03, 0.98), ncols=4, frameon=False,
+              handlelength=1, columnspacing=0.7, handletextpad=0.4)  # fmt: skip

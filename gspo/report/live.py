@@ -17,10 +17,7 @@ class LiveReport:
     """Redraws training_curves.png as the run goes on, and writes report.html at its end.
 
     It never ends a run: what prevents drawing, such as a full disk, is said once on standard error.
-
-    Args:
-        folder: the run's folder, whose files are written before this sink gets their lines.
-        clock: seconds that pass; a test has its own.
+    Sinks that write the run's files come before it.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.monotonic):

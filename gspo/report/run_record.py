@@ -4,7 +4,7 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import itemgetter
@@ -72,7 +72,8 @@ class RunRecord:
     def alarms(self) -> list[Alarm]:
         """The warnings of the run, in the order of their first rollout batches, and the emergency stop."""
         rule = partial(warnings_of, clips_per_token=self.config.get("algorithm") == "grpo")
-        found = _raised(self.metrics, rule) + _raised(self.evaluations, _held_out_warning)
+        found = _raised(self.metrics, rule)
+        found += _raised(self.evaluations, lambda evaluations: {"held-out": held_out_fall(evaluations)})
         found.sort(key=lambda alarm: alarm.first)
         if self.emergency:
             step = self.emergency["step"]
@@ -80,22 +81,17 @@ class RunRecord:
         return found
 
 
-def _raised(lines: list[dict], rule: Callable[[list[dict]], dict[str, str]]) -> list[Alarm]:
+def _raised(lines: list[dict], rule: Callable[[list[dict]], Mapping[str, str | None]]) -> list[Alarm]:
     """The alarms that a rule on the lines so far raises; those in a row are one."""
     found: dict[tuple[str, int], Alarm] = {}
     begun: dict[str, int] = {}
     for i, line in enumerate(lines):
         recent = lines[max(BEGINNING, i + 1 - RECENT) : i + 1]
-        messages = rule(lines[: min(BEGINNING, i + 1)] + recent)
-        begun = {kind: begun.get(kind, line["step"]) for kind in messages}
+        raised = {kind: says for kind, says in rule(lines[: min(BEGINNING, i + 1)] + recent).items() if says}
+        begun = {kind: begun.get(kind, line["step"]) for kind in raised}
         for kind, first in begun.items():
-            found[kind, first] = Alarm(kind, first, line["step"], messages[kind])
+            found[kind, first] = Alarm(kind, first, line["step"], raised[kind])
     return list(found.values())
-
-
-def _held_out_warning(evaluations: list[dict]) -> dict[str, str]:
-    fall = held_out_fall(evaluations)
-    return {"held-out": fall} if fall else {}
 
 
 def read_run(folder: Path, going: bool | None = None) -> RunRecord:
@@ -143,8 +139,8 @@ def _is_locked(folder: Path) -> bool:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
     except OSError:
         return True
     finally:
         os.close(descriptor)
-    return False

@@ -110,8 +110,9 @@ def held_out(run: RunRecord) -> tuple[str, list[str]]:
     count = len(before["pass_by_problem"])
     if before is after or count < 2:
         low, high = after["interval_95"]
-        what = f"Held-out pass@1 was {after['pass_at_1']:.3f} (95 % interval {low:.3f} to {high:.3f})"
-        return UNKNOWN, [f"{what} after {after['step']} rollout batches; there is no later evaluation."]
+        when = f"after rollout batch {after['step']}" if after["step"] else "before training"
+        what = f"Held-out pass@1 was {after['pass_at_1']:.3f} (95 % interval {low:.3f} to {high:.3f}) {when}"
+        return UNKNOWN, [f"{what}; there is no later evaluation."]
     gains, sentences = [], dict[str, str]()
     for name, mean, each in (
         ("pass@1", "pass_at_1", "pass_by_problem"),
@@ -140,17 +141,14 @@ def means(run: RunRecord) -> dict[str, Any]:
 
 
 def collapse(run: RunRecord) -> int | None:
-    """The rollout batch from which on next to nothing was rewarded, though something was at the start.
-
-    None if there is none. Fewer than WINDOW such batches count only if the run was stopped after them or
-    earned as little in its last evaluation.
-    """
+    """The rollout batch from which on next to nothing was rewarded, though something was at the start."""
     held_out = [evaluation["reward_mean"] for evaluation in run.evaluations]
     rewards = [batch["reward_mean"] for batch in run.metrics]
     start = max([fmean(rewards[:WINDOW] or [0]), *held_out[:1]])
     little = REWARD_KEPT * start
     earning = [i for i, reward in enumerate(rewards, start=1) if reward > little]
     fallen = run.metrics[max(earning, default=0) :]
+    # A few batches count only if the run was stopped after them or earned as little in its last evaluation.
     is_confirmed = len(fallen) >= WINDOW or bool(run.emergency) or any(e <= little for e in held_out[-1:])
     return fallen[0]["step"] if start > NEARLY_NOTHING and fallen and is_confirmed else None
 
