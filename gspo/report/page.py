@@ -92,22 +92,27 @@ def texts_of(run: RunRecord, most: int) -> str:
     by_problem: dict[str, list[dict]] = {}
     for line in run.eval_samples:
         by_problem.setdefault(str(line.get("problem")), []).append(line)
-    problems = sorted(by_problem.values(), key=lambda lines: -abs(earned(lines[-1]) - earned(lines[0])))
+    ordered = sorted(by_problem.values(), key=lambda lines: -abs(earned(lines[-1]) - earned(lines[0])))
+    problems = []
+    for lines in ordered[:most]:
+        ends = [lines[0], lines[-1]] if len(lines) > 1 else lines
+        title = (
+            f"Problem {lines[0].get('problem')}: mean reward {' → '.join(figure(earned(e)) for e in ends)}"
+        )
+        sides = [(f"after rollout batch {e['step']}", e.get("responses"), e.get("rewards")) for e in ends]
+        problems.append(question(title, lines[0], sides))
     by_step: dict[int, list[dict]] = {}
     for sample in run.samples:
         by_step.setdefault(sample["step"], []).append(sample)
-    pairs = list(by_step.values())[:: math.ceil(len(by_step) / most) or 1]
-    shown = [problem(lines) for lines in problems[:most]]
-    note = f"{len(shown)} of {len(problems)}, those whose reward changed most first."
-    return (
-        section("Alarms", "", alarms)
-        + section("Held-out problems before and after", note, shown)
-        + section(
-            "Best and worst responses of groups in training",
-            f"Of {len(pairs)} of {len(by_step)} rollout batches.",
-            [pair(samples) for samples in pairs],
-        )
-    )
+    pairs = []
+    for samples in list(by_step.values())[:: math.ceil(len(by_step) / most) or 1]:
+        sides = [(str(s.get("kind")), [s.get("response")], [s.get("reward")]) for s in samples]
+        pairs.append(question(f"Rollout batch {samples[0]['step']}", samples[0], sides))
+    of_problems = f"{len(problems)} of {len(ordered)}, those whose reward changed most first."
+    of_pairs = f"Of {len(pairs)} of {len(by_step)} rollout batches."
+    found = section("Alarms", "", alarms)
+    found += section("Held-out problems before and after", of_problems, problems)
+    return found + section("Best and worst responses of groups in training", of_pairs, pairs)
 
 
 def earned(line: dict) -> float:
@@ -115,30 +120,14 @@ def earned(line: dict) -> float:
     return fmean([reward or 0.0 for reward in line.get("rewards", [])] or [0.0])
 
 
-def problem(lines: Sequence[dict]) -> str:
-    """A held-out problem with its first and its last responses."""
-    ends = [lines[0], lines[-1]] if len(lines) > 1 else lines
-    sides = []
-    for line in ends:
-        when = f"After rollout batch {line['step']}" if line["step"] else "Before training"
-        responses = map(response, line.get("responses", []), line.get("rewards", []))
-        sides.append(tag("div", tag("p", when), *responses))
-    rewards = " → ".join(figure(earned(line)) for line in ends)
-    return question(f"Problem {lines[0].get('problem')}: mean reward {rewards}", lines[0], sides)
-
-
-def pair(samples: Sequence[dict]) -> str:
-    """The best and the worst response of a group."""
-    rewards = " and ".join(figure(sample.get("reward")) for sample in samples)
-    sides = [response(sample.get("response"), sample.get("reward")) for sample in samples]
-    return question(f"Rollout batch {samples[0]['step']}: rewards {rewards}", samples[0], sides)
-
-
-def question(title: str, line: dict, sides: Sequence[str]) -> str:
+def question(title: str, line: dict, sides: Sequence[tuple[str, Any, Any]]) -> str:
+    """A prompt with responses side by side. sides: for each a heading, some responses, and their rewards."""
+    columns = []
+    for heading, responses, rewards in sides:
+        shown = [tag("p", text(heading))]
+        for response, reward in zip(responses or [], rewards or [], strict=False):
+            kind = "good" if (reward or 0) > 0 else "bad"
+            shown += [tag("b", f"reward: {figure(reward)}", kind=kind), tag("pre", text(response))]
+        columns.append(tag("div", *shown))
     answer = tag("p", "reference answer: ", text(line.get("answer")), kind="faint")
-    return folded(title, tag("pre", text(line.get("prompt"))), answer, tag("div", *sides, kind="pair"))
-
-
-def response(value: Any, reward: float | None) -> str:
-    label = tag("b", f"reward: {figure(reward)}", kind="good" if (reward or 0) > 0 else "bad")
-    return tag("div", label, tag("pre", text(value)))
+    return folded(title, tag("pre", text(line.get("prompt"))), answer, tag("div", *columns, kind="pair"))

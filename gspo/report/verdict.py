@@ -18,6 +18,7 @@ CLIP_BAND = (0.10, 0.30)
 REWARD_KEPT = 0.1
 LEARNED, WORSE, SAME = "It learned", "It got worse", "No difference seen"
 UNKNOWN = "Not known yet whether it learns"
+MEASURES = (("pass@1", "pass_at_1", "pass_by_problem"), ("mean reward", "reward_mean", "reward_by_problem"))
 # What keeps a run from learning: the outcome; whether the first rollout batches show it, by their means();
 # and what they show, with advice. The first one that holds counts.
 OBSTACLES: list[tuple[str, Callable[[dict], bool], str]] = [
@@ -91,7 +92,6 @@ def verdict(run: RunRecord) -> list[str]:
 
 
 def state(run: RunRecord) -> str:
-    """How far the run has come."""
     done = f"after rollout batch {run.step}" if run.step else "before its first rollout batch was done"
     if run.finished:
         return f"The run is finished: {len(run.metrics)} rollout batches."
@@ -111,13 +111,10 @@ def held_out(run: RunRecord) -> tuple[str, list[str]]:
     if before is after or count < 2:
         low, high = after["interval_95"]
         when = f"after rollout batch {after['step']}" if after["step"] else "before training"
-        what = f"Held-out pass@1 was {after['pass_at_1']:.3f} (95 % interval {low:.3f} to {high:.3f}) {when}"
-        return UNKNOWN, [f"{what}; there is no later evaluation."]
+        what = f"Held-out pass@1 was {after['pass_at_1']:.3f} (95 % interval {low:.3f} to {high:.3f})"
+        return UNKNOWN, [f"{what} in the last evaluation, {when}."]
     gains, sentences = [], dict[str, str]()
-    for name, mean, each in (
-        ("pass@1", "pass_at_1", "pass_by_problem"),
-        ("mean reward", "reward_mean", "reward_by_problem"),
-    ):
+    for name, mean, each in MEASURES:
         gains.append(paired_interval(before[each], after[each]))
         gain = describe_gain(before[each], after[each]).replace("  ", " ")
         change = f"from {before[mean]:.3f} before training to {after[mean]:.3f} after rollout batch"
@@ -162,11 +159,9 @@ def one_update(run: RunRecord) -> bool:
 def clipping(run: RunRecord) -> list[str]:
     """How much was clipped, and how far the ratios went."""
     if one_update(run):
-        return [
-            "With one optimizer update per rollout batch the importance ratio is 1, and all algorithms are "
-            f"the same. For clipping, let --mini_batch_size (now {run.setting('mini_batch_size')}) be a part "
-            f"of --batch_size ({run.setting('batch_size')})."
-        ]
+        part, whole = run.setting("mini_batch_size"), run.setting("batch_size")
+        advice = f"for clipping, let --mini_batch_size (now {part}) be a part of --batch_size ({whole})"
+        return [f"With one optimizer update per rollout batch the importance ratio is 1; {advice}."]
     can_clip = [batch for batch in run.metrics if batch["eligible_fraction"]]
     if not can_clip:
         return []
