@@ -103,7 +103,7 @@ def test_a_chart_of_one_run_has_its_evaluations_with_intervals():
 def test_the_picture_is_drawn(tmp_path):
     draw_curves(read_run(RECORDS / "gibberish"), tmp_path / "training_curves.png")
     with Image.open(tmp_path / "training_curves.png") as image:
-        assert image.size == (1500, 675)
+        assert image.size == (1170, 1260)
         assert len(image.convert("RGB").getcolors(1 << 20)) > 100
     assert [path.name for path in tmp_path.iterdir()] == ["training_curves.png"]
 
