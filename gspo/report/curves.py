@@ -26,7 +26,7 @@ def draw_curves(run: RunRecord, path: Path) -> None:
     figure = Figure(figsize=(13, 14), dpi=90)
     FigureCanvasAgg(figure)
     # An automatic layout takes seconds.
-    figure.subplots_adjust(left=0.05, right=0.98, top=0.89, bottom=0.03, wspace=0.15, hspace=0.5)
+    figure.subplots_adjust(left=0.07, right=0.98, top=0.89, bottom=0.03, wspace=0.15, hspace=0.5)
     outcome = textwrap.fill(f"{run.name}: {verdict(run)[0]}", 90)
     figure.suptitle(outcome, x=0.01, ha="left", fontsize=17, parse_math=False)
     for chart, ax in zip(charts([run]), figure.subplots(4, 2).flat, strict=True):
