@@ -172,7 +172,7 @@ def package() -> None:
         python_requires=">=3.11",
         py_modules=sorted(path.stem for path in ROOT.glob("*.py") if path.name != "setup.py"),
         packages=find_packages(include=["gspo", "gspo.*"]),
-        package_data={"gspo.policy": ["weights/*.safetensors"]},
+        package_data={"gspo.policy": ["weights/*.safetensors"], "gspo.report": ["page.*", "uplot/*"]},
         install_requires=package_requirements(),
     )
 

@@ -2,6 +2,7 @@
 
     policy/     a language model: load it, sample from it, log-probabilities under it
     training/   one run: settings, loop, record, checkpoints, alarms        may import policy
+    report/     pictures and a page from a run's folder                     may import training
     sandbox/    runs untrusted Python against tests; standard library only
     tasks/      problems, and what a response earns                         may import sandbox
     checks/     what validation measures                                    may import everything

@@ -7,11 +7,12 @@ A text is compared with the run's own start, because a model may have rambled fr
 import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist, median
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from gspo.training.intervals import Z, paired_interval
+
+if TYPE_CHECKING:
+    import torch
 
 # The rules on text, ties, ratios, gradient norm and entropy look at this many rollout batches in a row.
 WINDOW = 5
@@ -74,8 +75,10 @@ def stop_if(reason: str | None, metrics: dict | None = None) -> None:
         raise EmergencyStop(reason, metrics)
 
 
-def non_finite_weights(model: torch.nn.Module) -> str | None:
+def non_finite_weights(model: "torch.nn.Module") -> str | None:
     """Name the weights that are not finite, or return None."""
+    import torch  # here, since gspo.report reads these rules without it
+
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     # The norm is fast, since no mask of all weights is made.
     if torch.nn.utils.get_total_norm(parameters.values()).isfinite():

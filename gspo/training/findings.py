@@ -8,12 +8,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gspo.training.alarms import WINDOW
 from gspo.training.config import GSPOConfig
-from gspo.training.dynamic_sampling import keeps
 from gspo.training.intervals import wilson_interval
-from gspo.training.rollout_batch import Sample
+
+if TYPE_CHECKING:
+    from gspo.training.rollout_batch import Sample
 
 # Too hard, too easy: this share of the groups.
 NEARLY_ALL = 0.9
@@ -118,12 +120,14 @@ class Finding:
         return f"{self.name}: {self.message}"
 
 
-def has_signal(group: Sequence[Sample], config: GSPOConfig) -> bool:
+def has_signal(group: Sequence["Sample"], config: GSPOConfig) -> bool:
     """True if a run with these settings would learn from the group."""
+    from gspo.training.dynamic_sampling import keeps  # here, since it imports torch and gspo.report does not
+
     return keeps(group, "pass" if config.dynamic_sampling == "pass" else "reward")
 
 
-def figures_of(samples: Sequence[Sample], config: GSPOConfig, has_chat_template: bool) -> Figures:
+def figures_of(samples: Sequence["Sample"], config: GSPOConfig, has_chat_template: bool) -> Figures:
     """Count what the samples of whole groups are like; config: the resolved one they were made with."""
     size = config.group_size
     groups = [samples[i : i + size] for i in range(0, len(samples), size)]
@@ -266,7 +270,7 @@ class FirstBatches:
         self.config, self.has_chat_template = config, has_chat_template
         self._samples: list[Sample] = []
 
-    def add(self, step: int, samples: Sequence[Sample]) -> list[Finding]:
+    def add(self, step: int, samples: Sequence["Sample"]) -> list[Finding]:
         """Take in the samples of rollout batch number `step`; return the findings after the last of them."""
         if step > WINDOW:
             return []
@@ -278,7 +282,7 @@ class FirstBatches:
         return found
 
 
-def _count_answers(judged: Sequence[Sample]) -> tuple[int, int, float]:
+def _count_answers(judged: Sequence["Sample"]) -> tuple[int, int, float]:
     """Figures.answerable, with_answer and with_other_answer of the judged samples."""
     answers = {id(sample.problem): _short_answer(sample.problem) for sample in judged}
     other_answers = sorted({answer for answer in answers.values() if answer})

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gspo.training.alarms import warnings_of
-from gspo.training.checkpoints import checkpoints_in, step_of
 from gspo.training.whole_folders import remove, saving, write_whole
 
 # What is logged for each rollout batch: name to (unit, meaning and reduction).
@@ -178,6 +177,8 @@ class Record:
         Raises:
             CannotSave: the disk is full.
         """
+        from gspo.training.checkpoints import checkpoints_in, step_of  # here, since it imports torch
+
         kept_lines = self.kept_lines(step, lines)
         # Delete newer checkpoints before truncating the files: they need the lines that are dropped next.
         for path in reversed(checkpoints_in(self.folder)):
@@ -258,7 +259,7 @@ def _parse(line: bytes, stream: str, where: str) -> dict:
         raise ValueError(f"{where}: not valid JSON; the file is damaged") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: not a JSON object; the file is damaged")
-    wrong = [name for name in FIELDS[stream] if not _is_value_of(name, record.get(name))]
+    wrong = [name for name in FIELDS.get(stream, ()) if not _is_value_of(name, record.get(name))]
     if type(record.get("step")) is not int or not 0 <= record["step"] < 2**31:
         wrong.insert(0, "step")
     if wrong:
@@ -275,6 +276,22 @@ def _is_value_of(name: str, value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300  # false for NaN
+
+
+def readable_lines(folder: Path, stream: str) -> tuple[list[dict], str]:
+    """The lines of a file up to the first damaged one, and what is wrong with that: "" if none is.
+
+    Unlike read_lines() it raises nothing: it is for looking at a run, not for continuing it.
+    """
+    path = _path(folder, stream)
+    found: list[dict] = []
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        for i, line in enumerate(lines):
+            found.append(_parse(line, stream, f"{path.name}, line {i + 1}"))
+    except (OSError, ValueError) as error:
+        return found, str(error)
+    return found, ""
 
 
 def glossary_table() -> str:

@@ -1,0 +1,133 @@
+"""report.html: one file with the verdicts, curves and texts of one run or several; it needs no network."""
+
+import dataclasses
+import html
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from gspo.report.charts import charts, differences
+from gspo.report.run_record import RunRecord
+from gspo.report.verdict import LEARNED, SAME, UNKNOWN, verdict
+from gspo.training.command_line import escaped
+from gspo.training.whole_folders import write_whole
+
+HERE = Path(__file__).parent
+# Held-out problems, and pairs of samples, in a page; they are shared among its runs.
+MOST_TEXTS = 40
+TEXT_CHARACTERS = 3000
+
+
+def write_page(runs: Sequence[RunRecord], path: Path) -> None:
+    """Write the page. Raises CannotSave."""
+    names = [run.name for run in runs]
+    texts = [texts_of(run, max(4, MOST_TEXTS // len(runs))) for run in runs]
+    if len(runs) > 1:
+        differing = table([("", *names), *((name, *values) for name, values in differences(runs).items())])
+        texts = [differing, *map(folded, [f"Texts of {name}" for name in names], texts)]
+    page = (HERE / "page.html").read_text(encoding="utf-8")
+    for file in ("uplot/uPlot.min.css", "uplot/uPlot.iife.min.js", "page.css", "page.js"):
+        page = page.replace(f"{{{{{file}}}}}", (HERE / file).read_text(encoding="utf-8"))
+    data = json.dumps([dataclasses.asdict(chart) for chart in charts(runs)])
+    # A text within a script element would end it with "</script".
+    page = page.replace("{{charts}}", data.replace("<", "\\u003c"))
+    page = page.replace("{{title}}", text(", ".join(names)))
+    page = page.replace("{{verdicts}}", "".join(map(verdict_of, runs)))
+    write_whole(path, page.replace("{{texts}}", "".join(texts)))  # last: one may look like a placeholder
+
+
+def text(value: Any) -> str:
+    """The value as HTML that shows it as it is: markup as text, controls visible, and not too long."""
+    whole = value if isinstance(value, str) else json.dumps(value, default=str)
+    shown = html.escape(escaped(whole[:TEXT_CHARACTERS], "\n\t"))
+    left = len(whole) - TEXT_CHARACTERS
+    return f"{shown} ... ({left} more characters)" if left > 0 else shown
+
+
+def figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) and math.isfinite(value) else "not judged"
+
+
+def tag(name: str, *inner: str, kind: str = "") -> str:
+    """An element of a class with HTML in it."""
+    return f'<{name} class="{kind}">{"".join(inner)}</{name}>'
+
+
+def folded(title: str, *inner: str) -> str:
+    return tag("details", tag("summary", text(title)), *inner)
+
+
+def table(rows: Sequence[Sequence]) -> str:
+    lines = [tag("tr", *(tag("td", text(cell)) for cell in row)) for row in rows]
+    return tag("div", tag("table", *lines), kind="table")
+
+
+def section(title: str, note: str, parts: Sequence[str]) -> str:
+    """Nothing if there are no parts."""
+    return "".join([tag("h2", title), tag("p", note, kind="faint"), *parts]) if parts else ""
+
+
+def verdict_of(run: RunRecord) -> str:
+    """The verdict, what is damaged, and the configuration."""
+    headline, *others = verdict(run)
+    colour = "good" if headline.startswith(LEARNED) else "bad"
+    kind = "headline" if headline.startswith((SAME, UNKNOWN)) else f"headline {colour}"
+    config = dict(run.config)
+    environment = dict(config.pop("environment", {}))
+    command = shlex.join(map(str, environment.pop("command_line", [])))
+    rows = [("command", command), *environment.items(), *config.items()]
+    parts = [tag("h1", text(run.name)), tag("p", text(headline), kind=kind)]
+    parts += [tag("p", text(sentence)) for sentence in others]
+    parts += [tag("p", text(f"Damaged: {what}."), kind="bad") for what in run.damage]
+    return tag("div", *parts, folded("Command, commit, hardware, configuration", table(rows)), kind="card")
+
+
+def texts_of(run: RunRecord, most: int) -> str:
+    """Alarms, held-out problems, and pairs of samples; of these, at most so many each."""
+    alarms = [tag("p", text(f"{alarm.kind}, {alarm.when}: {alarm.message}")) for alarm in run.alarms]
+    by_problem: dict[str, list[dict]] = {}
+    for line in run.eval_samples:
+        by_problem.setdefault(str(line.get("problem")), []).append(line)
+    ordered = sorted(by_problem.values(), key=lambda lines: -abs(earned(lines[-1]) - earned(lines[0])))
+    problems = []
+    for lines in ordered[:most]:
+        ends = [lines[0], lines[-1]] if len(lines) > 1 else lines
+        title = (
+            f"Problem {lines[0].get('problem')}: mean reward {' → '.join(figure(earned(e)) for e in ends)}"
+        )
+        sides = [(f"after rollout batch {e['step']}", e.get("responses"), e.get("rewards")) for e in ends]
+        problems.append(question(title, lines[0], sides))
+    by_step: dict[int, list[dict]] = {}
+    for sample in run.samples:
+        by_step.setdefault(sample["step"], []).append(sample)
+    pairs = []
+    for samples in list(by_step.values())[:: math.ceil(len(by_step) / most) or 1]:
+        sides = [(str(s.get("kind")), [s.get("response")], [s.get("reward")]) for s in samples]
+        pairs.append(question(f"Rollout batch {samples[0]['step']}", samples[0], sides))
+    of_problems = f"{len(problems)} of {len(ordered)}, those whose reward changed most first."
+    of_pairs = f"Of {len(pairs)} of {len(by_step)} rollout batches."
+    found = section("Alarms", "", alarms)
+    found += section("Held-out problems before and after", of_problems, problems)
+    return found + section("Best and worst responses of groups in training", of_pairs, pairs)
+
+
+def earned(line: dict) -> float:
+    """Mean reward of the responses to a problem; 0 for one that could not be judged."""
+    return fmean([reward or 0.0 for reward in line.get("rewards", [])] or [0.0])
+
+
+def question(title: str, line: dict, sides: Sequence[tuple[str, Any, Any]]) -> str:
+    """A prompt with responses side by side. sides: for each a heading, some responses, and their rewards."""
+    columns = []
+    for heading, responses, rewards in sides:
+        shown = [tag("p", text(heading))]
+        for response, reward in zip(responses or [], rewards or [], strict=False):
+            kind = "good" if (reward or 0) > 0 else "bad"
+            shown += [tag("b", f"reward: {figure(reward)}", kind=kind), tag("pre", text(response))]
+        columns.append(tag("div", *shown))
+    answer = tag("p", "reference answer: ", text(line.get("answer")), kind="faint")
+    return folded(title, tag("pre", text(line.get("prompt"))), answer, tag("div", *columns, kind="pair"))
