@@ -18,6 +18,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import NoneType
@@ -38,6 +39,7 @@ from gspo.training.find_run import refuse_other_settings, resumed_folder, run_fo
 
 if TYPE_CHECKING:
     from gspo.training.alarms import EmergencyStop
+    from gspo.training.record import Sink
     from gspo.training.training_run import TrainingRun
     from gspo_implementation import GSPOTrainer
 
@@ -420,9 +422,13 @@ def difficulty_for(num_parameters: int) -> str:
 
 
 def prepare(
-    config: GSPOConfig, reward_fn: RewardsOf, train_problems: list, eval_problems: list
+    config: GSPOConfig,
+    reward_fn: RewardsOf,
+    train_problems: list,
+    eval_problems: list,
+    sinks: "Sequence[Callable[[Path], Sink]]" = (),
 ) -> "TrainingRun":
-    """The trainer and the run folder.
+    """The trainer and the run folder. sinks: makers of further sinks of the record.
 
     Raises:
         ValueError: the input cannot work.
@@ -431,7 +437,7 @@ def prepare(
 
     trainer = load_trainer(config, reward_fn, train_problems)
     source = config.dataset_path or config.dataset
-    return TrainingRun(trainer, train_problems, eval_problems, source)
+    return TrainingRun(trainer, train_problems, eval_problems, source, sinks)
 
 
 def probe(config: GSPOConfig, reward_fn: RewardsOf, train_problems: list, eval_problems: list) -> int:

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gspo.policy.cpu import packed_weights
@@ -252,7 +251,7 @@ class TransformersEngine:
         """Sample at most half of these rows at a time from now on."""
         self.row_limit = rows // 2
         torch.cuda.empty_cache()
-        tqdm.write(
+        print(
             f"out of memory: from now on, at most {self.row_limit} responses are sampled at a time",
             file=sys.stderr,
         )

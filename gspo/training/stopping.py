@@ -38,7 +38,7 @@ class StopRequest:
             if received[-1] - received[0] > SAME_SIGNAL_S:
                 os._exit(130)  # a checkpoint in progress is abandoned: the last whole one stays
             if not self.requested and self.processes.is_main:
-                print("\nstopping after this update; once more to stop at once", file=sys.stderr)
+                print("stopping after this update; once more to stop at once", file=sys.stderr)
             self.requested = True
 
         on_stop_signals(stop)

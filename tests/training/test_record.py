@@ -157,7 +157,8 @@ def test_rewinding_drops_later_lines_and_a_torn_one(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3] == [m["step"] for m in record.history]
 
 
-RECORDS = {"metrics": {"step": 2, **GOOD}, "eval": EVALUATION, "samples": {"step": 1}}
+RECORDS = {"metrics": {"step": 2, **GOOD}, "eval": EVALUATION, "samples": {"step": 1},
+           "eval_samples": {"step": 0, "problem": 3, "cut_characters": 0}}  # fmt: skip
 NO_RECORDS = (
     "5", "{}", "null", "[]", '"text"', "{", "\x00" * 9, "\xff", "[" * 100_000, '{"step": "a"}',
     '{"step": true}', '{"step": -1}', '{"step": 1.5}', '{"step": ' + "9" * 5000 + "}",
