@@ -222,7 +222,7 @@ class GSPOConfig:
     log_to: str | None = flag(
         None,
         "run",
-        "trackers that get the record as well: wandb, tensorboard, trackio, or several with commas",
+        "trackers that get the record too: wandb, tensorboard, trackio, or several with commas",
     )
     wandb_project: str = flag("gspo", "run", "project in wandb and trackio")
     dry_run: bool = flag(

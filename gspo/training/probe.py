@@ -103,7 +103,7 @@ def probe_training(trainer: Any, train_problems: Sequence, eval_problems: Sequen
 
 def sample_groups(trainer: Any, problems: Sequence) -> Sampled:
     """Sample and reward the first queries of the run, in its rollout batches, without training in between."""
-    config, processes = trainer.config, trainer.processes
+    config = trainer.config
     order = epoch_order(config.seed, 0, len(problems))
     queries = [problems[place] for place in order[: 2 * ENOUGH_QUERIES]]
     samples: list[Sample] = []

@@ -13,9 +13,9 @@ from gspo.training.config import GSPOConfig
 class TimeLeft:
     """Estimates how long the rest of a run takes, from what this process has done of it.
 
-    Work is counted in queries. The later half of the marks counts: the first rollout batch, which warms things
-    up, is forgotten after the second, and responses that become longer are noticed. What is not a rollout
-    batch is timed apart, by kind, and the later half of those durations counts as well.
+    Work is counted in queries. The later half of the rollout batches counts: the first one, which warms
+    things up, is forgotten after the second, and responses that become longer are noticed. Evaluations and
+    saves are timed apart, by kind, and the later half of their durations counts as well.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):

@@ -7,7 +7,6 @@ from gspo.training.trackers import Tracker
 
 # Held-out problems whose texts are shown: each is an entry of its own in the page.
 PROBLEMS_SHOWN = 10
-# A text's longest line; the page has no line breaks of its own in them.
 
 
 class TensorBoard(Tracker):
@@ -39,8 +38,8 @@ class TensorBoard(Tracker):
                 given |= {f"response, reward {reward}": text for text, reward in answered}
                 self.writer.add_text(f"held_out/{line['problem']:03}", fields_as_text(given), step)
 
-    def summarise(self, figures: dict[str, float]) -> None:
-        self.writer.add_text("summary", verbatim(json.dumps(figures, indent=2)))
+    def summarise(self, step: int, figures: dict[str, float]) -> None:
+        self.writer.add_text("summary", verbatim(json.dumps(figures, indent=2)), step)
 
     def finish(self) -> None:
         self.writer.close()

@@ -22,13 +22,9 @@ from gspo.training.sampling import standing
 START_S, CALL_S, FINISH_S = 120, 30, 120
 # The record's streams of figures, and the prefixes of their names in a tracker.
 PREFIXES = {"metrics": "train", "eval": "eval"}
-# Lists of the record, and the names of their entries in a tracker. A list that is as long as there are
-# held-out problems would be as many charts: their figures are in the table of texts.
-LISTS = {
-    "interval_95": ("interval_95_low", "interval_95_high"),
-    "pass_by_problem": (),
-    "reward_by_problem": (),
-}
+# Lists of the record, and the names of their entries in a tracker. Those with an entry per held-out problem
+# are left out, since they would be as many charts: the table of texts has their rewards.
+LISTS = {"interval_95": ("interval_95_low", "interval_95_high")}
 MINIBATCHES = "clip_fraction_by_minibatch"
 # The figures of an evaluation that a summary has.
 SUMMARISED = ("pass_at_1", "reward_mean")
@@ -72,7 +68,7 @@ class Tracker(ABC):
         """Take lines of samples.jsonl and of eval_samples.jsonl; each list may be empty."""
 
     @abstractmethod
-    def summarise(self, figures: dict[str, float]) -> None:
+    def summarise(self, step: int, figures: dict[str, float]) -> None:
         """Take the summary: first, last and best values of the evaluations so far."""
 
     @abstractmethod
@@ -91,7 +87,7 @@ class Tracker(ABC):
         self.log(step, single_figures(PREFIXES[stream], values))
         if stream == "eval":
             self._flush_texts(step)
-            self.summarise(summary(read_lines(self.folder, "eval")))
+            self.summarise(step, summary(read_lines(self.folder, "eval")))
 
     def _flush_texts(self, step: int) -> None:
         samples, held_out = self._samples, self._held_out
@@ -141,7 +137,7 @@ def single_figures(prefix: str, values: dict) -> dict[str, float]:
 
 
 def summary(evaluations: list[dict]) -> dict[str, float]:
-    """The first, last and best values of the evaluations, such as eval/pass_at_1_best, and the best's step."""
+    """The first, last and best values of the evaluations, as eval/pass_at_1_best, and the best's step."""
     best = max(evaluations, key=standing)  # the first of equally good ones, as best_model
     chosen = {"first": evaluations[0], "last": evaluations[-1], "best": best}
     figures = {f"eval/{name}_{kind}": chosen[kind][name] for name in SUMMARISED for kind in chosen}

@@ -36,8 +36,8 @@ class Trackio(Tracker):
         if given:
             self.run.log(given, step=step)
 
-    def summarise(self, figures: dict[str, float]) -> None:
-        self.run.log(figures)
+    def summarise(self, step: int, figures: dict[str, float]) -> None:
+        self.run.log(figures, step=step)
 
     def finish(self) -> None:
         self.run.finish()

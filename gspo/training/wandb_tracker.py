@@ -40,7 +40,7 @@ class Wandb(Tracker):
         if given:
             self.run.log({"rollout_batch": step, **given})
 
-    def summarise(self, figures: dict[str, float]) -> None:
+    def summarise(self, step: int, figures: dict[str, float]) -> None:
         self.run.summary.update(figures)
 
     def finish(self) -> None:
