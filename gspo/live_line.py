@@ -21,6 +21,7 @@ TERMINAL_INTERVAL_S, LOG_INTERVAL_S = 0.5, 30.0
 # The width of a terminal that does not tell its own.
 USUAL_WIDTH = 80
 SEPARATOR = "  "
+LINE_END = "\n"
 
 
 class LiveLine:
@@ -91,6 +92,14 @@ def fitted(parts: Sequence[str], width: int) -> str:
             break
         text += SEPARATOR + part
     return text
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """The text with its unprintable characters, which could move the cursor, as \\x1b and so on.
+
+    keep: unprintable characters that stay as they are, such as line ends.
+    """
+    return "".join(c if c.isprintable() or c in keep else f"\\x{ord(c):02x}" for c in text)
 
 
 class _Screen:

@@ -26,6 +26,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from gspo.live_line import LINE_END, escaped
 from gspo.tasks.problem import Problem
 from gspo.tasks.rewards import num_workers
 from gspo.tasks.worker_pool import TIMED_OUT, WorkerPool, serve
@@ -90,7 +91,7 @@ class OwnReward:
             print(
                 f"--reward {self.path.name}:{self.function}: {len(failures)} of {len(responses)} responses "
                 "were not judged. This is shown once; reward_errors and reward_timeouts count them.\n"
-                f"{self.failure}",
+                f"{escaped(self.failure, keep=LINE_END)}",
                 file=sys.stderr,
             )
         return [answer.get("reward") if answer else None for answer in answers]

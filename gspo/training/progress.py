@@ -1,7 +1,7 @@
 """What a run shows of itself while it trains: the live line, a line per evaluation, and the time left."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import fmean
 from typing import Any
@@ -18,29 +18,28 @@ class TimeLeft:
     saves are timed apart, by kind, and the later half of their durations counts as well.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self.clock = clock
+    def __init__(self) -> None:
         self.durations: dict[str, list[float]] = {}
-        self._started, self._apart, self._depth = clock(), 0.0, 0
+        self._started, self._apart, self._depth = time.monotonic(), 0.0, 0
         self._marks: list[tuple[float, float]] = []
 
     @contextmanager
     def apart(self, kind: str) -> Iterator[None]:
         """Time something that is not a rollout batch, such as an evaluation."""
-        started = self.clock()
+        started = time.monotonic()
         self._depth += 1
         try:
             yield
         finally:
             self._depth -= 1
-            seconds = self.clock() - started
+            seconds = time.monotonic() - started
             self.durations.setdefault(kind, []).append(seconds)
             if not self._depth:
                 self._apart += seconds
 
     def mark(self, work: float) -> None:
         """Note how many queries are done; first of all those that were done when this process began."""
-        self._marks.append((self.clock() - self._started - self._apart, work))
+        self._marks.append((time.monotonic() - self._started - self._apart, work))
 
     def seconds(self, work: float, others: dict[str, int]) -> float:
         """Seconds of so many queries, and of what else is to come: its number by kind.
@@ -72,10 +71,10 @@ class TrainingLine(LiveLine):
         self.drawn, self.batches_here = drawn, 0
         self.first = drawn
         self.figures: list[str] = []
-        self._ends_at: float | None = None
+        self._ends_at, self._ended = 0.0, False
 
     def __exit__(self, *details: Any) -> None:
-        self._ends_at = None
+        self._ended = True
         super().__exit__(*details)
 
     def note(self, step: int, metrics: dict, drawn: int, sampled: int) -> None:
@@ -112,12 +111,14 @@ class TrainingLine(LiveLine):
         return round(queries_left * self.batches_here / (self.drawn - self.first))
 
     def _parts(self) -> list[str]:
-        if not self.figures:
-            return []
-        now = time.monotonic()
-        took = f"{duration(now - self.started)} in all"
-        left = took if self._ends_at is None else f"{duration(max(0.0, self._ends_at - now))} left"
-        return [f"training {self.drawn / self.num_queries:.0%}", left, *self.figures]
+        done, now = f"training {self.drawn / self.num_queries:.0%}", time.monotonic()
+        if self._ended:
+            return [done, f"{duration(now - self.started)} in all", *self.figures]
+        return (
+            [done, f"{duration(max(0.0, self._ends_at - now))} left", *self.figures]
+            if self.figures
+            else [done]
+        )
 
 
 def _due(step: int, last: int, frequency: int) -> int:
@@ -128,12 +129,12 @@ def _due(step: int, last: int, frequency: int) -> int:
 def describe_evaluation(evaluation: dict, first: dict) -> str:
     """An evaluation in a line: pass@1, its interval, the mean reward if it is another, the change."""
     low, high = evaluation["interval_95"]
-    what, changes = "held-out pass@1", ["", ""]
+    what, interval, changes = "held-out pass@1", "95 % interval ", ["", ""]
     if evaluation["step"] != first["step"]:
-        what = "pass@1"
+        what, interval = "pass@1", ""
         changes = [f" {evaluation[key] - first[key]:+.3f}" for key in ("pass_at_1", "reward_mean")]
     line = f"step {evaluation['step']}: {what} {evaluation['pass_at_1']:.3f}"
-    line += f" ({low:.3f} to {high:.3f}){changes[0]}"
+    line += f" ({interval}{low:.3f} to {high:.3f}){changes[0]}"
     if any(e["reward_by_problem"] != e["pass_by_problem"] for e in (evaluation, first)):
         line += f", mean reward {evaluation['reward_mean']:.4g}{changes[1]}"
     return line

@@ -9,11 +9,11 @@ import importlib
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gspo.training.command_line import escaped
+from gspo.live_line import escaped
 from gspo.training.config import TRACKERS
 from gspo.training.record import read_lines
 from gspo.training.sampling import standing
@@ -129,9 +129,9 @@ def single_figures(prefix: str, values: dict) -> dict[str, float]:
         if not isinstance(value, list):
             figures[f"{prefix}/{name}"] = value
             continue
-        names = LISTS.get(name, ())
+        names: Sequence[str] = LISTS.get(name, ())
         if name == MINIBATCHES:
-            names = tuple(f"clip_fraction_minibatch_{i}" for i in range(len(value)))
+            names = [f"clip_fraction_minibatch_{i}" for i in range(len(value))]
         figures |= {f"{prefix}/{one}": number for one, number in zip(names, value, strict=False)}
     return figures
 
