@@ -607,9 +607,7 @@ def report(run: "TrainingRun", result: dict) -> None:
         print(f"{name}: {before.get(name, math.nan):.4g} before, {after[name]:.4g} after")
     figures = ", ".join(f"{name} {best[key]:{form}}" for name, key, _, form in rows)
     print(f"best evaluation: {when(best['step'])}, {figures}: {folder / 'best_model'}")
-    print(
-        f"run folder: {folder}  (metrics.jsonl, eval.jsonl, samples.jsonl, eval_samples.jsonl, checkpoints)"
-    )
+    print(f"run folder: {folder}")
     if not result["finished"]:
         print(f"interrupted after rollout batch {run.trainer.step}; continue with --resume {folder}")
     else:

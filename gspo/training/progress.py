@@ -114,11 +114,9 @@ class TrainingLine(LiveLine):
         done, now = f"training {self.drawn / self.num_queries:.0%}", time.monotonic()
         if self._ended:
             return [done, f"{duration(now - self.started)} in all", *self.figures]
-        return (
-            [done, f"{duration(max(0.0, self._ends_at - now))} left", *self.figures]
-            if self.figures
-            else [done]
-        )
+        if self.figures:
+            return [done, f"{duration(max(0.0, self._ends_at - now))} left", *self.figures]
+        return [done]
 
 
 def _due(step: int, last: int, frequency: int) -> int:

@@ -1,10 +1,8 @@
-"""The run's record: lines, folders, which run and checkpoint are resumed, wandb read back from its file."""
+"""The run's record: lines, folders, which run and checkpoint are resumed."""
 
 import json
 import math
 import os
-import struct
-import time
 from dataclasses import asdict
 
 import pytest
@@ -209,49 +207,3 @@ def test_a_warning_is_given_when_it_arises_and_not_repeated(tmp_path):
     batches = [GOOD, clipped, clipped, GOOD, clipped]
     given = [len(record.add_metrics(step, metrics)) for step, metrics in enumerate(batches)]
     assert given == [0, 1, 0, 0, 1]
-
-
-def test_wandb_holds_the_same_figures(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    record = begin(tmp_path, use_wandb=True).record
-    record.add_evaluation(0, {"pass_at_1": 0.25, "interval_95": [0.1, 0.4]})
-    for step in (1, 2, 3):
-        record.add_metrics(step, {**GOOD, "loss": 0.1 * step})
-    record.add_evaluation(3, {"pass_at_1": 0.5, "interval_95": [0.3, 0.7]})
-    record.close()
-    (path,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
-    # wandb writes in a process of its own, which may be behind on a busy machine.
-    train, deadline = [], time.monotonic() + 60
-    while len(train) < 3 and time.monotonic() < deadline:
-        history = wandb_history(path)
-        train = [row for row in history if "train/loss" in row]
-    assert [row["rollout_batch"] for row in train] == [1, 2, 3]
-    recorded = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    for row, line in zip(train, recorded, strict=True):
-        assert {k.removeprefix("train/"): v for k, v in row.items() if k.startswith("train/")} == {
-            k: v for k, v in line.items() if k != "step"
-        }
-    assert [row["eval/pass_at_1"] for row in history if "eval/pass_at_1" in row] == [0.25, 0.5]
-
-
-def wandb_history(path):
-    """The history rows of an offline run: a LevelDB log (32 KiB blocks) of protobuf records."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, offset, message, rows = path.read_bytes(), 7, b"", []
-    while offset + 7 <= len(data):
-        if 32768 - offset % 32768 < 7:
-            offset += 32768 - offset % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[offset : offset + 7])
-        message += data[offset + 7 : offset + 7 + length]
-        offset += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            record = wandb_internal_pb2.Record.FromString(message)
-            message = b""
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
-    return rows
