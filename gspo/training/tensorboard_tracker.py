@@ -28,15 +28,15 @@ class TensorBoard(Tracker):
 
     def log_texts(self, step: int, samples: list[dict], held_out: list[dict]) -> None:
         for line in samples:
-            kind = line["kind"]
-            given = {name: value for name, value in line.items() if name not in ("step", "kind")}
-            self.writer.add_text(f"samples/{kind}", fields_as_text(given), line["step"])
+            fields = {name: value for name, value in line.items() if name not in ("step", "kind")}
+            self.writer.add_text(f"samples/{line['kind']}", fields_as_text(fields), line["step"])
         for line in held_out:
             if line["problem"] < PROBLEMS_SHOWN:
+                fields = {"prompt": line["prompt"], "answer": line["answer"]}
                 answered = zip(line["responses"], line["rewards"], strict=True)
-                given = {"prompt": line["prompt"], "answer": line["answer"]}
-                given |= {f"response, reward {reward}": text for text, reward in answered}
-                self.writer.add_text(f"held_out/{line['problem']:03}", fields_as_text(given), step)
+                for number, (response, reward) in enumerate(answered, 1):
+                    fields[f"response {number}, reward {reward}"] = response
+                self.writer.add_text(f"held_out/{line['problem']:03}", fields_as_text(fields), step)
 
     def summarise(self, step: int, figures: dict[str, float]) -> None:
         self.writer.add_text("summary", verbatim(json.dumps(figures, indent=2)), step)
