@@ -4,15 +4,19 @@ import json
 import math
 import os
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from gspo.policy.rollout import Rollout
 from gspo.training.checkpoints import STATE_FILE, STATE_FORMAT
 from gspo.training.config import GSPOConfig
 from gspo.training.find_run import resumed_folder
-from gspo.training.record import OPTIONAL
+from gspo.training.record import OPTIONAL, read_lines
 from gspo.training.resume import open_run
+from gspo.training.rollout_batch import Sample
+from gspo.training.sampling import evaluation_texts
 from support.metrics import EVALUATION, GOOD
 from support.records import contents
 
@@ -207,3 +211,36 @@ def test_a_warning_is_given_when_it_arises_and_not_repeated(tmp_path):
     batches = [GOOD, clipped, clipped, GOOD, clipped]
     given = [len(record.add_metrics(step, metrics)) for step, metrics in enumerate(batches)]
     assert given == [0, 1, 0, 0, 1]
+
+
+def sampled(prompt, answer, texts, reward):
+    problem = SimpleNamespace(prompt=prompt, answer=answer)
+    return [Sample(problem, Rollout([1], [2], [0.0], text, True), reward) for text in texts]
+
+
+def test_held_out_texts_are_kept_and_cut(tmp_path):
+    chat = [{"role": "user", "content": "caf\u00e9"}]
+    samples = sampled("p" * 5000, "a" * 4001, ["r" * 9000, "", "\x1b[2J\x00\ud800</script>", "4", "5"], None)
+    samples += sampled(chat, None, "12345", 0.5)
+    samples[5].passed = True
+    lines = evaluation_texts(samples, group_size=5)
+    assert lines[0] == {
+        "problem": 0, "prompt": "p" * 4000, "answer": "a" * 4000,
+        "responses": ["r" * 4000, "", "\x1b[2J\x00\ud800</script>", "4"],
+        "rewards": [None] * 4, "passed": [False] * 4, "cut_characters": 1000 + 1 + 5000,
+    }  # fmt: skip
+    assert lines[1] == {
+        "problem": 1, "prompt": '[{"role": "user", "content": "caf\u00e9"}]', "answer": None,
+        "responses": ["1", "2", "3", "4"], "rewards": [0.5] * 4, "passed": [True, False, False, False],
+        "cut_characters": 0,
+    }  # fmt: skip
+    record = begin(tmp_path).record
+    record.add_evaluation(7, EVALUATION, lines)
+    written = (tmp_path / "run" / "eval_samples.jsonl").read_bytes()
+    assert all(byte == 0x0A or 0x20 <= byte < 0x7F for byte in written)  # nothing that moves a cursor
+    assert read_lines(tmp_path / "run", "eval_samples") == [{"step": 7, **line} for line in lines]
+
+
+def test_held_out_texts_of_a_hundred_problems_are_kept():
+    lines = evaluation_texts(sampled("p", "a", ["r"] * 242, 1.0), group_size=2)
+    assert [line["problem"] for line in lines] == list(range(100)) and lines[99]["responses"] == ["r", "r"]
