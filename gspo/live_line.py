@@ -36,7 +36,7 @@ class LiveLine:
     def __init__(self, parts: Callable[[], Sequence[str]], stays: bool = False):
         self.parts, self.stays = parts, stays
         self.shown = os.environ.get("RANK", "0") == "0"
-        self.started = time.monotonic()
+        self.started = self.logged_at = time.monotonic()
 
     def __enter__(self) -> Self:
         if self.shown:
@@ -55,6 +55,15 @@ class LiveLine:
     def is_due(self) -> bool:
         """True once the work has taken long enough for a line."""
         return time.monotonic() - self.started >= PROGRESS_DELAY_S
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line while work is in progress; file: by default standard output.
+
+    A pipe whose reader is gone, or a full disk of a log file, must not end a run.
+    """
+    with suppress(OSError):
+        print(text, file=file, flush=True)
 
 
 class Bar(LiveLine):
@@ -123,12 +132,14 @@ class _Screen:
 
     def refresh(self, line: LiveLine) -> None:
         with self._lock:
-            interval = TERMINAL_INTERVAL_S if self._in_terminal else LOG_INTERVAL_S
-            if time.monotonic() - self._drawn_at < interval or line is not self._visible():
+            now = time.monotonic()
+            if line is not self._visible():
                 return
-            if self._in_terminal:
+            if self._in_terminal and now - self._drawn_at >= TERMINAL_INTERVAL_S:
                 self._draw()
-            else:
+            # In a log, bars within must not keep the work around them from its own lines.
+            since = line.logged_at if line.stays else self._drawn_at
+            if not self._in_terminal and now - since >= LOG_INTERVAL_S:
                 self._log(line)
 
     def close(self, line: LiveLine) -> None:
@@ -194,8 +205,8 @@ class _Screen:
         self._drawn, self._drawn_at = text, time.monotonic()
 
     def _log(self, line: LiveLine) -> None:
-        self._put(sys.stderr, SEPARATOR.join(line.parts()) + "\n")
-        self._drawn_at = time.monotonic()
+        say(SEPARATOR.join(line.parts()), sys.stderr)
+        self._drawn_at = line.logged_at = time.monotonic()
 
     def _put(self, file: TextIO, text: str) -> None:
         with suppress(OSError):  # a terminal that is gone: SIGHUP says so, and ends the run in order

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from gspo.live_line import say
 from gspo.policy.log_probs import micro_batches, token_log_probs
 from gspo.policy.out_of_memory import is_out_of_memory
 from gspo.training.config import GSPOConfig
@@ -102,10 +103,10 @@ class ForwardPasses:
             # After the handler, which holds the failed attempt's tensors.
             self.halvings += 1
             torch.cuda.empty_cache()
-            print(
+            say(
                 f"out of memory: from now on {self.max_tokens} tokens per forward pass "
                 "(--micro_batch_tokens)",
-                file=sys.stderr,
+                sys.stderr,
             )
 
 

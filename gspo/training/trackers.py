@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gspo.live_line import escaped
+from gspo.live_line import escaped, say
 from gspo.training.config import TRACKERS
 from gspo.training.record import read_lines
 from gspo.training.sampling import standing
@@ -119,7 +119,7 @@ class Tracker(ABC):
             self.works = False
             self._samples, self._held_out = [], []
             error = escaped(errors[0])
-            print(f"{self.name}: {error}; the run goes on without it, all is in its folder", file=sys.stderr)
+            say(f"{self.name}: {error}; the run goes on without it, all is in its folder", sys.stderr)
 
 
 def single_figures(prefix: str, values: dict) -> dict[str, float]:

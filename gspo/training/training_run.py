@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from gspo.live_line import say
 from gspo.policy.saved_model import save_tokenizer
 from gspo.training.alarms import (
     MEND_REWARD,
@@ -155,7 +156,7 @@ class TrainingRun:
             CannotSave: the disk is full; the last whole checkpoint is as it was.
         """
         if self.processes.is_main:
-            print(f"run folder: {self.folder.path}")
+            say(f"run folder: {self.folder.path}")
         end: Interrupted | EmergencyStop | None = None
         with ExitStack() as stack:
             if self.processes.is_main:
@@ -260,9 +261,9 @@ class TrainingRun:
 
     def _record_batch(self, step: int, batch: RolloutBatch, metrics: dict, line: TrainingLine) -> None:
         for warning in self.record.add_metrics(step, metrics):
-            print(f"warning, rollout batch {step}: {warning}", file=sys.stderr)
+            say(f"warning, rollout batch {step}: {warning}", sys.stderr)
         for finding in self.first_batches.add(step, batch.samples):
-            print(f"warning, rollout batches 1 to {WINDOW}: {finding}", file=sys.stderr)
+            say(f"warning, rollout batches 1 to {WINDOW}: {finding}", sys.stderr)
         self.record.add_samples(step, batch.best_and_worst())
         sampled = sum(pending.num_queries for pending in self.pending[1:])
         line.note(step, metrics, self.drawn + batch.num_queries, sampled)
@@ -271,10 +272,10 @@ class TrainingRun:
         """Record the last of the evaluations so far, and print it with what it says beside the others."""
         step, metrics = evaluations[-1]["step"], {k: v for k, v in evaluations[-1].items() if k != "step"}
         self.record.add_evaluation(step, metrics, self.trainer.evaluation_texts)
-        print(describe_evaluation(evaluations[-1], evaluations[0]), flush=True)
+        say(describe_evaluation(evaluations[-1], evaluations[0]))
         fall = held_out_fall(evaluations)
         if fall and not held_out_fall(evaluations[:-1]):
-            print(f"warning, rollout batch {step}: {fall}", file=sys.stderr)
+            say(f"warning, rollout batch {step}: {fall}", sys.stderr)
 
     def _gibberish_reason(self) -> str | None:
         return gibberish_reason([*self.record.history, self.pending[0].metrics])
@@ -288,7 +289,7 @@ class TrainingRun:
             batches = self.pending[:1] if stop.batch is None else [stop.batch]
             self.folder.keep_evidence(self.trainer.step + 1, str(stop), stop.metrics, batches)
         except CannotSave as error:
-            print(error, file=sys.stderr)
+            say(str(error), sys.stderr)
 
     # ---- evaluating
 

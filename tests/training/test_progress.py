@@ -1,9 +1,11 @@
 """What a run shows of itself: the live line in terminals of 80 and 60 columns, log files, the time left."""
 
+import os
 import re
 import sys
 import time
 import warnings
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,7 @@ from tqdm import tqdm
 
 import train_gspo
 from gspo import live_line
-from gspo.live_line import Bar, LiveLine, duration, fitted
+from gspo.live_line import Bar, LiveLine, duration, fitted, say
 from gspo.training import progress
 from gspo.training.command_line import plain_warnings
 from gspo.training.config import GSPOConfig
@@ -104,6 +106,30 @@ def test_log_lines_are_half_a_minute_apart(monkeypatch, capsys):
     said = capsys.readouterr().err.splitlines()
     assert [line.partition("  ")[0] for line in said] == [f"outer {n}/300 steps" for n in (30, 60, 90)]
     assert said[0] == "outer 30/300 steps  4 min left"
+
+
+def test_bars_within_a_run_do_not_keep_it_from_its_lines(monkeypatch, capsys):
+    """Each of its steps takes 40 s, most of them in a bar that has a line of its own after 30."""
+    now = [1000.0]
+    monkeypatch.setattr(live_line, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with LiveLine(lambda: ["outer"], stays=True) as outer:
+        for _ in range(9):
+            with Bar(30, "inner", "steps") as inner:
+                for _ in range(30):
+                    now[0] += 1
+                    inner.update()
+            now[0] += 10
+            outer.refresh()
+    said = [line.partition("  ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == [*["inner 30/30 steps", "outer"] * 9, "outer"]
+
+
+def test_what_nobody_can_read_does_not_end_a_run():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with suppress(BrokenPipeError), os.fdopen(writer, "w") as file:
+        say("step 0: ...", file)
+        say("step 1: ...", file)
 
 
 def test_a_narrow_terminal_shows_the_first_parts():
