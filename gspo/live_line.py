@@ -17,7 +17,7 @@ from typing import Any, Self, TextIO
 from gspo import PROGRESS_DELAY_S
 
 # Seconds between two states: in a terminal, and in a log file, where each state is a line.
-TERMINAL_INTERVAL_S, LOG_INTERVAL_S = 0.5, 30.0
+TERMINAL_INTERVAL_S, LOG_INTERVAL_S = 1.0, 30.0
 # The width of a terminal that does not tell its own.
 USUAL_WIDTH = 80
 SEPARATOR = "  "
