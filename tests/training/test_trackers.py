@@ -163,7 +163,8 @@ def test_tensorboard_hides_what_was_written_after_the_checkpoint(tmp_path):
 
     from gspo.training.tensorboard_tracker import TensorBoard
 
-    for number, (begins, losses) in enumerate(((0, (1.0, 2.0, 3.0)), (1, (20.0, 30.0)))):
+    beginnings = (0, (-1.0, -2.0)), (0, (1.0, 2.0, 3.0)), (1, (20.0, 30.0))  # killed before step 1, after it
+    for number, (begins, losses) in enumerate(beginnings):
         tracker = TensorBoard(tmp_path, {"resume": None}, begins)
         for step, loss in enumerate(losses, begins + 1):
             tracker.write("metrics", step, {"loss": loss})
