@@ -40,7 +40,7 @@ from gspo.policy.rollout import MAX_ROWS, Rollout, Sampling, TransformersEngine
 from gspo.training.alarms import non_finite_weights, stop_if, stop_reason, unjudged_reason
 from gspo.training.config import GSPOConfig
 from gspo.training.dynamic_sampling import QueryDraw, keeps
-from gspo.training.forward_passes import ForwardPasses, to_cpu
+from gspo.training.forward_passes import PASS_TOKENS, ForwardPasses, to_cpu
 from gspo.training.hardware import choose_device, choose_dtype
 from gspo.training.loss_metrics import (
     loss_metrics,
@@ -69,8 +69,6 @@ EVALUATION_STREAM = 1 << 100
 SMALL_MODEL = 0.5e9
 # LoRA's adapters learn at ten times the rate of the weights ("LoRA Without Regret").
 LORA_RATE_FACTOR = 10
-# Tokens per forward pass where no plan of the GPU's memory decides otherwise.
-MICRO_BATCH_TOKENS = 4096
 # Problems per step of an evaluation and of its progress bar.
 EVALUATION_CHUNK = 16
 
@@ -346,7 +344,7 @@ def resolve(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
         dtype=choose_dtype(config, device, num_parameters)[0],
         optimizer="adamw" if config.optimizer == "auto" else config.optimizer,
         lora_rank=lora_rank,
-        micro_batch_tokens=config.micro_batch_tokens or MICRO_BATCH_TOKENS,
+        micro_batch_tokens=config.micro_batch_tokens or PASS_TOKENS,
         gradient_checkpointing=bool(config.gradient_checkpointing),
     )
 

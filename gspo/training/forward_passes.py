@@ -14,6 +14,8 @@ from gspo.training.processes import Processes
 from gspo.training.rollout_batch import Sample
 
 Result = TypeVar("Result")
+# Tokens per forward pass where no plan of the GPU's memory decides otherwise.
+PASS_TOKENS = 4096
 
 
 class ForwardPasses:
@@ -75,13 +77,7 @@ class ForwardPasses:
         return [(minibatches[number][row], log_probs) for number, row, log_probs in gathered]
 
     def compute_type(self) -> torch.autocast:
-        """bfloat16 matrix products over the float32 weights, or float32 throughout.
-
-        This is torch.autocast rather than accelerate's, which is fixed once per process, because trainers of
-        both types may be compared in one process.
-        """
-        enabled = self.config.dtype == "bfloat16"
-        return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=enabled)
+        return compute_type(self.config, self.processes.device.type)
 
     def retry(self, work: Callable[[], Result], samples: Sequence[Sample]) -> Result:
         """Return work(); repeat it with half the tokens per pass as long as it runs out of memory.
@@ -108,6 +104,15 @@ class ForwardPasses:
                 "(--micro_batch_tokens)",
                 sys.stderr,
             )
+
+
+def compute_type(config: GSPOConfig, device_type: str) -> torch.autocast:
+    """bfloat16 matrix products over the weights, or float32 throughout.
+
+    This is torch.autocast rather than accelerate's, which is fixed once per process, because trainers of both
+    types may be compared in one process.
+    """
+    return torch.autocast(device_type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
 def to_cpu(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,23 +16,37 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
+@dataclass
+class Peak:
+    """The moment at which the most bytes were alive.
+
+    Attributes:
+        number: storages made up to then.
+        parts: bytes by part.
+    """
+
+    num_bytes: int = -1
+    number: int = 0
+    parts: Counter[str] = field(default_factory=Counter)
+
+
 class LivingMemory(TorchDispatchMode):
     """Counts the storages that operations make while it is entered.
 
     Attributes:
-        peak: the most bytes that were alive at a time since start_peak(), by part.
+        peaks: one for each section of the work, in order; start_section() ends a section and starts one.
     """
 
     def __init__(self, vocabulary: int | None = None) -> None:
         """vocabulary: tensors whose last dimension has this size are counted as "logits"."""
         super().__init__()
         self.vocabulary = vocabulary
-        self.peak: Counter[str] = Counter()
+        self.peaks = [Peak()]
         self._alive: Counter[str] = Counter()  # bytes by part
         self._part = "other"
         self._storages: dict[int, tuple[str, int, int]] = {}  # by address: part, bytes, number
         self._number = 0  # of storages so far
-        self._peak_bytes = self._now = self._peak_number = 0
+        self._now = 0  # bytes alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -50,21 +65,31 @@ class LivingMemory(TorchDispatchMode):
         finally:
             self._part = before
 
-    def start_peak(self) -> None:
-        """Forget the peak so far: what is alive now is the peak."""
-        self._peak_bytes = -1
+    def forget_peaks(self) -> None:
+        """Forget the sections so far. The one that starts now is the first."""
+        self.peaks = []
+        self.start_section()
+
+    def start_section(self) -> None:
+        self.peaks.append(Peak())
         self._note_peak()
 
-    def peak_parts(self, **tensors: Sequence[torch.Tensor]) -> dict[str, float]:
-        """Bytes by part at the peak. The given tensors, which are alive still, are parts of their own."""
-        parts = Counter(self.peak)
-        for name, given in tensors.items():
-            addresses = {tensor.untyped_storage()._cdata for tensor in given}
-            for part, num_bytes, number in (self._storages[address] for address in addresses):
-                if number <= self._peak_number:  # made before the peak
-                    parts[part] -= num_bytes
-                    parts[name] += num_bytes
-        return {part: float(num_bytes) for part, num_bytes in parts.items() if num_bytes}
+    def parts(self, **tensors: Sequence[torch.Tensor]) -> list[dict[str, float]]:
+        """Bytes by part at the peak of each section.
+
+        The given tensors, which are alive still, are parts of their own.
+        """
+        sections = []
+        for peak in self.peaks:
+            parts = Counter(peak.parts)
+            for name, given in tensors.items():
+                addresses = {tensor.untyped_storage()._cdata for tensor in given}
+                for part, num_bytes, number in (self._storages[address] for address in addresses):
+                    if number <= peak.number:  # made before the peak
+                        parts[part] -= num_bytes
+                        parts[name] += num_bytes
+            sections.append({part: float(num_bytes) for part, num_bytes in parts.items() if num_bytes})
+        return sections
 
     def _count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -80,12 +105,11 @@ class LivingMemory(TorchDispatchMode):
         self._alive[part] += num_bytes
         self._now += num_bytes
         weakref.finalize(storage, self._forget, address)
-        if self._now > self._peak_bytes:
+        if self._now > self.peaks[-1].num_bytes:
             self._note_peak()
 
     def _note_peak(self) -> None:
-        self._peak_bytes, self._peak_number = self._now, self._number
-        self.peak = self._alive.copy()
+        self.peaks[-1] = Peak(self._now, self._number, self._alive.copy())
 
     def _forget(self, address: int) -> None:
         part, num_bytes, _ = self._storages.pop(address)

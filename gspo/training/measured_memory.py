@@ -18,11 +18,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations import moe
 
+from gspo.policy.fewer_layers import decoder_layers, has_equal_layers, num_layers, with_layers
 from gspo.policy.log_probs import logit_tokens, micro_batches, token_log_probs
 from gspo.policy.planned_device import planned_device
 from gspo.policy.prompt_cache import decode, prefill
 from gspo.policy.rollout import MAX_ROWS, draw_tokens, evaluation_mode
 from gspo.training.config import GSPOConfig
+from gspo.training.forward_passes import compute_type
 from gspo.training.hardware import Machine
 from gspo.training.living_memory import LivingMemory
 from gspo.training.loss_metrics import unread_metrics
@@ -30,6 +32,8 @@ from gspo.training.trained_weights import TrainedWeights, gradient_norm, trained
 
 # The CUDA context with the libraries' workspaces: 0.5 to 1 GB, depending on the GPU.
 CONTEXT_BYTES = 1e9
+# Of a model with more layers, all alike, these numbers of them are measured.
+MEASURED_LAYERS = 2, 3
 # The most values of a parameter whose optimizer step is measured.
 STEPPED_VALUES = 1 << 25
 
@@ -100,15 +104,8 @@ def _measured(
         config.device, config.max_length, config.max_new_tokens, config.group_size, chunk, of_work,
     )  # fmt: skip
     if key not in _MEASURED:
-        planned = planned_device(str(config.device), machine.total_bytes)
-        with planned, FakeTensorMode(), _on_fake_tensors(), LivingMemory(vocabulary) as memory:
-            with memory.counting_as("weights"):
-                weights = new_weights(model_config, config, torch.device("cpu"))
-            make_optimizer_state(weights)
-            memory.start_peak()
-            with memory.counting_as("activations"):
-                tensors = work(weights)
-            _MEASURED[key] = memory.peak_parts(optimizer=_moments(weights), **tensors)
+        with planned_device(str(config.device), machine.total_bytes):
+            _MEASURED[key] = max(_sections(model_config, config, work), key=_total)
     parts = dict(_MEASURED[key])
     if config.device == "cuda":
         parts["CUDA context"] = CONTEXT_BYTES
@@ -119,6 +116,73 @@ def _measured(
 
 
 _MEASURED: dict[tuple, dict[str, float]] = {}
+
+
+def _total(parts: dict[str, float]) -> float:
+    return sum(parts.values())
+
+
+def _sections(
+    model_config: PreTrainedConfig, config: GSPOConfig, work: Callable[[TrainedWeights], dict[str, list]]
+) -> list[dict[str, float]]:
+    """Bytes by part at the peak of each section of some work.
+
+    They are linear in the number of layers if these are alike, so that a few layers are enough. A peak over
+    several sections would not be: with few layers it is where the logits are, with many where all gradients
+    are.
+    """
+    layers, (few, more) = num_layers(model_config), MEASURED_LAYERS
+    if layers <= more or not has_equal_layers(model_config, more, config.trust_remote_code):
+        return _measured_sections(model_config, config, work)
+    of_few, of_more = (_measured_sections(with_layers(model_config, n), config, work) for n in (few, more))
+    sections = []
+    for first, second in zip(of_few, of_more, strict=True):
+        section = {}
+        for part in first | second:
+            per_layer = (second.get(part, 0) - first.get(part, 0)) / (more - few)
+            section[part] = second.get(part, 0) + (layers - more) * per_layer
+        sections.append(section)
+    return sections
+
+
+def _measured_sections(
+    model_config: PreTrainedConfig, config: GSPOConfig, work: Callable[[TrainedWeights], dict[str, list]]
+) -> list[dict[str, float]]:
+    """_sections() of a model, all of whose layers are measured."""
+    vocabulary = model_config.get_text_config(decoder=True).vocab_size
+    with FakeTensorMode(), _on_fake_tensors(), LivingMemory(vocabulary) as memory:
+        with memory.counting_as("weights"):
+            weights = new_weights(model_config, config, torch.device("cpu"))
+        make_optimizer_state(weights)
+        _start_sections(weights, memory)
+        memory.forget_peaks()
+        with memory.counting_as("activations"):
+            tensors = work(weights)
+        return memory.parts(optimizer=_moments(weights), **tensors)
+
+
+def _start_sections(weights: TrainedWeights, memory: LivingMemory) -> None:
+    """Make the work start a section of memory wherever its peak changes by another amount per layer.
+
+    That is before the first layer's forward pass, at the end of the output layer's backward pass, before the
+    first layer's backward pass, and before the optimizer's step.
+    """
+    layers = decoder_layers(weights.model)
+    if layers is None:
+        return
+
+    def start(*_: Any) -> None:
+        memory.start_section()
+
+    def start_at_gradient(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(start)
+
+    layers[0].register_forward_pre_hook(start)
+    layers[0].register_forward_hook(start_at_gradient)
+    layers[-1].register_forward_hook(start_at_gradient)
+    weights.optimizer.register_step_pre_hook(start)
 
 
 @contextmanager
@@ -224,7 +288,7 @@ def backward(
     responses: list[list[int]],
 ) -> None:
     """A forward and a backward pass over these rows."""
-    with compute_type(weights, config):
+    with compute_type(config, weights.parameters[0].device.type):
         log_probs = token_log_probs(weights.model, prompts, responses, config.temperature)
     values = pad_sequence(log_probs, batch_first=True)  # (B, T)
     mask = torch.ones_like(values, dtype=torch.bool)
@@ -240,15 +304,11 @@ def sample(weights: TrainedWeights, config: GSPOConfig) -> list[torch.Tensor]:
     model, group_size = weights.model, config.group_size
     prompt = [0] * (config.max_length - 1)
     num_prompts = -(-(config.rollout_rows or MAX_ROWS) // group_size)
-    with evaluation_mode(model), torch.no_grad(), compute_type(weights, config):
+    device_type = weights.parameters[0].device.type
+    with evaluation_mode(model), torch.no_grad(), compute_type(config, device_type):
         logits, cache, mask = prefill(model, [prompt] * num_prompts, group_size, max_new_tokens=1)
         uniform = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)  # (B,)
         token, _ = draw_tokens(logits, config.temperature, uniform)
         position = torch.full_like(token, len(prompt))
         draw_tokens(decode(model, cache, mask, token, position), config.temperature, uniform)
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-
-
-def compute_type(weights: TrainedWeights, config: GSPOConfig) -> torch.autocast:
-    device = weights.parameters[0].device.type
-    return torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16")

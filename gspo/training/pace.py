@@ -9,7 +9,6 @@ a signal, so that a run is faster than this.
 import math
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -18,12 +17,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from gspo.policy.fewer_layers import num_layers, with_layers
 from gspo.policy.log_probs import token_log_probs
 from gspo.policy.rollout import MAX_ROWS, Sampling, TransformersEngine
 from gspo.training.config import GSPOConfig
+from gspo.training.forward_passes import compute_type
 from gspo.training.measured_memory import (
     backward,
-    compute_type,
     longest_rows,
     make_optimizer_state,
     new_weights,
@@ -67,14 +67,14 @@ def estimate_pace(
     assert config.max_new_tokens is not None  # resolve() has decided it
     response_tokens = min(config.max_new_tokens, config.max_length - prompt_tokens)
     config = replace(config, max_length=prompt_tokens + response_tokens, max_new_tokens=response_tokens)
-    layers = model_config.get_text_config(decoder=True).num_hidden_layers
-    timed, one = 1, _times(_with_layers(model_config, 1), config, loss, device)
+    layers = num_layers(model_config)
+    timed, one = 1, _times(with_layers(model_config, 1), config, loss, device)
     many = one
     while timed < layers and many["an update"] < ENOUGH_SECONDS:
         timed = min(4 * timed, layers)
-        many = _times(_with_layers(model_config, timed), config, loss, device)
+        many = _times(with_layers(model_config, timed), config, loss, device)
     if timed == 1 and layers > 1:
-        timed, many = 2, _times(_with_layers(model_config, 2), config, loss, device)
+        timed, many = 2, _times(with_layers(model_config, 2), config, loss, device)
     missing = (layers - timed) / max(1, timed - 1)
     whole = {work: seconds + max(0.0, seconds - one[work]) * missing for work, seconds in many.items()}
     group_tokens = prompt_tokens + config.group_size * response_tokens
@@ -101,16 +101,6 @@ def _decoded_rows(config: GSPOConfig) -> int:
     return min(config.rollout_rows or MAX_ROWS, config.batch_size * config.group_size)
 
 
-def _with_layers(model_config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """The configuration of the same model with fewer layers."""
-    shortened = deepcopy(model_config)
-    text = shortened.get_text_config(decoder=True)
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    return shortened
-
-
 def _times(
     model_config: PreTrainedConfig, config: GSPOConfig, loss: Callable[..., Any], device: torch.device
 ) -> dict[str, float]:
@@ -127,7 +117,7 @@ def _times(
         some = min(2 * some, config.group_size)
 
     def log_probs() -> None:
-        with torch.no_grad(), compute_type(weights, config):
+        with torch.no_grad(), compute_type(config, device.type):
             token_log_probs(weights.model, *rows, config.temperature)
 
     step = _seconds(weights.optimizer.step, device)
@@ -150,7 +140,7 @@ def _decoding_seconds(weights: TrainedWeights, config: GSPOConfig, device: torch
     prompts = [[0]] * max(1, _decoded_rows(config) // config.group_size)
 
     def sample(tokens: int) -> float:
-        with compute_type(weights, config):
+        with compute_type(config, device.type):
             return _seconds(lambda: engine.generate(prompts, config.group_size, Sampling(tokens)), device)
 
     return max(0.0, sample(2 + DECODED_TOKENS) - sample(2)) / DECODED_TOKENS

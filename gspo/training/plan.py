@@ -4,8 +4,10 @@ The plan is a measurement (measured_memory.py). It decides what `auto` takes, wh
 forward pass, gradient checkpointing, and how many responses are sampled at a time. A GB is 1e9 bytes.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,11 +19,11 @@ from gspo.policy.model_loader import count_parameters
 from gspo.policy.rollout import MAX_ROWS
 from gspo.training.config import GSPOConfig
 from gspo.training.disk_plan import disk_bytes
+from gspo.training.forward_passes import PASS_TOKENS
 from gspo.training.hardware import Machine, gigabytes, machine_for
 from gspo.training.measured_memory import Memory, measure_sampling, measure_update
 
-# Tokens of a forward pass, if they fit, and the fewest with gradient checkpointing, which comes first.
-PASS_TOKENS = 4096
+# The fewest tokens of a forward pass with gradient checkpointing. Without it they are halved once at most.
 CHECKPOINTED_PASS_TOKENS = 512
 # The rank that `auto` gives to LoRA.
 LORA_RANK = 32
@@ -61,21 +63,33 @@ def plan_training(
     for method in methods_for(config):
         if LEAST_BYTES[method] * parameters > machine.usable_bytes:
             continue
-        candidates = _passes(with_method(config, method))
-        best = _fitting(model_config, candidates[0], loss, machine)
-        if best is None:
-            best = _fitting(model_config, candidates[-1], loss, machine)
-            candidates = candidates[1:-1] if best else []
-        else:
-            candidates = []
-        while candidates:  # each takes less than the one before it, and measuring takes seconds
-            middle = len(candidates) // 2
-            plan = _fitting(model_config, candidates[middle], loss, machine)
-            candidates = candidates[:middle] if plan else candidates[middle + 1 :]
-            best = plan or best
-        if best:
-            return best
+        plan = _first_fitting(model_config, _passes(with_method(config, method)), loss, machine)
+        if plan is not None:
+            return plan
     return None
+
+
+def _first_fitting(
+    model_config: PreTrainedConfig,
+    candidates: Sequence[GSPOConfig],
+    loss: Callable[..., Any],
+    machine: Machine,
+) -> Plan | None:
+    """The plan of the first configuration that fits, of several that each take less than the one before.
+
+    Measuring takes seconds. Mostly the first one fits or none does, so that the first and the last one are
+    measured before those between.
+    """
+
+    @cache
+    def plan_of(index: int) -> Plan | None:
+        return _fitting(model_config, candidates[index], loss, machine)
+
+    last = len(candidates) - 1
+    if plan_of(0) is not None or plan_of(last) is None:
+        return plan_of(0)
+    between = range(1, last)
+    return plan_of(1 + bisect_left(between, True, key=lambda index: plan_of(index) is not None))
 
 
 def methods_for(config: GSPOConfig) -> list[str]:

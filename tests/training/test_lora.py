@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig
 
 from gspo.policy.log_probs import token_log_probs
 from gspo.policy.lora import ALPHA, adapter_weights, add_adapters
@@ -74,10 +74,17 @@ def test_every_linear_layer_but_output_and_routers_has_an_adapter():
         adapted[family] = set(weights._adapter_config.target_modules)
         # A and B of each, in two layers; GPT-2 has two layers c_proj in each.
         assert len(weights.parameters) == 2 * 2 * (len(adapted[family]) + (family == "gpt2"))
+    qwen2_moe = Qwen2MoeConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, moe_intermediate_size=16, num_hidden_layers=2,
+        shared_expert_intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, num_experts=2,
+    )  # fmt: skip
+    weights = lora(AutoModelForCausalLM.from_config(qwen2_moe))  # whose shared expert has a linear gate
+    adapted["qwen2_moe"] = set(weights._adapter_config.target_modules)
     # Routers, experts in one tensor, norms, embeddings and the output layer stay as they are.
     assert adapted == {
         "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
         "qwen3_moe": {"q_proj", "k_proj", "v_proj", "o_proj"},
+        "qwen2_moe": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
         "gpt2": {"c_attn", "c_proj", "c_fc"},
         "opt": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
     }

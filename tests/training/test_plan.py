@@ -1,5 +1,6 @@
 """The plan: what fits a GPU, what `auto` takes, what is refused, and the measurement behind it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,12 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen2MoeConfig
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config, Qwen2MoeConfig
 
 import train_gspo
 from gspo.policy import known_models
+from gspo.policy.fewer_layers import has_equal_layers
 from gspo.policy.model_cache import EMBEDDED_NAME
 from gspo.policy.model_loader import count_parameters
+from gspo.training import measured_memory
 from gspo.training import plan as plans
 from gspo.training.config import GSPOConfig
 from gspo.training.hardware import Machine, machine_for
@@ -30,7 +33,7 @@ from gspo_implementation import gspo_loss
 from support import ROOT
 from train_gspo import parse, resolve_for_machine
 
-GPUS = (8, 24, 80)  # GB; more take minutes each, and are in LOG.md
+GPUS = (8, 24, 80)  # GB; the others are in LOG.md
 # Shapes of which no way of training needs a GB, so that a plan takes a second.
 SMALL = Qwen2Config(
     hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
@@ -67,9 +70,52 @@ def test_tensors_without_memory_count_as_real_ones_do(method):
     with memory:
         weights = new_weights(SMALL, config, torch.device("cpu"))
         make_optimizer_state(weights)
-        memory.start_peak()
+        memory.forget_peaks()
         update(weights, config, gspo_loss)
-    assert sum(memory.peak.values()) == pytest.approx(sum(planned.values()), rel=0.01)
+    assert memory.peaks[-1].num_bytes == pytest.approx(sum(planned.values()), rel=0.01)
+
+
+# The gradients of two layers are less than the logits of a pass, those of six are more.
+DEEP = {
+    "Qwen2": Qwen2Config(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=2, vocab_size=20_000, tie_word_embeddings=True,
+    ),
+    "GPT-2": GPT2Config(n_embd=256, n_layer=6, n_head=4, vocab_size=20_000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "model, method, others",
+    [
+        ("Qwen2", "adamw", {"gradient_checkpointing": True}),
+        pytest.param("Qwen2", "adamw_8bit", {}, marks=pytest.mark.slow),
+        pytest.param("Qwen2", "lora", {"gradient_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param("GPT-2", "lora", {"micro_batch_tokens": 4096}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_few_layers_tell_what_all_of_them_take(model, method, others, monkeypatch):
+    """With few layers the peak is where the logits are, with all of them it is where the gradients are."""
+    config = settings(method, **{"micro_batch_tokens": 1024, **others})
+
+    def measured(layers):
+        monkeypatch.setattr(measured_memory, "MEASURED_LAYERS", layers)
+        measured_memory._MEASURED.clear()
+        updating = measure_update(DEEP[model], config, gspo_loss, machine(1e10))
+        return updating, measure_sampling(DEEP[model], config, machine(1e10))
+
+    for of_few, of_all in zip(measured((2, 3)), measured((6, 6)), strict=True):
+        assert of_few == pytest.approx(of_all, rel=1e-5)
+
+
+def test_layers_that_differ_are_all_measured():
+    """Those of Gemma 2 have a window in turns."""
+    assert has_equal_layers(DEEP["Qwen2"], 3) and has_equal_layers(DEEP["GPT-2"], 3)
+    gemma = Gemma2Config(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, vocab_size=100,
+    )  # fmt: skip
+    assert not has_equal_layers(gemma, 3)
 
 
 def test_parts_are_what_they_are_called():
@@ -241,15 +287,18 @@ def test_the_commands_that_people_come_for_fit_80_gb(name, tmp_path, capsys):
     assert float(re.search(r"memory at its peak: (\d+\.\d) GB", capsys.readouterr().out)[1]) <= 72
 
 
-# Of a model of 0.5B all weights take up to 13 GB.
+# Of a model of 0.5B all weights take 13 GB and two minutes; its figures are in LOG.md.
 @pytest.mark.slow
-@pytest.mark.xfail(reason="resident memory is not within 10 % of the plan in every case yet")
 @pytest.mark.parametrize(
     "model, method",
     [*((EMBEDDED_NAME, method) for method in METHODS), ("Qwen/Qwen2.5-0.5B-Instruct", "lora")],
 )
 def test_the_planned_peak_is_near_that_of_a_real_update(model, method):
-    """Resident memory of a process that makes two updates, beyond what it has before the model."""
+    """Resident memory of a process that makes an update, beyond what it has before the model.
+
+    glibc gives large blocks back as soon as they are freed. By default it keeps what lies between blocks in
+    use, and resident memory is up to 41 % above that of the tensors.
+    """
     script = f"""
 import resource, torch
 from gspo.policy.known_models import known_config
@@ -273,6 +322,9 @@ peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 print(sum(planned.values()), peak)
 """
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=600)
+    no_gaps = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"), "65536")
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | no_gaps, capture_output=True, text=True, check=True, timeout=600
+    )
     planned, real = map(float, done.stdout.split()[-2:])
     assert planned == pytest.approx(real, rel=0.1)
