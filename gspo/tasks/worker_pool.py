@@ -101,7 +101,7 @@ class WorkerPool:
                             unfinished -= 1
                 if failed_starts >= MAX_FAILED_STARTS:
                     raise RuntimeError(f"worker processes do not start: {' '.join(self.command)}")
-                progress.update(len(jobs) - unfinished - progress.done)
+                progress.update(len(jobs) - unfinished - progress.n)
         return results
 
     def close(self) -> None:

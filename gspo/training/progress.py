@@ -64,12 +64,10 @@ class TrainingLine(LiveLine):
     """
 
     def __init__(self, config: GSPOConfig, num_queries: int, drawn: int, num_batches: int):
-        super().__init__(self._parts, stays=True)
-        self.config, self.num_queries, self.num_batches = config, num_queries, num_batches
+        super().__init__(self._parts, stays=True, total=num_queries, initial=drawn)
+        self.config, self.num_batches, self.batches_here = config, num_batches, 0
         self.time = TimeLeft()
         self.time.mark(drawn)
-        self.drawn, self.batches_here = drawn, 0
-        self.first = drawn
         self.figures: list[str] = []
         self._ends_at, self._ended = 0.0, False
 
@@ -82,19 +80,19 @@ class TrainingLine(LiveLine):
 
         drawn, sampled: queries trained on so far, and those sampled besides, whose updates are to come.
         """
-        self.drawn = drawn
+        self.n = drawn
         self.batches_here += 1
         phases = [metrics[f"{phase}_s"] for phase in ("generation", "reward", "log_prob", "update")]
         done = drawn + sampled * sum(phases[:3]) / sum(phases)
         self.time.mark(done)
-        left = self.num_queries - drawn
+        left = self.total - drawn
         last = step + self._batches_left(step, left)
         others = {
             "evaluation": _due(step, last, self.config.eval_frequency) + 1,
             "checkpoint": _due(step, last, self.config.save_frequency) + 1,
             "model": 1,
         }
-        self._ends_at = time.monotonic() + self.time.seconds(self.num_queries - done, others)
+        self._ends_at = time.monotonic() + self.time.seconds(self.total - done, others)
         reward = metrics["reward_mean"]
         self.figures = [
             f"reward {reward:.2f}" if abs(reward) < 1000 else f"reward {reward:.2g}",
@@ -103,19 +101,19 @@ class TrainingLine(LiveLine):
             f"{metrics['response_tokens_mean']:.0f} tokens",
             f"batch {step}",
         ]
-        self.refresh()
+        self.update(0)
 
     def _batches_left(self, step: int, queries_left: int) -> int:
         if self.config.dynamic_sampling == "off":
             return self.num_batches - step
-        return round(queries_left * self.batches_here / (self.drawn - self.first))
+        return round(queries_left * self.batches_here / (self.n - self.initial))
 
     def _parts(self) -> list[str]:
-        done, now = f"training {self.drawn / self.num_queries:.0%}", time.monotonic()
+        done = f"training {self.n / self.total:.0%}"
         if self._ended:
-            return [done, f"{duration(now - self.started)} in all", *self.figures]
+            return [done, f"{duration(self.format_dict['elapsed'])} in all", *self.figures]
         if self.figures:
-            return [done, f"{duration(max(0.0, self._ends_at - now))} left", *self.figures]
+            return [done, f"{duration(max(0.0, self._ends_at - time.monotonic()))} left", *self.figures]
         return [done]
 
 

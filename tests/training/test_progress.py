@@ -96,7 +96,7 @@ def test_what_is_printed_meanwhile_is_above_the_line(at_once):
 
 def test_log_lines_are_half_a_minute_apart(monkeypatch, capsys):
     now = [1000.0]
-    monkeypatch.setattr(live_line, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     with Bar(300, "outer", "steps") as outer:
         for _ in range(100):
             now[0] += 1
@@ -111,7 +111,7 @@ def test_log_lines_are_half_a_minute_apart(monkeypatch, capsys):
 def test_bars_within_a_run_do_not_keep_it_from_its_lines(monkeypatch, capsys):
     """Each of its steps takes 40 s, most of them in a bar that has a line of its own after 30."""
     now = [1000.0]
-    monkeypatch.setattr(live_line, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     with LiveLine(lambda: ["outer"], stays=True) as outer:
         for _ in range(9):
             with Bar(30, "inner", "steps") as inner:
@@ -150,7 +150,6 @@ def test_the_time_left_is_right_from_the_first_minutes(window, dynamic, monkeypa
     """window: rollout batches that are sampled together, before the first of their updates."""
     now = [0.0]
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(live_line, "time", SimpleNamespace(monotonic=lambda: now[0]))
     config = GSPOConfig(eval_frequency=25, save_frequency=10, dynamic_sampling=dynamic)
     line = TrainingLine(config, num_queries=400, drawn=0, num_batches=100)
     metrics = GOOD | {"generation_s": 6.0, "reward_s": 1.0, "log_prob_s": 1.0, "update_s": 2.0}
