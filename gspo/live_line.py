@@ -1,8 +1,7 @@
 """The live line of a terminal, and whole lines in a log file, on tqdm.
 
-Such lines may be nested: the innermost is shown, and that of the work around it returns afterwards. Whatever
-else is printed meanwhile, by print(), a warning or a library, appears above it. Where standard error is no
-terminal, the state is a line with a line end every half minute, without control characters.
+Such lines may be nested: the innermost is shown. What is printed meanwhile, by print(), a warning or a library,
+appears above it. Where standard error is no terminal, the state is a line every half minute.
 """
 
 import os
@@ -17,7 +16,7 @@ from tqdm.utils import ObjectWrapper
 
 from gspo import PROGRESS_DELAY_S
 
-# Seconds between two states: in a terminal, and in a log file, where each state is a line.
+# Seconds between two states: in a terminal, and in a log file.
 TERMINAL_INTERVAL_S, LOG_INTERVAL_S = 1.0, 30.0
 USUAL_WIDTH = 80  # of a terminal that does not tell its own
 SEPARATOR, LINE_END = "  ", "\n"
@@ -28,68 +27,55 @@ class LiveLine(tqdm):
 
     parts: makes what the line says, the most important first; a narrow terminal shows the first ones.
     stays: the last state stays in the terminal when the work ends, and is in the log.
-    counts: total, initial, desc and unit, as in tqdm.
+    options: total, initial, desc and unit, as in tqdm.
     """
 
     monitor_interval = 0  # no thread draws
     _instances: WeakSet = WeakSet()  # apart from the bars of libraries, which are printed above the line
     _open: list["LiveLine"] = []  # the outermost first
-    _redirections = ExitStack()
     _at_line_start = True  # False after text that goes on, such as a bar of a library
 
-    def __init__(self, parts: Callable[[], Sequence[str]], stays: bool = False, **counts: Any):
-        self.parts, self.stays = parts, stays
-        self.in_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        counts["mininterval"] = TERMINAL_INTERVAL_S if self.in_terminal else LOG_INTERVAL_S
-        counts["disable"] = os.environ.get("RANK", "0") != "0"
-        file = getattr(sys.stderr, "_wrapped", sys.stderr)
-        super().__init__(file=file, delay=PROGRESS_DELAY_S, leave=False, miniters=0, dynamic_ncols=True, **counts)
+    def __init__(self, parts: Callable[[], Sequence[str]], stays: bool = False, **options: Any):
+        self.parts, self.stays, self._redirections = parts, stays, ExitStack()
+        shown = os.environ.get("RANK", "0") == "0"
+        self.in_terminal = shown and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        options["mininterval"] = TERMINAL_INTERVAL_S if self.in_terminal else LOG_INTERVAL_S
+        options["file"] = getattr(sys.stderr, "_wrapped", sys.stderr)  # itself, within another line
+        # gui: it is drawn here alone.
+        options |= {"gui": True, "miniters": 0, "dynamic_ncols": True, "disable": not shown}
+        super().__init__(delay=PROGRESS_DELAY_S, **options)
 
     def __enter__(self) -> Self:
-        if self.in_terminal and not self._open and not self.disable:
-            LiveLine._at_line_start = True
-            for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
-                if stream.isatty():
-                    self._redirections.enter_context(redirect(_Above(stream)))
-        self._open += [] if self.disable else [self]
+        streams = ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr))
+        for stream, redirect in streams if self.in_terminal and not self._open else ():
+            if stream.isatty():
+                self._redirections.enter_context(redirect(_Above(stream)))
+        LiveLine._at_line_start |= not self._open
+        self._open.append(self)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self.disable:
-            return
-        with self.get_lock():
-            keeps = self.stays and self is self._innermost()
-            if keeps:
-                self.display()
-            self._put(LINE_END if keeps else "")
+        with self._redirections, self.get_lock():
+            self.clear(text=LINE_END if self.stays and self.display() else "")
             self._open.remove(self)
             self.close()
             self.display()
-            if not self._open:
-                self._redirections.close()
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Draw the innermost line, or write this one into the log. tqdm calls this when it is time."""
-        line = self._innermost()
-        if line is not None and self.in_terminal:
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Draw the innermost line that is due, or log this one; False if none is. tqdm calls this."""
+        due = [line for line in self._open if not line.disable and line.format_dict["elapsed"] >= line.delay]
+        if due and self.in_terminal:
             columns = self.format_dict["ncols"] or 0  # one less than there are: after the last it may wrap
-            self._put(fitted(line.parts(), columns if columns > 0 else USUAL_WIDTH - 1))
-        elif line is self:
+            due[-1].clear(text=fitted(due[-1].parts(), columns if columns > 0 else USUAL_WIDTH - 1))
+        elif due and due[-1] is self:
             say(SEPARATOR.join(self.parts()), self.fp)
+        return bool(due)
 
-    def clear(self, nolock: bool = False) -> None:
-        self._put("")
-
-    def _innermost(self) -> "LiveLine | None":
-        """The innermost line of work that has taken long enough for a line."""
-        due = (line for line in reversed(self._open) if line.format_dict["elapsed"] >= line.delay)
-        return next(due, None)
-
-    def _put(self, text: str) -> None:
+    def clear(self, nolock: bool = False, text: str = "") -> None:
+        """Draw this text instead of what the line shows."""
         if self.in_terminal and self._at_line_start:
             with suppress(OSError):  # a terminal that is gone: SIGHUP says so, and ends the run in order
-                self.fp.write(f"\r{text}\x1b[K")
-                self.fp.flush()
+                print(f"\r{text}\x1b[K", end="", file=self.fp, flush=True)
 
 
 class Bar(LiveLine):
@@ -99,10 +85,9 @@ class Bar(LiveLine):
         super().__init__(self._parts, total=total, desc=description, unit=unit)
 
     def _parts(self) -> list[str]:
+        done = f"{self.desc} {self.n}/{self.total} {self.unit}"
         left = self.format_dict["elapsed"] / (self.n or 1) * (self.total - self.n)
-        return [f"{self.desc} {self.n}/{self.total} {self.unit}", f"{duration(left)} left"][
-            : 1 + bool(self.n)
-        ]
+        return [done, f"{duration(left)} left"] if self.n else [done]
 
 
 class _Above(ObjectWrapper):
@@ -118,16 +103,15 @@ class _Above(ObjectWrapper):
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print a line to standard output or `file`. A reader that is gone, or a full disk, must not end a run."""
+    """Print a line to standard output, or to `file`. A reader that is gone or a full disk ends no run."""
     with suppress(OSError):
         print(text, file=file, flush=True)
 
 
 def duration(seconds: float) -> str:
     """A time in the unit that suits it, in few characters."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    longer = f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return f"{seconds:.0f} s" if seconds < 100 else longer
 
 
 def fitted(parts: Sequence[str], width: int) -> str:
@@ -138,5 +122,5 @@ def fitted(parts: Sequence[str], width: int) -> str:
 
 
 def escaped(text: str, keep: str = "") -> str:
-    """The text with its unprintable characters, which could move the cursor, as \\x1b; but for those in keep."""
+    """The text with its unprintable characters, but for `keep`, as \\x1b and so on: they could move the cursor."""
     return "".join(c if c.isprintable() or c in keep else f"\\x{ord(c):02x}" for c in text)
