@@ -1,8 +1,4 @@
-"""The live line of a terminal, and whole lines in a log file, on tqdm.
-
-Such lines may be nested: the innermost is shown. What is printed meanwhile, by print(), a warning or a library,
-appears above it. Where standard error is no terminal, the state is a line every half minute.
-"""
+"""The live line of a terminal, below all that is printed meanwhile, and whole lines in a log file, on tqdm."""
 
 import os
 import sys
@@ -16,14 +12,13 @@ from tqdm.utils import ObjectWrapper
 
 from gspo import PROGRESS_DELAY_S
 
-# Seconds between two states: in a terminal, and in a log file.
-TERMINAL_INTERVAL_S, LOG_INTERVAL_S = 1.0, 30.0
+TERMINAL_INTERVAL_S, LOG_INTERVAL_S = 1.0, 30.0  # seconds between two states
 USUAL_WIDTH = 80  # of a terminal that does not tell its own
 SEPARATOR, LINE_END = "  ", "\n"
 
 
 class LiveLine(tqdm):
-    """A bar of tqdm whose text is made by a function. Only rank 0 shows it.
+    """A bar of tqdm whose text is made by a function. Rank 0 shows the innermost one.
 
     parts: makes what the line says, the most important first; a narrow terminal shows the first ones.
     stays: the last state stays in the terminal when the work ends, and is in the log.
@@ -32,38 +27,33 @@ class LiveLine(tqdm):
 
     monitor_interval = 0  # no thread draws
     _instances: WeakSet = WeakSet()  # apart from the bars of libraries, which are printed above the line
-    _open: list["LiveLine"] = []  # the outermost first
     _at_line_start = True  # False after text that goes on, such as a bar of a library
 
     def __init__(self, parts: Callable[[], Sequence[str]], stays: bool = False, **options: Any):
         self.parts, self.stays, self._redirections = parts, stays, ExitStack()
-        shown = os.environ.get("RANK", "0") == "0"
-        self.in_terminal = shown and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        options["disable"] = os.environ.get("RANK", "0") != "0"
+        self.in_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not options["disable"]
         options["mininterval"] = TERMINAL_INTERVAL_S if self.in_terminal else LOG_INTERVAL_S
         options["file"] = getattr(sys.stderr, "_wrapped", sys.stderr)  # itself, within another line
-        # gui: it is drawn here alone.
-        options |= {"gui": True, "miniters": 0, "dynamic_ncols": True, "disable": not shown}
-        super().__init__(delay=PROGRESS_DELAY_S, **options)
+        super().__init__(gui=True, delay=PROGRESS_DELAY_S, miniters=0, dynamic_ncols=True, **options)
 
     def __enter__(self) -> Self:
-        streams = ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr))
-        for stream, redirect in streams if self.in_terminal and not self._open else ():
-            if stream.isatty():
-                self._redirections.enter_context(redirect(_Above(stream)))
-        LiveLine._at_line_start |= not self._open
-        self._open.append(self)
+        if self.in_terminal and self.pos == 0:  # the outermost
+            LiveLine._at_line_start = True
+            for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
+                if stream.isatty():
+                    self._redirections.enter_context(redirect(_Above(stream)))
         return self
 
     def __exit__(self, *_: Any) -> None:
         with self._redirections, self.get_lock():
             self.clear(text=LINE_END if self.stays and self.display() else "")
-            self._open.remove(self)
             self.close()
             self.display()
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Draw the innermost line that is due, or log this one; False if none is. tqdm calls this."""
-        due = [line for line in self._open if not line.disable and line.format_dict["elapsed"] >= line.delay]
+        due = [line for line in sorted(self._instances) if line.format_dict["elapsed"] >= line.delay]
         if due and self.in_terminal:
             columns = self.format_dict["ncols"] or 0  # one less than there are: after the last it may wrap
             due[-1].clear(text=fitted(due[-1].parts(), columns if columns > 0 else USUAL_WIDTH - 1))
@@ -122,5 +112,5 @@ def fitted(parts: Sequence[str], width: int) -> str:
 
 
 def escaped(text: str, keep: str = "") -> str:
-    """The text with its unprintable characters, but for `keep`, as \\x1b and so on: they could move the cursor."""
+    """The text with its unprintable characters, which could move the cursor, as \\x1b, but for `keep`."""
     return "".join(c if c.isprintable() or c in keep else f"\\x{ord(c):02x}" for c in text)

@@ -178,6 +178,7 @@ def test_the_time_left_is_right_from_the_first_minutes(window, dynamic, monkeypa
             apart("checkpoint", CHECKPOINT_S)
     apart("model", MODEL_S)
     apart("checkpoint", CHECKPOINT_S)
+    line.close()
     for step, (at, ends_at) in noted.items():
         error = abs(ends_at - now[0]) / (now[0] - at)
         assert error < (0.08 if step > 1 else 1.2)  # the first one has warmed things up
