@@ -1,10 +1,10 @@
-"""The live line of a terminal, below all that is printed meanwhile, and whole lines in a log file, on tqdm."""
+"""The live line of a terminal, below all that is printed meanwhile, and lines in a log file, on tqdm."""
 
 import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 from weakref import WeakSet
 
 from tqdm import tqdm
@@ -13,12 +13,11 @@ from tqdm.utils import ObjectWrapper
 from gspo import PROGRESS_DELAY_S
 
 TERMINAL_INTERVAL_S, LOG_INTERVAL_S = 1.0, 30.0  # seconds between two states
-USUAL_WIDTH = 80  # of a terminal that does not tell its own
-SEPARATOR, LINE_END = "  ", "\n"
+SEPARATOR, LINE_END, USUAL_WIDTH = "  ", "\n", 80
 
 
 class LiveLine(tqdm):
-    """A bar of tqdm whose text is made by a function. Rank 0 shows the innermost one.
+    """A bar of tqdm whose text is made by a function. Rank 0 shows the innermost one, until its `with` ends.
 
     parts: makes what the line says, the most important first; a narrow terminal shows the first ones.
     stays: the last state stays in the terminal when the work ends, and is in the log.
@@ -36,14 +35,11 @@ class LiveLine(tqdm):
         options["mininterval"] = TERMINAL_INTERVAL_S if self.in_terminal else LOG_INTERVAL_S
         options["file"] = getattr(sys.stderr, "_wrapped", sys.stderr)  # itself, within another line
         super().__init__(gui=True, delay=PROGRESS_DELAY_S, miniters=0, dynamic_ncols=True, **options)
-
-    def __enter__(self) -> Self:
         if self.in_terminal and self.pos == 0:  # the outermost
             LiveLine._at_line_start = True
             for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
                 if stream.isatty():
                     self._redirections.enter_context(redirect(_Above(stream)))
-        return self
 
     def __exit__(self, *_: Any) -> None:
         with self._redirections, self.get_lock():
@@ -52,8 +48,9 @@ class LiveLine(tqdm):
             self.display()
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Draw the innermost line that is due, or log this one; False if none is. tqdm calls this."""
-        due = [line for line in sorted(self._instances) if line.format_dict["elapsed"] >= line.delay]
+        """Draw the innermost line that is due, or log this one. False if none is. tqdm (gui=True) draws by this."""
+        lines = sorted(line for line in self._instances if hasattr(line, "start_t"))  # none half made
+        due = [line for line in lines if line.format_dict["elapsed"] >= line.delay]
         if due and self.in_terminal:
             columns = self.format_dict["ncols"] or 0  # one less than there are: after the last it may wrap
             due[-1].clear(text=fitted(due[-1].parts(), columns if columns > 0 else USUAL_WIDTH - 1))
@@ -62,10 +59,8 @@ class LiveLine(tqdm):
         return bool(due)
 
     def clear(self, nolock: bool = False, text: str = "") -> None:
-        """Draw this text instead of what the line shows."""
         if self.in_terminal and self._at_line_start:
-            with suppress(OSError):  # a terminal that is gone: SIGHUP says so, and ends the run in order
-                print(f"\r{text}\x1b[K", end="", file=self.fp, flush=True)
+            say(f"\r{text}\x1b[K", self.fp, end="")  # instead of what the line shows
 
 
 class Bar(LiveLine):
@@ -92,10 +87,10 @@ class _Above(ObjectWrapper):
         return self._wrapped == getattr(other, "_wrapped", other)
 
 
-def say(text: str, file: TextIO | None = None) -> None:
-    """Print a line to standard output, or to `file`. A reader that is gone or a full disk ends no run."""
+def say(text: str, file: TextIO | None = None, end: str = LINE_END) -> None:
+    """Print to `file` or standard output. A reader or terminal that is gone or a full disk ends no run."""
     with suppress(OSError):
-        print(text, file=file, flush=True)
+        print(text, file=file, end=end, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -106,9 +101,8 @@ def duration(seconds: float) -> str:
 
 def fitted(parts: Sequence[str], width: int) -> str:
     """As many of the first parts as fit the width."""
-    while len(parts) > 1 and len(SEPARATOR.join(parts)) > width:
-        parts = parts[:-1]
-    return SEPARATOR.join(parts)[:width]
+    text = SEPARATOR.join(parts)
+    return text[:width] if len(text) <= width or len(parts) < 2 else fitted(parts[:-1], width)
 
 
 def escaped(text: str, keep: str = "") -> str:
