@@ -48,7 +48,7 @@ class LiveLine(tqdm):
             self.display()
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Draw the innermost line that is due, or log this one; False if none is. tqdm (gui=True) calls it."""
+        """Draw the innermost line that is due, or log this one; False: none is. tqdm (gui=True) calls it."""
         lines = sorted(line for line in self._instances if hasattr(line, "start_t"))  # none half made
         due = [line for line in lines if line.format_dict["elapsed"] >= line.delay]
         if due and self.in_terminal:
