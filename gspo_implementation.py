@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from gspo.live_line import Bar
 from gspo.policy.cpu import prepare_cpu
 from gspo.policy.rollout import MAX_ROWS, Rollout, Sampling, TransformersEngine
 from gspo.training.alarms import non_finite_weights, stop_if, stop_reason, unjudged_reason
@@ -51,9 +52,8 @@ from gspo.training.loss_metrics import (
 )
 from gspo.training.plan import fit_to_gpu, refuse_long_rows
 from gspo.training.processes import Processes
-from gspo.training.progress import progress_bar
 from gspo.training.rollout_batch import RolloutBatch, Sample
-from gspo.training.sampling import encode_problem, evaluation_metrics, sample_and_reward
+from gspo.training.sampling import encode_problem, evaluation_metrics, evaluation_texts, sample_and_reward
 from gspo.training.stopping import StopRequest
 from gspo.training.trained_weights import gradient_norm, trained_weights
 from gspo.training.training_run import TrainingRun, is_due
@@ -367,6 +367,7 @@ class GSPOTrainer:
     Attributes:
         step: the number of rollout batches trained on.
         stop: a StopRequest; set stop.requested to stop after the update in progress.
+        evaluation_texts: what the last evaluation sampled, as lines of eval_samples.jsonl.
     """
 
     def __init__(
@@ -396,6 +397,7 @@ class GSPOTrainer:
             self.optimizer, lambda update: min(1.0, (update + 1) / max(1, config.warmup_steps))
         )
         self.step = 0
+        self.evaluation_texts: list[dict] = []
         self.query_draw = QueryDraw(config.dynamic_sampling, config.batch_size, config.group_size)
         self._in_optimizer_step = False
 
@@ -651,15 +653,14 @@ class GSPOTrainer:
         num_samples, temperature = self.config.eval_samples, self.config.eval_temperature
         assert num_samples is not None  # resolve() has decided it
         samples: list[Sample] = []
-        starts = range(0, len(problems), EVALUATION_CHUNK)
-        bar = progress_bar(
-            self.processes.is_main, iterable=starts, desc="evaluating", unit="chunk", leave=False
-        )
-        for start in bar:
-            self.stop.check()
-            chunk = problems[start : start + EVALUATION_CHUNK]
-            stream = EVALUATION_STREAM + start
-            samples += self._sample_and_reward(chunk, stream, num_samples, temperature)[0]
+        with Bar(len(problems), "evaluating", "problems") as bar:
+            for start in range(0, len(problems), EVALUATION_CHUNK):
+                self.stop.check()
+                chunk = problems[start : start + EVALUATION_CHUNK]
+                stream = EVALUATION_STREAM + start
+                samples += self._sample_and_reward(chunk, stream, num_samples, temperature)[0]
+                bar.update(len(chunk))
+        self.evaluation_texts = evaluation_texts(samples, num_samples)
         return evaluation_metrics(samples, num_samples)
 
     # ---- the state

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import NoneType
@@ -38,6 +39,7 @@ from gspo.training.find_run import refuse_other_settings, resumed_folder, run_fo
 
 if TYPE_CHECKING:
     from gspo.training.alarms import EmergencyStop
+    from gspo.training.record import Sink
     from gspo.training.training_run import TrainingRun
     from gspo_implementation import GSPOTrainer
 
@@ -420,9 +422,13 @@ def difficulty_for(num_parameters: int) -> str:
 
 
 def prepare(
-    config: GSPOConfig, reward_fn: RewardsOf, train_problems: list, eval_problems: list
+    config: GSPOConfig,
+    reward_fn: RewardsOf,
+    train_problems: list,
+    eval_problems: list,
+    sinks: "Sequence[Callable[[Path], Sink]]" = (),
 ) -> "TrainingRun":
-    """The trainer and the run folder.
+    """The trainer and the run folder. sinks: makers of further sinks of the record.
 
     Raises:
         ValueError: the input cannot work.
@@ -431,7 +437,7 @@ def prepare(
 
     trainer = load_trainer(config, reward_fn, train_problems)
     source = config.dataset_path or config.dataset
-    return TrainingRun(trainer, train_problems, eval_problems, source)
+    return TrainingRun(trainer, train_problems, eval_problems, source, sinks)
 
 
 def probe(config: GSPOConfig, reward_fn: RewardsOf, train_problems: list, eval_problems: list) -> int:
@@ -468,12 +474,13 @@ def load_trainer(config: GSPOConfig, reward_fn: RewardsOf, train_problems: list)
     from gspo_implementation import GSPOTrainer
 
     if not sys.stderr.isatty():
-        disable_progress_bar()  # of loading the weights
+        disable_progress_bar()  # of loading the weights: control characters in a log file
     # On the CPU first: each process then moves the model to its own GPU, and makes it float32 there. In the
     # type of the files it takes no memory here but the files' own pages, which processes share.
     model, tokenizer = load_model(
         config.model_name, dtype="auto", device="cpu", trust_remote_code=config.trust_remote_code
     )
+    disable_progress_bar()  # of writing them, at each save
     warn_of_unreadable_prompts(tokenizer, config, train_problems)
     return GSPOTrainer(model, tokenizer, config, reward_fn)
 
@@ -577,7 +584,7 @@ def describe_finished(run: "TrainingRun") -> str:
 
 
 def report(run: "TrainingRun", result: dict) -> None:
-    """Print the held-out figures before and after, the gains, the best step, and where everything is."""
+    """Print a table of the held-out figures before and after, the best step, and where everything is."""
     from gspo.training.intervals import describe_gain
     from gspo.training.rollout_batch import PART_PREFIX
 
@@ -585,31 +592,22 @@ def report(run: "TrainingRun", result: dict) -> None:
     if before is None:
         print(f"interrupted in the first evaluation; continue with --resume {folder}")
         return
+    rows = [("pass@1", "pass_at_1", "pass_by_problem", ".3f")]
     # A reward of 0 or 1 has pass@1 as its mean, which is then printed once.
-    by_problem = {"pass@1": ("pass_by_problem", "+.3f"), "mean reward": ("reward_by_problem", "+.4g")}
-    if all(e["reward_by_problem"] == e["pass_by_problem"] for e in (before, after, best)):
-        del by_problem["mean reward"]
-
-    def mean_reward(figures: dict) -> str:
-        return f", mean reward {figures['reward_mean']:.4g}" if "mean reward" in by_problem else ""
-
-    for figures in [before, after] if after["step"] else [before]:
-        low, high = figures["interval_95"]
-        print(
-            f"held-out pass@1 {when(figures['step'])}: {figures['pass_at_1']:.3f}  "
-            f"(95 % interval {low:.3f} to {high:.3f}){mean_reward(figures)}"
-        )
-    if after["step"]:
-        for name, (key, form) in by_problem.items():
-            print(f"gain in {name}, paired by problem: {describe_gain(before[key], after[key], form)}")
-        for name in after:
-            if name.startswith(PART_PREFIX):
-                print(f"{name}: {before.get(name, math.nan):.4g} before, {after[name]:.4g} after")
-        print(
-            f"best evaluation: {when(best['step'])}, pass@1 {best['pass_at_1']:.3f}{mean_reward(best)}: "
-            f"{folder / 'best_model'}"
-        )
-    print(f"run folder: {folder}  (metrics.jsonl, eval.jsonl, samples.jsonl, checkpoints, best_model)")
+    if any(e["reward_by_problem"] != e["pass_by_problem"] for e in (before, after, best)):
+        rows.append(("mean reward", "reward_mean", "reward_by_problem", ".4g"))
+    print(f"{'held-out':12}{'before':>9}{'after':>9}   gain, paired by problem")
+    for name, key, by_problem, form in rows:
+        first, last, gain = f"{before[key]:{form}}", "-", "-"
+        if after["step"]:
+            last = f"{after[key]:{form}}"
+            gain = describe_gain(before[by_problem], after[by_problem], f"+{form}")
+        print(f"{name:12}{first:>9}{last:>9}   {gain}")
+    for name in [name for name in after if name.startswith(PART_PREFIX)]:
+        print(f"{name}: {before.get(name, math.nan):.4g} before, {after[name]:.4g} after")
+    figures = ", ".join(f"{name} {best[key]:{form}}" for name, key, _, form in rows)
+    print(f"best evaluation: {when(best['step'])}, {figures}: {folder / 'best_model'}")
+    print(f"run folder: {folder}")
     if not result["finished"]:
         print(f"interrupted after rollout batch {run.trainer.step}; continue with --resume {folder}")
     else:

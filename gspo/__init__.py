@@ -7,6 +7,7 @@
     tasks/      problems, and what a response earns                         may import sandbox
     checks/     what validation measures                                    may import everything
 
+live_line.py, beside them, is what all of them may use to show how far some work is.
 tests/test_imports.py holds the imports to this table.
 """
 

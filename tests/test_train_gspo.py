@@ -48,8 +48,9 @@ def test_a_run_from_the_command_line(tmp_path):
     for said in (
         "clipped to [1 - 0.006, 1 + 0.008]",
         "3 optimizer updates",
-        "held-out pass@1 before",
-        "gain in pass@1, paired by problem: ",
+        "step 0: held-out pass@1 0.",
+        "step 2: pass@1 0.",
+        "held-out       before    after   gain, paired by problem",
         "best evaluation: ",
     ):
         assert said in done.stdout
@@ -82,9 +83,8 @@ def test_the_report_of_passes(capsys):
     # differences .5, 0, .5: mean 1/3, t(2) = 4.303 times the standard error 1/6 is .717
     before, after = evaluation(0, [0.0, 0.5, 0.0], [0.0, 0.5, 0.0]), evaluation(9, [0.5] * 3, [0.5] * 3)
     assert reported(capsys, before, after, after) == [
-        "held-out pass@1 before training: 0.167  (95 % interval 0.100 to 0.900)",
-        "held-out pass@1 after 9 rollout batches: 0.500  (95 % interval 0.100 to 0.900)",
-        "gain in pass@1, paired by problem: +0.333  (95 % interval -0.384 to +1.050)",
+        "held-out       before    after   gain, paired by problem",
+        "pass@1          0.167    0.500   +0.333  (95 % interval -0.384 to +1.050)",
         "best evaluation: after 9 rollout batches, pass@1 0.500: out/r/best_model",
     ]
 
@@ -94,10 +94,9 @@ def test_the_report_of_a_dense_reward(capsys):
     after = evaluation(2, [0.0] * 3, [1.0, 1.0, 2.0])
     # differences 1, 1, 2: mean 4/3, and 4.303 times the standard error 1/3 is 1.434
     assert reported(capsys, before, after, middle) == [
-        "held-out pass@1 before training: 0.000  (95 % interval 0.100 to 0.900), mean reward 0",
-        "held-out pass@1 after 2 rollout batches: 0.000  (95 % interval 0.100 to 0.900), mean reward 1.333",
-        "gain in pass@1, paired by problem: +0.000  (no interval: every problem changed by the same amount)",
-        "gain in mean reward, paired by problem: +1.333  (95 % interval -0.1009 to +2.768)",
+        "held-out       before    after   gain, paired by problem",
+        "pass@1          0.000    0.000   +0.000  (no interval: every problem changed by the same amount)",
+        "mean reward         0    1.333   +1.333  (95 % interval -0.1009 to +2.768)",
         "best evaluation: after 1 rollout batch, pass@1 0.000, mean reward 4: out/r/best_model",
     ]
 
@@ -105,7 +104,9 @@ def test_the_report_of_a_dense_reward(capsys):
 def test_the_report_of_a_run_that_was_interrupted_before_training(capsys):
     before = evaluation(0, [0.5], [0.5])
     assert reported(capsys, before, before, before, finished=False) == [
-        "held-out pass@1 before training: 0.500  (95 % interval 0.100 to 0.900)",
+        "held-out       before    after   gain, paired by problem",
+        "pass@1          0.500        -   -",
+        "best evaluation: before training, pass@1 0.500: out/r/best_model",
         "interrupted after rollout batch 9; continue with --resume out/r",
     ]
 

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gspo.live_line import say
 from gspo.policy.cpu import packed_weights
 from gspo.policy.out_of_memory import is_out_of_memory
 from gspo.policy.prompt_cache import can_share_prompts, decode, prefill
@@ -252,9 +252,9 @@ class TransformersEngine:
         """Sample at most half of these rows at a time from now on."""
         self.row_limit = rows // 2
         torch.cuda.empty_cache()
-        tqdm.write(
+        say(
             f"out of memory: from now on, at most {self.row_limit} responses are sampled at a time",
-            file=sys.stderr,
+            sys.stderr,
         )
 
 

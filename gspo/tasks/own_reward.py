@@ -26,6 +26,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from gspo.live_line import LINE_END, escaped, say
 from gspo.tasks.problem import Problem
 from gspo.tasks.rewards import num_workers
 from gspo.tasks.worker_pool import TIMED_OUT, WorkerPool, serve
@@ -87,11 +88,11 @@ class OwnReward:
         self.metrics = {"reward_errors": len(failures) - timeouts, "reward_timeouts": timeouts}
         if failures and self.failure is None:
             self.failure = failures[min(failures)]
-            print(
+            say(
                 f"--reward {self.path.name}:{self.function}: {len(failures)} of {len(responses)} responses "
                 "were not judged. This is shown once; reward_errors and reward_timeouts count them.\n"
-                f"{self.failure}",
-                file=sys.stderr,
+                f"{escaped(self.failure, keep=LINE_END)}",
+                sys.stderr,
             )
         return [answer.get("reward") if answer else None for answer in answers]
 

@@ -14,10 +14,11 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from gspo.live_line import Bar
 from gspo.sandbox import SandboxError, TestResult, check_machine, run_tests
 from gspo.tasks.code_answer import code_of, program_of
 from gspo.tasks.problem import Problem
-from gspo.tasks.worker_pool import WorkerPool, progress_bar
+from gspo.tasks.worker_pool import WorkerPool
 
 GRADING_TIMEOUT_S = 5.0  # a grading takes milliseconds
 MAX_WORKERS = 16  # that grade at the same time
@@ -160,7 +161,7 @@ def run_all_tests(jobs: list[tuple[str, dict]]) -> list[TestResult | None]:
             return TestResult(0, 1, UNSUPPORTED, str(error))
 
     results = []
-    with ThreadPoolExecutor(num_workers()) as threads, progress_bar(len(jobs), "tests") as progress:
+    with ThreadPoolExecutor(num_workers()) as threads, Bar(len(jobs), "tests", "done") as progress:
         for result in threads.map(run_one, jobs):
             results.append(result)
             progress.update()

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import gspo
-from gspo import PROGRESS_DELAY_S
+from gspo.live_line import Bar
 
 START_TIMEOUT_S = 120.0  # a fresh worker imports sympy: 2 s warm, much longer from a cold or network disk
 MAX_FAILED_STARTS = 3  # in a row: then the command itself is wrong, and starting it again would loop forever
@@ -37,13 +37,6 @@ PACKAGE_PARENT = str(Path(gspo.__file__).parents[1])
 TIMED_OUT, DIED = "it took too long", "it ended its process"
 POLL_S = 0.2  # between looks at whether workers live
 JOB_ALARM_S = 120  # a worker whose parent was killed in the middle of a job ends itself
-
-
-def progress_bar(total: int, description: str) -> Any:
-    """A bar of tqdm that appears after PROGRESS_DELAY_S."""
-    from tqdm import tqdm  # this import takes longer than all others of data_loader together
-
-    return tqdm(total=total, desc=description, delay=PROGRESS_DELAY_S, leave=False)
 
 
 class WorkerPool:
@@ -73,7 +66,7 @@ class WorkerPool:
         waiting = deque(range(len(jobs)))
         deaths: Counter[int] = Counter()  # job -> workers that died at it
         unfinished, failed_starts = len(jobs), 0
-        progress = progress_bar(len(jobs), description)
+        progress = Bar(len(jobs), description, "done")
         with self._lock, progress, self._no_job_left_behind():
             while unfinished:
                 while len(self._workers) < min(self.num_workers, unfinished):

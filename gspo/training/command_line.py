@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from gspo.live_line import LINE_END, escaped
+
 MAX_MESSAGE = 1000  # characters
 
 
@@ -40,14 +42,6 @@ def complain(program: str, message: object) -> None:
     print(f"{speaker}: {text}", file=sys.stderr)
 
 
-def escaped(text: str, keep: str = "") -> str:
-    """The text with its unprintable characters, which could move the cursor, as \\x1b and so on.
-
-    keep: unprintable characters that stay as they are, such as line ends.
-    """
-    return "".join(c if c.isprintable() or c in keep else f"\\x{ord(c):02x}" for c in text)
-
-
 def is_rank_0() -> bool:
     """True in the process that prints. A launcher numbers its processes in RANK."""
     return os.environ.get("RANK", "0") == "0"
@@ -57,7 +51,7 @@ def plain_warnings() -> None:
     """Print warnings as one line each, without the place in the code that they come from."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {escaped(str(message), keep=LINE_END)}", file=sys.stderr)
 
     warnings.showwarning = show  # type: ignore[assignment]
 

@@ -7,13 +7,17 @@ not import torch, so that --help and a mistyped flag are answered at once.
 import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
+from importlib.util import find_spec
 from numbers import Integral, Real
 from typing import Any, get_args, get_type_hints
 
 # Larger integers are slips of the hand, and would end in an error deep inside a library.
 INTEGER_LIMIT = 2**31
+# What --log_to may name, and the class of each; the package of each has its name.
+TRACKERS = {"wandb": "Wandb", "tensorboard": "TensorBoard", "trackio": "Trackio"}
 # Larger floats become infinite in float32.
 FLOAT_LIMIT = 1e30
 # Logits divided by less than this overflow float32.
@@ -214,8 +218,13 @@ class GSPOConfig:
         25, "run", "rollout batches between checkpoints; 0: only at the end", at_least=0
     )
     resume: str | None = flag(None, "run", "continue a run: its folder, one of its checkpoints, or 'latest'")
-    use_wandb: bool = flag(False, "run", "log to wandb as well (WANDB_MODE=offline works)")
-    wandb_project: str = flag("gspo", "run", "wandb project")
+    use_wandb: bool = flag(False, "run", "the same as --log_to wandb (WANDB_MODE=offline works)")
+    log_to: str | None = flag(
+        None,
+        "run",
+        "trackers that get the record too: wandb, tensorboard, trackio, or several with commas",
+    )
+    wandb_project: str = flag("gspo", "run", "project in wandb and trackio")
     dry_run: bool = flag(
         False,
         "run",
@@ -276,6 +285,13 @@ class GSPOConfig:
                 raise ValueError(
                     "--plan_for goes with --dry_run: a run is planned for the machine it runs on"
                 )
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise ValueError(f"--log_to {name}: choose among {', '.join(TRACKERS)}")
+            if not _is_installed(name):
+                raise ValueError(
+                    f"--log_to {name}: it is not installed; python -m pip install {name}, or leave it out"
+                )
         if self.rollout_engine == "vllm":
             raise ValueError("--rollout_engine vllm is not available yet; use transformers")
 
@@ -283,6 +299,12 @@ class GSPOConfig:
     def method(self) -> str:
         """The way of training, once it is decided: "adamw", "adamw_8bit" or "lora"."""
         return "lora" if self.lora_rank else self.optimizer
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names that --log_to and --use_wandb give, each once."""
+        names = [name.strip() for name in (self.log_to or "").split(",")]
+        return tuple(dict.fromkeys([*["wandb"] * self.use_wandb, *filter(None, names)]))
 
     def updates_for(self, num_queries: int) -> int:
         """Optimizer updates of a rollout batch of so many queries, but at most those of batch_size."""
@@ -297,6 +319,11 @@ class GSPOConfig:
         num_batches = whole_batches + (remaining > 0)
         num_updates = whole_batches * self.updates_for(self.batch_size) + self.updates_for(remaining)
         return self.num_epochs * num_batches, self.num_epochs * num_updates
+
+
+def _is_installed(package: str) -> bool:
+    """True if it can be imported, which may take seconds and is not done here."""
+    return sys.modules[package] is not None if package in sys.modules else find_spec(package) is not None
 
 
 def _check_type(name: str, value: Any, kinds: tuple[type, ...]) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 # Settings that a resumed run may change: they do not affect what it has already done.
 FREE_ON_RESUME = (
     "resume", "run_name", "output_dir", "num_epochs", "eval_frequency", "save_frequency", "use_wandb",
-    "wandb_project", "dry_run", "plan_for", "probe", "device", "micro_batch_tokens", "gradient_checkpointing",
-    "rollout_rows",
+    "log_to", "wandb_project", "dry_run", "plan_for", "probe", "device", "micro_batch_tokens",
+    "gradient_checkpointing", "rollout_rows",
 )  # fmt: skip
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
+from gspo.live_line import say
 from gspo.policy.log_probs import micro_batches, token_log_probs
 from gspo.policy.out_of_memory import is_out_of_memory
 from gspo.training.config import GSPOConfig
@@ -99,10 +99,10 @@ class ForwardPasses:
             # After the handler, which holds the failed attempt's tensors.
             self.halvings += 1
             torch.cuda.empty_cache()
-            tqdm.write(
+            say(
                 f"out of memory: from now on {self.max_tokens} tokens per forward pass "
                 "(--micro_batch_tokens)",
-                file=sys.stderr,
+                sys.stderr,
             )
 
 

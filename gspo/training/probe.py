@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from gspo.training.command_line import escaped
+from gspo.live_line import Bar, escaped
 from gspo.training.config import GSPOConfig
 from gspo.training.findings import Figures, figures_of, findings, has_signal
-from gspo.training.progress import progress_bar
 from gspo.training.rollout_batch import Sample, mean_parts
 from gspo.training.training_run import drop_long_prompts, epoch_order
 
@@ -103,15 +102,13 @@ def probe_training(trainer: Any, train_problems: Sequence, eval_problems: Sequen
 
 def sample_groups(trainer: Any, problems: Sequence) -> Sampled:
     """Sample and reward the first queries of the run, in its rollout batches, without training in between."""
-    config, processes = trainer.config, trainer.processes
+    config = trainer.config
     order = epoch_order(config.seed, 0, len(problems))
     queries = [problems[place] for place in order[: 2 * ENOUGH_QUERIES]]
     samples: list[Sample] = []
     sums: dict[str, float] = {}
     response_seconds = []
-    with progress_bar(
-        processes.is_main, total=len(queries), desc="probing", unit="query", leave=False
-    ) as bar:
+    with Bar(len(queries), "probing", "queries") as bar:
         for index, start in enumerate(range(0, len(queries), config.batch_size)):
             if start >= ENOUGH_QUERIES and not is_undecided(samples, config):
                 break

@@ -1,9 +1,9 @@
-"""The record of a run: metrics.jsonl, eval.jsonl and samples.jsonl, and everything that reads along.
+"""The record of a run: metrics, eval, samples and eval_samples.jsonl, and everything that reads along.
 
     python -m gspo.training.record      prints the glossary of the metrics, the table in docs/metrics.md
 
 A line is a JSON object with the "step" at which it was written: the number of rollout batches trained on. The
-files are the record; other sinks (wandb) get the same figures, and the alarms read them.
+files are the record; other sinks (trackers) get the same lines, and the alarms read them.
 """
 
 import json
@@ -95,7 +95,7 @@ SECONDS = ("generation_s", "reward_s", "log_prob_s", "update_s", "tokens_per_s",
 OPTIONAL = (
     "kl", "code_timeouts", "reward_errors", "reward_timeouts", "reward_part/NAME", "null_clip_fraction",
 )  # fmt: skip
-# What every line of a file holds besides the step: each a number, or a list of numbers.
+# What every line of a file holds besides the step, as far as it is checked: each a number, or a list of them.
 LISTS = ("clip_fraction_by_minibatch", "interval_95", "pass_by_problem", "reward_by_problem")
 FIELDS = {
     "metrics": tuple(name for name in GLOSSARY if name not in OPTIONAL),
@@ -108,11 +108,12 @@ FIELDS = {
         "reward_by_problem",
     ),
     "samples": (),
+    "eval_samples": ("problem", "cut_characters"),
 }
 
 
 class Sink(Protocol):
-    """Something that takes the record's lines: the files, or wandb."""
+    """Something that takes the record's lines: the files, or a tracker such as wandb."""
 
     def write(self, stream: str, step: int, values: dict) -> None: ...
 
@@ -143,7 +144,10 @@ class Record:
         self._raised = set(warnings)
         return [message for kind, message in warnings.items() if kind not in before]
 
-    def add_evaluation(self, step: int, metrics: dict) -> None:
+    def add_evaluation(self, step: int, metrics: dict, samples: Sequence[dict] = ()) -> None:
+        """Record an evaluation: first its texts, so that one that is on record has them, then its figures."""
+        for sample in samples:
+            self._write("eval_samples", step, sample)
         self._write("eval", step, metrics)
 
     def add_samples(self, step: int, samples: Sequence[dict]) -> None:
@@ -163,11 +167,13 @@ class Record:
         return read_lines(self.folder, "eval")
 
     def line_counts(self, step: int) -> dict[str, int]:
-        """The number of lines of each file up to a step, for rewind()."""
-        counts = {}
-        for stream in FIELDS:
-            counts[stream] = sum(line["step"] <= step for line in read_lines(self.folder, stream))
-        return counts
+        """The number of lines of each file up to a step, for rewind().
+
+        Texts of an evaluation that was cut off before its figures do not count: it will be done again.
+        """
+        steps = {stream: _steps_in(_path(self.folder, stream)) for stream in FIELDS}
+        steps["eval_samples"] = [at for at in steps["eval_samples"] if at in steps["eval"]]
+        return {stream: sum(at <= step for at in lines) for stream, lines in steps.items()}
 
     def rewind(self, step: int, lines: dict[str, int]) -> None:
         """Drop what was written after a checkpoint. The resumed run writes it again.
@@ -236,7 +242,7 @@ class JsonLines:
 
 
 def read_lines(folder: Path, stream: str, count: int | None = None) -> list[dict]:
-    """The lines of one of the files, "metrics", "eval" or "samples": the first count of them, or all.
+    """The lines of one of the files, a key of FIELDS: the first count of them, or all.
 
     A last line without its line end was cut short by a kill and does not count.
 
@@ -246,6 +252,12 @@ def read_lines(folder: Path, stream: str, count: int | None = None) -> list[dict
     path = _path(folder, stream)
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [_parse(line, stream, f"{path}, line {i + 1}") for i, line in enumerate(lines[:count])]
+
+
+def _steps_in(path: Path) -> list[int]:
+    """The steps of a file's lines, which begin with them. The rest of the lines is not read, to be quick."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [int(line[len('{"step": ') : 30].partition(b",")[0].strip(b"}")) for line in lines]
 
 
 def _path(folder: Path, stream: str) -> Path:

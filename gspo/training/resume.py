@@ -10,7 +10,7 @@ from gspo.training.config import GSPOConfig
 from gspo.training.find_run import refuse_other_settings, run_folder, settings_of
 from gspo.training.record import JsonLines, Record, read_lines
 from gspo.training.run_folder import RunFolder
-from gspo.training.wandb_sink import Wandb
+from gspo.training.trackers import open_trackers
 from gspo.training.whole_folders import recover
 
 
@@ -52,8 +52,7 @@ class OpenRun:
             self.record.rewind(self.step, self.lines)
         self.folder.write_config({**settings, "problems": self.problems, **described})
         self.record.sinks.append(JsonLines(self.folder.path))
-        if self.config.use_wandb:
-            self.record.sinks.append(Wandb(self.folder.path, settings))
+        self.record.sinks += open_trackers(self.config.trackers, self.folder.path, settings, self.step)
 
 
 def open_run(config: GSPOConfig, problems: str, num_queries: int) -> OpenRun:

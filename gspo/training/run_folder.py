@@ -5,6 +5,7 @@ gspo_outputs/<run>/
     metrics.jsonl     one line per rollout batch
     eval.jsonl        one line per evaluation
     samples.jsonl     the best and the worst response of a group per rollout batch, with rewards
+    eval_samples.jsonl            held-out problems with their responses, at each evaluation
     checkpoints/step-N/           see checkpoints.py
     best_model/  final_model/     what from_pretrained loads
     emergency/        the reason, metrics and rollout batch of an emergency stop

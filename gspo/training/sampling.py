@@ -20,6 +20,8 @@ Generate = Callable[[Sequence, int], list[Rollout]]
 # Rewards responses: (problems, responses) -> for each a number, a dict of named parts whose sum is the
 # reward, or None if it cannot be judged.
 RewardFn = Callable[[list, list[str]], Sequence[float | dict[str, float] | None]]
+# What eval_samples.jsonl keeps of an evaluation: problems, responses to each, and characters of each text.
+EVAL_PROBLEMS_KEPT, EVAL_RESPONSES_KEPT, EVAL_CHARACTERS_KEPT = 100, 4, 4000
 # A sum of parts that should reach the pass threshold may miss it by a rounding error.
 THRESHOLD_TOLERANCE = 1e-9
 
@@ -110,6 +112,34 @@ def evaluation_metrics(samples: Sequence[Sample], group_size: int) -> dict:
         "pass_by_problem": passed.reshape(-1, group_size).mean(1).tolist(),
         "reward_by_problem": rewards.reshape(-1, group_size).mean(1).tolist(),
     }
+
+
+def evaluation_texts(samples: Sequence[Sample], group_size: int) -> list[dict]:
+    """The lines of eval_samples.jsonl, from group_size samples of each problem: what a person reads.
+
+    Of the first EVAL_PROBLEMS_KEPT problems the first EVAL_RESPONSES_KEPT responses. Texts are cut after
+    EVAL_CHARACTERS_KEPT characters; cut_characters says how many were left out of a line.
+    """
+    lines = []
+    for number, start in enumerate(range(0, len(samples), group_size)[:EVAL_PROBLEMS_KEPT]):
+        group = samples[start : start + min(group_size, EVAL_RESPONSES_KEPT)]
+        prompt, answer = group[0].problem.prompt, getattr(group[0].problem, "answer", None)
+        if not isinstance(prompt, str):  # chat messages
+            prompt = json.dumps(prompt, ensure_ascii=False, default=str)
+        given = [prompt, "" if answer is None else str(answer), *(sample.rollout.text for sample in group)]
+        kept = [text[:EVAL_CHARACTERS_KEPT] for text in given]
+        lines.append(
+            {
+                "problem": number,
+                "prompt": kept[0],
+                "answer": None if answer is None else kept[1],
+                "responses": kept[2:],
+                "rewards": [sample.reward for sample in group],
+                "passed": [sample.passed for sample in group],
+                "cut_characters": sum(map(len, given)) - sum(map(len, kept)),
+            }
+        )
+    return lines
 
 
 def standing(evaluation: dict) -> tuple[float, float]:

@@ -5,6 +5,7 @@ import sys
 import time
 from typing import Any
 
+from gspo.live_line import say
 from gspo.training.command_line import on_stop_signals
 from gspo.training.processes import Processes
 
@@ -38,7 +39,7 @@ class StopRequest:
             if received[-1] - received[0] > SAME_SIGNAL_S:
                 os._exit(130)  # a checkpoint in progress is abandoned: the last whole one stays
             if not self.requested and self.processes.is_main:
-                print("\nstopping after this update; once more to stop at once", file=sys.stderr)
+                say("stopping after this update; once more to stop at once", sys.stderr)
             self.requested = True
 
         on_stop_signals(stop)

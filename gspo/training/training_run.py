@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from gspo.live_line import say
 from gspo.policy.saved_model import save_tokenizer
 from gspo.training.alarms import (
     MEND_REWARD,
@@ -43,8 +43,8 @@ from gspo.training.dynamic_sampling import MAX_DRAWN
 from gspo.training.findings import FirstBatches
 from gspo.training.model_card import model_card
 from gspo.training.processes import Processes
-from gspo.training.progress import progress_bar
-from gspo.training.record import Record
+from gspo.training.progress import TrainingLine, describe_evaluation
+from gspo.training.record import Record, Sink
 from gspo.training.resume import OpenRun, open_run
 from gspo.training.rollout_batch import RolloutBatch
 from gspo.training.run_folder import RunFolder, describe_function
@@ -68,6 +68,7 @@ class Trainer(Protocol):
     processes: Processes
     stop: StopRequest
     step: int
+    evaluation_texts: list[dict]  # of the last evaluate(), as lines of eval_samples.jsonl
 
     @property
     def clips_per_token(self) -> bool: ...
@@ -97,6 +98,7 @@ class TrainingRun:
     Args:
         train_problems, eval_problems: those whose prompts leave no room for a response are dropped.
         source: where the problems come from, for config.json.
+        sinks: makers of further sinks of the record, each called with the run's folder on the main process.
 
     Raises:
         ValueError: no problem is left, a run folder already in use, or a run that these settings and problems
@@ -114,9 +116,10 @@ class TrainingRun:
         train_problems: Sequence,
         eval_problems: Sequence,
         source: str = "given from Python; the settings of data were not used",
+        sinks: Sequence[Callable[[Path], Sink]] = (),
     ):
         self.trainer, self.config, self.processes = trainer, trainer.config, trainer.processes
-        self.source = source
+        self.source, self.sinks = source, sinks
         self.train_problems = drop_long_prompts(train_problems, trainer.encode, self.config, "training")
         self.eval_problems = drop_long_prompts(eval_problems, trainer.encode, self.config, "evaluation")
         self.num_queries = self.config.num_epochs * len(self.train_problems)
@@ -153,21 +156,16 @@ class TrainingRun:
             CannotSave: the disk is full; the last whole checkpoint is as it was.
         """
         if self.processes.is_main:
-            print(f"run folder: {self.folder.path}")
+            say(f"run folder: {self.folder.path}")
         end: Interrupted | EmergencyStop | None = None
         with ExitStack() as stack:
             if self.processes.is_main:
                 stack.callback(self.close)
-            bar = progress_bar(
-                self.processes.is_main,
-                total=self.num_queries,
-                initial=self.drawn,
-                desc="training",
-                unit="query",
-            )
-            stack.enter_context(bar)
+            num_batches = self.config.count_updates(len(self.train_problems))[0]
+            line = TrainingLine(self.config, self.num_queries, self.drawn, num_batches)
+            stack.enter_context(line)
             try:
-                self._train_all_batches(bar)
+                self._train_all_batches(line)
             except (Interrupted, EmergencyStop) as stop:
                 end = stop
             except CannotSave:
@@ -197,23 +195,25 @@ class TrainingRun:
 
     # ---- the loop
 
-    def _train_all_batches(self, bar: tqdm) -> None:
+    def _train_all_batches(self, line: TrainingLine) -> None:
         config, trainer = self.config, self.trainer
         while True:
             stop_if(non_finite_weights(trainer.model))
             finished = self.drawn == self.num_queries
             if trainer.step == 0 or finished or is_due(trainer.step, config.eval_frequency):
-                self._evaluate()
+                with line.time.apart("evaluation"):
+                    self._evaluate(line)
             if finished:
                 self.processes.on_main(self._save_model, "final_model", self._evaluations())
                 return
             if is_due(trainer.step, config.save_frequency):
-                self.processes.on_main(self.save_checkpoint)
+                with line.time.apart("checkpoint"):
+                    self.processes.on_main(self.save_checkpoint)
             self._collect_window()
             batch = self.pending[0]
             stop_if(self.processes.on_main(self._gibberish_reason), batch.metrics)
             metrics = trainer.update(batch)
-            self.processes.on_main(self._record_batch, trainer.step + 1, batch, metrics, bar)
+            self.processes.on_main(self._record_batch, trainer.step + 1, batch, metrics, line)
             # After the record: a batch whose record failed is recorded by the resumed run.
             trainer.finish_batch()
             self.pending.pop(0)
@@ -259,19 +259,23 @@ class TrainingRun:
 
     # ---- recording; on the main process, which alone has the record
 
-    def _record_batch(self, step: int, batch: RolloutBatch, metrics: dict, bar: tqdm) -> None:
+    def _record_batch(self, step: int, batch: RolloutBatch, metrics: dict, line: TrainingLine) -> None:
         for warning in self.record.add_metrics(step, metrics):
-            bar.write(f"warning, rollout batch {step}: {warning}", file=sys.stderr)
+            say(f"warning, rollout batch {step}: {warning}", sys.stderr)
         for finding in self.first_batches.add(step, batch.samples):
-            bar.write(f"warning, rollout batches 1 to {WINDOW}: {finding}", file=sys.stderr)
+            say(f"warning, rollout batches 1 to {WINDOW}: {finding}", sys.stderr)
         self.record.add_samples(step, batch.best_and_worst())
-        bar.set_postfix(
-            refresh=False,  # a refresh would draw the bar before its delay, and close() then not end its line
-            reward=f"{metrics['reward_mean']:.2f}",
-            clip=f"{metrics['clip_fraction']:.2f}",
-            tok_s=f"{metrics['tokens_per_s']:.0f}",
-        )
-        bar.update(batch.num_queries)
+        sampled = sum(pending.num_queries for pending in self.pending[1:])
+        line.note(step, metrics, self.drawn + batch.num_queries, sampled)
+
+    def _record_evaluation(self, evaluations: list[dict]) -> None:
+        """Record the last of the evaluations so far, and print it with what it says beside the others."""
+        step, metrics = evaluations[-1]["step"], {k: v for k, v in evaluations[-1].items() if k != "step"}
+        self.record.add_evaluation(step, metrics, self.trainer.evaluation_texts)
+        say(describe_evaluation(evaluations[-1], evaluations[0]))
+        fall = held_out_fall(evaluations)
+        if fall and not held_out_fall(evaluations[:-1]):
+            say(f"warning, rollout batch {step}: {fall}", sys.stderr)
 
     def _gibberish_reason(self) -> str | None:
         return gibberish_reason([*self.record.history, self.pending[0].metrics])
@@ -285,23 +289,21 @@ class TrainingRun:
             batches = self.pending[:1] if stop.batch is None else [stop.batch]
             self.folder.keep_evidence(self.trainer.step + 1, str(stop), stop.metrics, batches)
         except CannotSave as error:
-            print(error, file=sys.stderr)
+            say(str(error), sys.stderr)
 
     # ---- evaluating
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, line: TrainingLine) -> None:
         """Evaluate once per step. best_model is written before the line that says so."""
         step, recorded = self.trainer.step, self._evaluations()
         if any(earlier["step"] == step for earlier in recorded):
             return
         metrics = self.trainer.evaluate(self.eval_problems)
+        evaluations = [*recorded, {"step": step, **metrics}]
         if all(standing(metrics) > standing(earlier) for earlier in recorded):
-            evaluations = [*recorded, {"step": step, **metrics}]
-            self.processes.on_main(self._save_model, "best_model", evaluations)
-        self.processes.on_main(lambda: self.record.add_evaluation(step, metrics))
-        fall = held_out_fall([*recorded, {"step": step, **metrics}])
-        if fall and not held_out_fall(recorded) and self.processes.is_main:
-            tqdm.write(f"warning, rollout batch {step}: {fall}", file=sys.stderr)
+            with line.time.apart("model"):
+                self.processes.on_main(self._save_model, "best_model", evaluations)
+        self.processes.on_main(self._record_evaluation, evaluations)
 
     def _evaluations(self) -> list[dict]:
         """The evaluations on record, oldest first, for all processes."""
@@ -375,6 +377,7 @@ class TrainingRun:
             "reward_function": describe_function(self.trainer.reward_fn),
         }
         self._opened.begin(described)
+        self.record.sinks += [new_sink(self.folder.path) for new_sink in self.sinks]
         self._saved_progress = self._progress() if resumed else None
 
     def _load(self, checkpoint: Path) -> None:

@@ -4,7 +4,7 @@ import json
 
 from gspo.training.record import SECONDS
 
-RECORD = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
+RECORD = ("metrics.jsonl", "eval.jsonl", "samples.jsonl", "eval_samples.jsonl")
 
 
 def lines_of(path):

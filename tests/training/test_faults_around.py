@@ -1,9 +1,8 @@
-"""What goes wrong around a run: the disk is full, wandb breaks, the judges of rewards die."""
+"""What goes wrong around a run: the disk is full, the judges of rewards die."""
 
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -17,11 +16,10 @@ from gspo.tasks.rewards import RewardFunction
 from gspo.training.alarms import EmergencyStop
 from gspo.training.checkpoints import STATE_FILE, checkpoints_in
 from gspo.training.record import JsonLines, Record
-from gspo.training.wandb_sink import Wandb
 from gspo.training.whole_folders import CannotSave, damage
 from support.records import record_of
 from support.runs import EVAL, TRAIN, new_trainer, seed_everything
-from support.sorting import problems, trainer
+from support.sorting import trainer
 
 
 @pytest.fixture
@@ -83,39 +81,6 @@ def test_a_full_disk_is_said_and_nothing_is_lost(small_disk, uninterrupted, call
         seed_everything()  # it starts again
     assert new_trainer(small_disk, resume=str(run)).train(TRAIN, EVAL)["finished"]
     assert record_of(run) == record_of(uninterrupted)
-
-
-def broken(kind):
-    def call(*_, **__):
-        if kind == "hangs":
-            threading.Event().wait()
-        raise SystemExit("wandb ends itself") if kind == "exits" else ConnectionError("wandb: unreachable")
-
-    return call
-
-
-@pytest.mark.parametrize("where", ["init", "log", "finish"])
-@pytest.mark.parametrize("kind", ["raises", "exits", "hangs"])
-def test_wandb_never_stops_a_run(tmp_path, monkeypatch, capsys, where, kind):
-    nothing = SimpleNamespace(log=lambda _: None, finish=lambda: None, define_metric=lambda *_, **__: None)
-    setattr(nothing, where, broken(kind))
-    module = SimpleNamespace(init=broken(kind) if where == "init" else lambda **_: nothing)
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    for limit in ("START", "CALL", "FINISH"):
-        monkeypatch.setattr(f"gspo.training.wandb_sink.WANDB_{limit}_S", 0.2)
-    t = trainer(output_dir=str(tmp_path), run_name="r", num_epochs=1, use_wandb=True)
-    assert t.train(problems(8), problems(4, seed=1))["finished"]
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("wandb: ")]
-    assert len(said) == 1 and "the run goes on without it" in said[0]
-
-
-def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path, monkeypatch):
-    asked = []
-    run = SimpleNamespace(define_metric=lambda *_, **__: None)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **k: asked.append(k["id"]) or run))
-    for _ in range(2):
-        Wandb(tmp_path, {"wandb_project": "x"})
-    assert asked[0] == asked[1] != ""
 
 
 def test_a_run_goes_on_when_its_judges_are_killed():

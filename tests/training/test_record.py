@@ -1,20 +1,22 @@
-"""The run's record: lines, folders, which run and checkpoint are resumed, wandb read back from its file."""
+"""The run's record: lines, folders, which run and checkpoint are resumed."""
 
 import json
 import math
 import os
-import struct
-import time
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from gspo.policy.rollout import Rollout
 from gspo.training.checkpoints import STATE_FILE, STATE_FORMAT
 from gspo.training.config import GSPOConfig
 from gspo.training.find_run import resumed_folder
-from gspo.training.record import OPTIONAL
+from gspo.training.record import OPTIONAL, read_lines
 from gspo.training.resume import open_run
+from gspo.training.rollout_batch import Sample
+from gspo.training.sampling import evaluation_texts
 from support.metrics import EVALUATION, GOOD
 from support.records import contents
 
@@ -157,7 +159,8 @@ def test_rewinding_drops_later_lines_and_a_torn_one(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3] == [m["step"] for m in record.history]
 
 
-RECORDS = {"metrics": {"step": 2, **GOOD}, "eval": EVALUATION, "samples": {"step": 1}}
+RECORDS = {"metrics": {"step": 2, **GOOD}, "eval": EVALUATION, "samples": {"step": 1},
+           "eval_samples": {"step": 0, "problem": 3, "cut_characters": 0}}  # fmt: skip
 NO_RECORDS = (
     "5", "{}", "null", "[]", '"text"', "{", "\x00" * 9, "\xff", "[" * 100_000, '{"step": "a"}',
     '{"step": true}', '{"step": -1}', '{"step": 1.5}', '{"step": ' + "9" * 5000 + "}",
@@ -210,47 +213,34 @@ def test_a_warning_is_given_when_it_arises_and_not_repeated(tmp_path):
     assert given == [0, 1, 0, 0, 1]
 
 
-def test_wandb_holds_the_same_figures(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    record = begin(tmp_path, use_wandb=True).record
-    record.add_evaluation(0, {"pass_at_1": 0.25, "interval_95": [0.1, 0.4]})
-    for step in (1, 2, 3):
-        record.add_metrics(step, {**GOOD, "loss": 0.1 * step})
-    record.add_evaluation(3, {"pass_at_1": 0.5, "interval_95": [0.3, 0.7]})
-    record.close()
-    (path,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
-    # wandb writes in a process of its own, which may be behind on a busy machine.
-    train, deadline = [], time.monotonic() + 60
-    while len(train) < 3 and time.monotonic() < deadline:
-        history = wandb_history(path)
-        train = [row for row in history if "train/loss" in row]
-    assert [row["rollout_batch"] for row in train] == [1, 2, 3]
-    recorded = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    for row, line in zip(train, recorded, strict=True):
-        assert {k.removeprefix("train/"): v for k, v in row.items() if k.startswith("train/")} == {
-            k: v for k, v in line.items() if k != "step"
-        }
-    assert [row["eval/pass_at_1"] for row in history if "eval/pass_at_1" in row] == [0.25, 0.5]
+def sampled(prompt, answer, texts, reward):
+    problem = SimpleNamespace(prompt=prompt, answer=answer)
+    return [Sample(problem, Rollout([1], [2], [0.0], text, True), reward) for text in texts]
 
 
-def wandb_history(path):
-    """The history rows of an offline run: a LevelDB log (32 KiB blocks) of protobuf records."""
-    from wandb.proto import wandb_internal_pb2
+def test_held_out_texts_are_kept_and_cut(tmp_path):
+    chat = [{"role": "user", "content": "caf\u00e9"}]
+    samples = sampled("p" * 5000, "a" * 4001, ["r" * 9000, "", "\x1b[2J\x00\ud800</script>", "4", "5"], None)
+    samples += sampled(chat, None, "12345", 0.5)
+    samples[5].passed = True
+    lines = evaluation_texts(samples, group_size=5)
+    assert lines[0] == {
+        "problem": 0, "prompt": "p" * 4000, "answer": "a" * 4000,
+        "responses": ["r" * 4000, "", "\x1b[2J\x00\ud800</script>", "4"],
+        "rewards": [None] * 4, "passed": [False] * 4, "cut_characters": 1000 + 1 + 5000,
+    }  # fmt: skip
+    assert lines[1] == {
+        "problem": 1, "prompt": '[{"role": "user", "content": "caf\u00e9"}]', "answer": None,
+        "responses": ["1", "2", "3", "4"], "rewards": [0.5] * 4, "passed": [True, False, False, False],
+        "cut_characters": 0,
+    }  # fmt: skip
+    record = begin(tmp_path).record
+    record.add_evaluation(7, EVALUATION, lines)
+    written = (tmp_path / "run" / "eval_samples.jsonl").read_bytes()
+    assert all(byte == 0x0A or 0x20 <= byte < 0x7F for byte in written)  # nothing that moves a cursor
+    assert read_lines(tmp_path / "run", "eval_samples") == [{"step": 7, **line} for line in lines]
 
-    data, offset, message, rows = path.read_bytes(), 7, b"", []
-    while offset + 7 <= len(data):
-        if 32768 - offset % 32768 < 7:
-            offset += 32768 - offset % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[offset : offset + 7])
-        message += data[offset + 7 : offset + 7 + length]
-        offset += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            record = wandb_internal_pb2.Record.FromString(message)
-            message = b""
-            if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
-    return rows
+
+def test_held_out_texts_of_a_hundred_problems_are_kept():
+    lines = evaluation_texts(sampled("p", "a", ["r"] * 242, 1.0), group_size=2)
+    assert [line["problem"] for line in lines] == list(range(100)) and lines[99]["responses"] == ["r", "r"]

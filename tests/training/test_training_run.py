@@ -14,7 +14,7 @@ import torch
 
 from gspo.training import record
 from gspo.training.alarms import EmergencyStop
-from gspo.training.progress import progress_bar
+from gspo.training.record import FIELDS
 from gspo.training.stopping import Interrupted
 from gspo.training.training_run import TrainingRun
 from support import ROOT
@@ -22,7 +22,7 @@ from support.commands import exit_code_of, forked, wait_for
 from support.metrics import EVALUATION
 from support.records import contents, lines_of, record_of, weights_of_run
 from support.runs import EVAL, TRAIN, new_trainer, seed_everything, tied_by_problem, tied_for_some
-from support.sorting import problems, trainer
+from support.sorting import problems, shared_prefix, trainer
 
 DYNAMIC = {"dynamic_sampling": "reward", "batch_size": 2, "reward_fn": tied_for_some, "update_frequency": 2}
 
@@ -297,6 +297,48 @@ def test_an_error_while_a_batch_is_recorded_costs_nothing(uninterrupted, tmp_pat
     assert record_of(tmp_path / "run") == record_of(uninterrupted[1])
 
 
+@pytest.mark.parametrize("stream, texts", [("eval_samples", 3), ("eval", 6)])
+def test_texts_of_an_evaluation_that_was_cut_off_are_not_on_record_twice(tmp_path, stream, texts):
+    """An error after some of the texts, and one between the last of them and the evaluation's line."""
+    settings = {"reward_fn": shared_prefix, "num_epochs": 1}
+    new_trainer(tmp_path / "whole", **settings).train(TRAIN, EVAL)
+    run = TrainingRun(new_trainer(tmp_path, **settings), TRAIN, EVAL)
+    sink = run.record.sinks[0]
+    write = sink.write
+
+    def write_until_then(name, step, values):
+        assert (name, step) != (stream, 2) or values.get("problem", 3) < 3
+        write(name, step, values)
+
+    sink.write = write_until_then
+    with pytest.raises(AssertionError):
+        run.train()
+    steps = [line["step"] for line in lines_of(tmp_path / "run" / "eval_samples.jsonl")]
+    assert steps == [0] * 6 + [2] * texts
+    new_trainer(tmp_path, resume="latest", **settings).train(TRAIN, EVAL)
+    assert record_of(tmp_path / "run") == record_of(tmp_path / "whole" / "run")
+
+
+def test_further_sinks_get_every_line_of_the_record(tmp_path):
+    taken = []
+
+    class Taker:
+        def __init__(self, folder):
+            assert (folder / "config.json").exists()
+
+        def write(self, stream, step, values):
+            taken.append((stream, {"step": step, **values}))
+
+        def close(self):
+            taken.append(("closed", None))
+
+    TrainingRun(new_trainer(tmp_path, num_epochs=1), TRAIN, EVAL, sinks=[Taker]).train()
+    assert taken.pop() == ("closed", None)
+    for stream in FIELDS:
+        lines = lines_of(tmp_path / "run" / f"{stream}.jsonl")
+        assert lines and lines == [line for name, line in taken if name == stream]
+
+
 def test_a_checkpoint_that_cannot_be_loaded_changes_nothing(tmp_path, monkeypatch):
     new_trainer(tmp_path).train(TRAIN, EVAL)
     before = contents(tmp_path)
@@ -349,17 +391,6 @@ def pass_rate_and_reward(line):
 
 def without_step(line):
     return {name: value for name, value in line.items() if name != "step"}
-
-
-def test_progress_in_a_log_file_is_whole_lines(capsys):
-    """Without carriage returns, and with a line end after the last state."""
-    bar = progress_bar(total=3, desc="training", unit="batch")
-    bar.delay, bar.mininterval = 0, 0
-    for _ in range(3):
-        bar.update()
-    bar.close()
-    said = capsys.readouterr().err
-    assert "\r" not in said and said.endswith("\n") and "3/3" in said.splitlines()[-1]
 
 
 @pytest.mark.slow

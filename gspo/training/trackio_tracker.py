@@ -1,0 +1,43 @@
+"""The run in trackio, on this machine: `trackio show` opens its dashboard. A resumed run goes on in its own.
+
+Nothing leaves the machine, unless the environment variables TRACKIO_SPACE_ID or TRACKIO_SERVER_URL say so.
+"""
+
+from typing import Any
+
+from gspo.training.trackers import Tracker, held_out_rows, sample_rows
+
+
+class Trackio(Tracker):
+    name = "trackio"
+    run: Any
+
+    def start(self, settings: dict, step: int) -> None:
+        import trackio  # here, since most runs do not use it
+
+        self.run = trackio.init(
+            project=settings["wandb_project"],
+            name=self.folder.name,
+            config=settings,
+            resume="allow" if settings["resume"] else "never",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        self.run.log(figures, step=step)
+
+    def log_texts(self, step: int, samples: list[dict], held_out: list[dict]) -> None:
+        import trackio
+
+        tables = {"samples": sample_rows(samples), "held_out": held_out_rows(held_out)}
+        given = {name: trackio.Table(columns, rows) for name, (columns, rows) in tables.items() if rows}
+        if given:
+            self.run.log(given, step=step)
+
+    def summarise(self, step: int, figures: dict[str, float]) -> None:
+        self.run.log(figures, step=step)
+
+    def finish(self) -> None:
+        self.run.finish()
