@@ -33,6 +33,7 @@ from data_loader import (
     load_problems,
     reward_function,
 )
+from gspo.live_line import escaped
 from gspo.training.command_line import Parser, complain, interruptible, is_rank_0, plain_warnings
 from gspo.training.config import GSPOConfig
 from gspo.training.find_run import refuse_other_settings, resumed_folder, run_folder, settings_of
@@ -64,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(config: GSPOConfig) -> int:
     """Run a configuration. Returns the exit code."""
+    from gspo.report.live import LiveReport
     from gspo.training.alarms import EmergencyStop
     from gspo.training.whole_folders import CannotSave
 
@@ -84,7 +86,7 @@ def train(config: GSPOConfig) -> int:
             return 0
         if config.probe:
             return probe(config, reward_fn, *problems)
-        run = prepare(config, reward_fn, *problems)
+        run = prepare(config, reward_fn, *problems, sinks=[LiveReport])
     except ValueError as error:
         complain(PROGRAM, error)
         return 2
@@ -104,6 +106,7 @@ def train(config: GSPOConfig) -> int:
     except EmergencyStop as stop:
         if is_main:
             complain(PROGRAM, explain(stop, run))
+            print_verdict(run.folder.path)
         return 3
     if is_main:
         report(run, result)
@@ -607,11 +610,23 @@ def report(run: "TrainingRun", result: dict) -> None:
         print(f"{name}: {before.get(name, math.nan):.4g} before, {after[name]:.4g} after")
     figures = ", ".join(f"{name} {best[key]:{form}}" for name, key, _, form in rows)
     print(f"best evaluation: {when(best['step'])}, {figures}: {folder / 'best_model'}")
+    print_verdict(folder)
     print(f"run folder: {folder}")
     if not result["finished"]:
         print(f"interrupted after rollout batch {run.trainer.step}; continue with --resume {folder}")
     else:
         print(f"trained model: {folder / 'final_model'}")
+
+
+def print_verdict(folder: Path) -> None:
+    """Print what the run's record says of it, as its report does."""
+    from gspo.report.run_record import read_run
+    from gspo.report.verdict import verdict
+
+    print()
+    for sentence in verdict(read_run(folder, going=False)):
+        print(escaped(sentence))
+    print(f"\nreport: {folder / 'report.html'}")
 
 
 def when(step: int) -> str:

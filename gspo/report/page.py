@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from gspo.report.charts import charts, differences
-from gspo.report.run_record import RunRecord
+from gspo.report.run_record import RunRecord, when
 from gspo.report.verdict import LEARNED, SAME, UNKNOWN, verdict
 from gspo.training.command_line import escaped
 from gspo.training.whole_folders import write_whole
@@ -99,7 +99,7 @@ def texts_of(run: RunRecord, most: int) -> str:
         title = (
             f"Problem {lines[0].get('problem')}: mean reward {' → '.join(figure(earned(e)) for e in ends)}"
         )
-        sides = [(f"after rollout batch {e['step']}", e.get("responses"), e.get("rewards")) for e in ends]
+        sides = [(when(e["step"]), e.get("responses"), e.get("rewards")) for e in ends]
         problems.append(question(title, lines[0], sides))
     by_step: dict[int, list[dict]] = {}
     for sample in run.samples:

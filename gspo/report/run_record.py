@@ -144,3 +144,8 @@ def _is_locked(folder: Path) -> bool:
         return True
     finally:
         os.close(descriptor)
+
+
+def when(step: int) -> str:
+    """The time of an evaluation in words."""
+    return f"after rollout batch {step}" if step else "before training"

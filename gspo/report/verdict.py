@@ -7,7 +7,7 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
-from gspo.report.run_record import EMERGENCY_STOP, RunRecord
+from gspo.report.run_record import EMERGENCY_STOP, RunRecord, when
 from gspo.training.alarms import TEXT_SIGNS, WINDOW
 from gspo.training.findings import MIN_GROUPS, MOST_TRUNCATED, NEARLY_ALL, NEARLY_NOTHING
 from gspo.training.intervals import describe_gain, paired_interval
@@ -110,9 +110,8 @@ def held_out(run: RunRecord) -> tuple[str, list[str]]:
     count = len(before["pass_by_problem"])
     if before is after or count < 2:
         low, high = after["interval_95"]
-        when = f"after rollout batch {after['step']}" if after["step"] else "before training"
         what = f"Held-out pass@1 was {after['pass_at_1']:.3f} (95 % interval {low:.3f} to {high:.3f})"
-        return UNKNOWN, [f"{what} in the last evaluation, {when}."]
+        return UNKNOWN, [f"{what} in the last evaluation, {when(after['step'])}."]
     gains, sentences = [], dict[str, str]()
     for name, mean, each in MEASURES:
         gains.append(paired_interval(before[each], after[each]))
