@@ -626,7 +626,9 @@ def print_verdict(folder: Path) -> None:
     print()
     for sentence in verdict(read_run(folder, going=False)):
         print(escaped(sentence))
-    print(f"\nreport: {folder / 'report.html'}")
+    print()
+    if (folder / "report.html").exists():
+        print(f"report: {folder / 'report.html'}")
 
 
 def when(step: int) -> str:

@@ -1,6 +1,7 @@
 """The live line of a terminal, below all that is printed meanwhile, and lines in a log file, on tqdm."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
@@ -14,6 +15,7 @@ from gspo import PROGRESS_DELAY_S
 
 TERMINAL_INTERVAL_S, LOG_INTERVAL_S = 1.0, 30.0  # seconds between two states
 SEPARATOR, LINE_END, USUAL_WIDTH = "  ", "\n", 80
+COLOUR_CODES = re.compile(r"\x1b\[[\d;]*m")
 
 
 class LiveLine(tqdm):
@@ -80,7 +82,8 @@ class _Above(ObjectWrapper):
 
     def write(self, text: str) -> int:
         with LiveLine.external_write_mode(file=self._wrapped):  # clears the line, and draws it afterwards
-            LiveLine._at_line_start = text.endswith(("\n", "\r")) if text else LiveLine._at_line_start
+            shown = COLOUR_CODES.sub("", text)
+            LiveLine._at_line_start = shown.endswith(("\n", "\r")) if shown else LiveLine._at_line_start
             return self._wrapped.write(text)
 
     def __eq__(self, other: object) -> bool:  # tqdm asks whether a file is sys.stdout or sys.stderr

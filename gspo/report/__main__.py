@@ -25,14 +25,21 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     is_one = len(given.runs) == 1
     page = given.output or (given.runs[0] / "report.html" if is_one else Path("report.html"))
+    runs = []
+    for folder in given.runs:
+        try:
+            runs.append(read_run(folder))
+        except (OSError, ValueError) as error:  # one of gspo_outputs/* may be something else
+            complain(parser.prog, error)
+    if not runs:
+        return 2
     try:
-        runs = [read_run(folder) for folder in given.runs]
+        write_page(runs, page)
         if is_one:
             draw_curves(runs[0], page.with_name("training_curves.png"))
-        write_page(runs, page)
-    except (CannotSave, OSError, ValueError) as error:
+    except (CannotSave, ImportError) as error:
         complain(parser.prog, error)
-        return 1 if isinstance(error, CannotSave) else 2
+        return 1
     for run in runs:
         lines = [f"{run.name}:", *verdict(run), *(f"Damaged: {what}." for what in run.damage)]
         print(escaped("\n".join(lines), "\n"), end="\n\n")

@@ -3,19 +3,23 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import fmean
 from typing import NamedTuple
 
 from gspo.report.run_record import EMERGENCY_STOP, Alarm, RunRecord
 from gspo.report.verdict import CLIP_BAND
+from gspo.training.find_run import FREE_ON_RESUME
 
 # Blue, orange, green, magenta, violet and grey, for a light and for a dark background.
 COLOURS = ("#3b82f6", "#f0871f", "#12a975", "#c54bb0", "#8b6cf0", "#8d97a5")
 GREEN, GREY = 2, 5
 # From so many rollout batches on, the mean over neighbours is drawn over the values.
 LEAST_TO_SMOOTH = 30
+# Of a line with more points, every second or third is drawn, and so on.
+MOST_POINTS = 1000
 # Settings in which runs may differ and still differ in nothing but the seed.
-BESIDE_THE_POINT = ("run_name", "output_dir", "resume", "environment", "reward_function")
+BESIDE_THE_POINT = {*FREE_ON_RESUME, "environment", "reward_function"} - {"num_epochs"}
 Values = dict[int, float]  # step to value
 
 
@@ -90,9 +94,11 @@ def charts(runs: Sequence[RunRecord]) -> list[Chart]:
         if panel is CLIPPING:
             steps = sorted({step for line in lines for step in line.x})
             low, high = (dict.fromkeys(steps, share) for share in CLIP_BAND)
-            lines = [*_area("usual", GREEN, low, high), *lines]
+            lines = [*_area("usual", GREEN, low, high), *lines] if steps else []
         shown = f": {next(iter(panel.lines.values()))}" if len(runs) > 1 and len(panel.lines) > 1 else ""
         alarms = dict.fromkeys(f" ! {alarm.kind}" for alarm in marks if alarm.kind != EMERGENCY_STOP)
+        if not any(line.x for line in lines):  # as in a run that stopped in its first rollout batch
+            continue
         found.append(Chart(panel.title + shown + "".join(alarms), lines, marks, panel.top))
     return found
 
@@ -131,8 +137,9 @@ def _lines_of_several(panel: Panel, runs: Sequence[RunRecord]) -> list[Line]:
             passed = [_values(run.evaluations, "pass_at_1") for run in same]
             drawn.append((f"{label}: held-out pass@1", "points", passed))
         for label, kind, seeds in drawn:
-            steps = sorted({step for values in seeds for step in values})
-            at = {step: [values[step] for values in seeds if step in values] for step in steps}
+            # As far as all of them have come: where one ends, the mean of the others would be another curve.
+            steps = sorted(set[int]().union(*seeds).intersection(*seeds))
+            at = {step: [values[step] for values in seeds] for step in steps}
             low, mean, high = ({step: f(values) for step, values in at.items()} for f in (min, fmean, max))
             lines += _area(label, i, low, high) if len(same) > 1 else []
             lines.append(_line(label, i, kind, mean))
@@ -144,8 +151,9 @@ def _area(label: str, colour: int, low: Values, high: Values) -> list[Line]:
 
 
 def _line(label: str, colour: int, kind: str, values: Values) -> Line:
-    rounded = [float(f"{value:.5g}") for value in values.values()]
-    return Line(label, COLOURS[colour % len(COLOURS)], kind, list(values), rounded)
+    stride = max(1, len(values) // MOST_POINTS)
+    rounded = [float(f"{round(value, 9):.5g}") for value in values.values()]
+    return Line(label, COLOURS[colour % len(COLOURS)], kind, list(values)[::stride], rounded[::stride])
 
 
 def _values(lines: Sequence[dict], name: str) -> dict:
@@ -154,9 +162,14 @@ def _values(lines: Sequence[dict], name: str) -> dict:
 
 def _smooth(values: Values) -> Values:
     """The mean of each value and its neighbours, a twentieth of all on either side; of few, the values."""
-    numbers = list(values.values())
-    reach = len(numbers) // 20 if len(numbers) >= LEAST_TO_SMOOTH else 0
-    return {step: fmean(numbers[max(0, i - reach) : i + reach + 1]) for i, step in enumerate(values)}
+    count = len(values)
+    reach = count // 20 if count >= LEAST_TO_SMOOTH else 0
+    sums = [0.0, *accumulate(values.values())]  # of the values before each
+    smoothed = {}
+    for i, step in enumerate(values):
+        first, last = max(0, i - reach), min(count, i + reach + 1)
+        smoothed[step] = (sums[last] - sums[first]) / (last - first)
+    return smoothed
 
 
 def differences(runs: Sequence[RunRecord]) -> dict[str, list]:

@@ -1,5 +1,6 @@
 """training_curves.png: a run at a glance, readable at half its size."""
 
+import io
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from gspo.report.charts import Chart, charts
 from gspo.report.run_record import RunRecord
 from gspo.report.verdict import verdict
-from gspo.training.whole_folders import saving
+from gspo.training.whole_folders import write_whole
 
 ALARM = "#dc2626"
 STYLES: dict[str, dict] = {
@@ -19,7 +20,7 @@ STYLES: dict[str, dict] = {
 
 def draw_curves(run: RunRecord, path: Path) -> None:
     """Draw the charts under the run's outcome. Raises CannotSave."""
-    # Imported here: it takes a second, and a run goes on without it.
+    # Imported here: it takes a second, and the page needs none.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -29,12 +30,11 @@ def draw_curves(run: RunRecord, path: Path) -> None:
     figure.subplots_adjust(left=0.07, right=0.98, top=0.89, bottom=0.03, wspace=0.15, hspace=0.5)
     outcome = textwrap.fill(f"{run.name}: {verdict(run)[0]}", 90)
     figure.suptitle(outcome, x=0.01, ha="left", fontsize=17, parse_math=False)
-    for chart, ax in zip(charts([run]), figure.subplots(4, 2).flat, strict=True):
-        _draw(chart, ax)
-    partial = path.with_suffix(".partial")
-    with saving(path):
-        figure.savefig(partial, format="png")
-        partial.replace(path)
+    for number, chart in enumerate(charts([run]), start=1):
+        _draw(chart, figure.add_subplot(4, 2, number))
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(path, picture.getvalue())
 
 
 def _draw(chart: Chart, ax: Any) -> None:
@@ -53,6 +53,7 @@ def _draw(chart: Chart, ax: Any) -> None:
     colour = ALARM if chart.marks else "black"
     ax.set_title(chart.title, fontsize=18, fontweight="bold", loc="left", y=1.0, pad=28, color=colour)
     ax.tick_params(labelsize=15)
+    ax.set_xlabel("rollout batch", fontsize=13, loc="right", labelpad=-2)
     ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
     ax.xaxis.get_major_locator().set_params(integer=True, nbins=6)

@@ -40,13 +40,13 @@ class LiveReport:
         start = self.clock()
         try:
             run = read_run(self.folder, going)
-            draw_curves(run, self.folder / "training_curves.png")
-            if not going:
+            if not going:  # first, since it needs no matplotlib
                 write_page([run], self.folder / "report.html")
+            draw_curves(run, self.folder / "training_curves.png")
         except Exception as error:  # a picture must not end a run, whatever matplotlib or the disk raises
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             if not self.failed:
-                print(f"no curves and no report: {reason}; all is in the run's files", file=sys.stderr)
+                print(f"curves and report: {reason}; all is in the run's files", file=sys.stderr)
             self.failed = True
         self.last = max(1.0, self.clock() - start)
         self.spent += self.last

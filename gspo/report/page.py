@@ -4,22 +4,23 @@ import dataclasses
 import html
 import json
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from gspo.report.charts import charts, differences
 from gspo.report.run_record import RunRecord, when
-from gspo.report.verdict import LEARNED, SAME, UNKNOWN, verdict
-from gspo.training.command_line import escaped
+from gspo.report.verdict import LEARNED, SAME, UNKNOWN, told_alarms, verdict
 from gspo.training.whole_folders import write_whole
 
 HERE = Path(__file__).parent
 # Held-out problems, and pairs of samples, in a page; they are shared among its runs.
 MOST_TEXTS = 40
-TEXT_CHARACTERS = 3000
+TEXT_CHARACTERS = 2000
+# Control characters but for line ends and tabs, and those that change the direction of writing.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
 def write_page(runs: Sequence[RunRecord], path: Path) -> None:
@@ -29,21 +30,24 @@ def write_page(runs: Sequence[RunRecord], path: Path) -> None:
     if len(runs) > 1:
         differing = table([("", *names), *((name, *values) for name, values in differences(runs).items())])
         texts = [differing, *map(folded, [f"Texts of {name}" for name in names], texts)]
-    page = (HERE / "page.html").read_text(encoding="utf-8")
-    for file in ("uplot/uPlot.min.css", "uplot/uPlot.iife.min.js", "page.css", "page.js"):
-        page = page.replace(f"{{{{{file}}}}}", (HERE / file).read_text(encoding="utf-8"))
+    files = ("uplot/uPlot.min.css", "uplot/uPlot.iife.min.js", "page.css", "page.js")
+    parts = {file: (HERE / file).read_text(encoding="utf-8") for file in files}
     data = json.dumps([dataclasses.asdict(chart) for chart in charts(runs)])
-    # A text within a script element would end it with "</script".
-    page = page.replace("{{charts}}", data.replace("<", "\\u003c"))
-    page = page.replace("{{title}}", text(", ".join(names)))
-    page = page.replace("{{verdicts}}", "".join(map(verdict_of, runs)))
-    write_whole(path, page.replace("{{texts}}", "".join(texts)))  # last: one may look like a placeholder
+    parts |= {
+        "charts": data.replace("<", "\\u003c"),  # "</script" would end the script element
+        "title": text(", ".join(names)),
+        "verdicts": "".join(map(verdict_of, runs)),
+        "texts": "".join(texts),
+    }
+    template = (HERE / "page.html").read_text(encoding="utf-8")
+    # In one pass, since a part may hold what looks like a placeholder.
+    write_whole(path, re.sub("{{(.*?)}}", lambda placeholder: parts[placeholder[1]], template))
 
 
 def text(value: Any) -> str:
     """The value as HTML that shows it as it is: markup as text, controls visible, and not too long."""
     whole = value if isinstance(value, str) else json.dumps(value, default=str)
-    shown = html.escape(escaped(whole[:TEXT_CHARACTERS], "\n\t"))
+    shown = html.escape(CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", whole[:TEXT_CHARACTERS]))
     left = len(whole) - TEXT_CHARACTERS
     return f"{shown} ... ({left} more characters)" if left > 0 else shown
 
@@ -88,10 +92,16 @@ def verdict_of(run: RunRecord) -> str:
 
 def texts_of(run: RunRecord, most: int) -> str:
     """Alarms, held-out problems, and pairs of samples; of these, at most so many each."""
-    alarms = [tag("p", text(f"{alarm.kind}, {alarm.when}: {alarm.message}")) for alarm in run.alarms]
+    alarms = [tag("p", text(f"{a.kind} ({a.when}): {a.message}")) for a in told_alarms(run)]
     by_problem: dict[str, list[dict]] = {}
     for line in run.eval_samples:
         by_problem.setdefault(str(line.get("problem")), []).append(line)
+    rewards = {evaluation["step"]: evaluation["reward_by_problem"] for evaluation in run.evaluations}
+
+    def earned(line: dict) -> float:
+        """The problem's mean reward over all its responses, of which the line has the first ones."""
+        return dict(enumerate(rewards.get(line["step"], []))).get(line.get("problem"), 0.0)  # type: ignore[arg-type]
+
     ordered = sorted(by_problem.values(), key=lambda lines: -abs(earned(lines[-1]) - earned(lines[0])))
     problems = []
     for lines in ordered[:most]:
@@ -108,16 +118,12 @@ def texts_of(run: RunRecord, most: int) -> str:
     for samples in list(by_step.values())[:: math.ceil(len(by_step) / most) or 1]:
         sides = [(str(s.get("kind")), [s.get("response")], [s.get("reward")]) for s in samples]
         pairs.append(question(f"Rollout batch {samples[0]['step']}", samples[0], sides))
-    of_problems = f"{len(problems)} of {len(ordered)}, those whose reward changed most first."
-    of_pairs = f"Of {len(pairs)} of {len(by_step)} rollout batches."
+    held_out = len(run.evaluations[0]["pass_by_problem"]) if run.evaluations else len(ordered)
+    of_problems = f"{len(problems)} of {held_out} problems, those whose mean reward changed most first."
+    of_pairs = f"From {len(pairs)} of the {len(by_step)} rollout batches on record."
     found = section("Alarms", "", alarms)
     found += section("Held-out problems before and after", of_problems, problems)
     return found + section("Best and worst responses of groups in training", of_pairs, pairs)
-
-
-def earned(line: dict) -> float:
-    """Mean reward of the responses to a problem; 0 for one that could not be judged."""
-    return fmean([reward or 0.0 for reward in line.get("rewards", [])] or [0.0])
 
 
 def question(title: str, line: dict, sides: Sequence[tuple[str, Any, Any]]) -> str:
@@ -130,4 +136,6 @@ def question(title: str, line: dict, sides: Sequence[tuple[str, Any, Any]]) -> s
             shown += [tag("b", f"reward: {figure(reward)}", kind=kind), tag("pre", text(response))]
         columns.append(tag("div", *shown))
     answer = tag("p", "reference answer: ", text(line.get("answer")), kind="faint")
+    if cut := line.get("cut_characters"):
+        answer += tag("p", f"The run has not kept {cut} further characters of these texts.", kind="faint")
     return folded(title, tag("pre", text(line.get("prompt"))), answer, tag("div", *columns, kind="pair"))

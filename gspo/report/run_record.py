@@ -5,11 +5,12 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from operator import itemgetter
 from pathlib import Path
 
+from gspo.live_line import escaped
 from gspo.training.alarms import held_out_fall, warnings_of
 from gspo.training.find_run import settings_of
 from gspo.training.record import readable_lines
@@ -58,7 +59,8 @@ class RunRecord:
     @property
     def finished(self) -> bool:
         """True if all queries of all epochs were drawn, and the held-out problems evaluated after them."""
-        problems = self.config.get("data", {}).get("train_problems", math.inf)
+        data = self.config.get("data")
+        problems = data.get("train_problems", math.inf) if isinstance(data, dict) else math.inf
         drawn = sum(batch["queries"] for batch in self.metrics)
         is_evaluated = any(evaluation["step"] == self.step for evaluation in self.evaluations)
         return is_evaluated and drawn >= self.setting("num_epochs") * problems
@@ -67,6 +69,10 @@ class RunRecord:
         """A number of the configuration; 0 if it is missing or not a number."""
         value = self.config.get(name)
         return value if isinstance(value, int | float) else 0
+
+    def now(self, name: str) -> str:
+        """A number of the configuration in brackets, as advice has it; nothing if it is missing."""
+        return f" (now {self.setting(name):g})" if self.setting(name) else ""
 
     @cached_property
     def alarms(self) -> list[Alarm]:
@@ -112,17 +118,23 @@ def read_run(folder: Path, going: bool | None = None) -> RunRecord:
     if config is None:
         damage.append("config.json is missing or damaged: settings are unknown")
     metrics = list({batch["step"]: batch for batch in lines["metrics"]}.values())
-    return RunRecord(
-        name=Path(os.path.abspath(folder)).name,
+    sizes = [(len(e["pass_by_problem"]), len(e["reward_by_problem"])) for e in lines["eval"]]
+    evaluations = [e for e, size in zip(lines["eval"], sizes, strict=True) if size == sizes[0]]
+    if len(evaluations) < len(sizes):
+        damage.append("eval.jsonl has evaluations of other problems, which are left out")
+    run = RunRecord(
+        name=escaped(Path(os.path.abspath(folder)).name.encode(errors="replace").decode()),
         config=config or {},
         metrics=metrics,
-        evaluations=lines["eval"],
+        evaluations=evaluations,
         samples=lines["samples"],
         eval_samples=lines["eval_samples"],
         emergency=_emergency(folder, after=metrics[-1]["step"] if metrics else 0),
         damage=damage,
         going=_is_locked(folder) if going is None else going,
     )
+    # A run that was continued after its stop may not have reached the next rollout batch, or have none left.
+    return replace(run, emergency={}) if run.going or run.finished else run
 
 
 def _emergency(folder: Path, after: int) -> dict:
@@ -131,7 +143,8 @@ def _emergency(folder: Path, after: int) -> dict:
         figures = json.loads((folder / "emergency" / "metrics.json").read_bytes())
     except (OSError, ValueError):
         return {}
-    return figures if "reason" in figures and figures.get("step", 0) > after else {}
+    is_whole = isinstance(figures, dict) and isinstance(figures.get("step"), int) and "reason" in figures
+    return figures if is_whole and figures["step"] > after else {}
 
 
 def _is_locked(folder: Path) -> bool:

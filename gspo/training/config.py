@@ -290,7 +290,8 @@ class GSPOConfig:
                 raise ValueError(f"--log_to {name}: choose among {', '.join(TRACKERS)}")
             if not _is_installed(name):
                 raise ValueError(
-                    f"--log_to {name}: it is not installed; python -m pip install {name}, or leave it out"
+                    f"--log_to {name}: it is not installed; python -m pip install {name}, or leave it out "
+                    "(--log_to '' where a resumed run has it)"
                 )
         if self.rollout_engine == "vllm":
             raise ValueError("--rollout_engine vllm is not available yet; use transformers")

@@ -172,7 +172,8 @@ class Record:
         Texts of an evaluation that was cut off before its figures do not count: it will be done again.
         """
         steps = {stream: _steps_in(_path(self.folder, stream)) for stream in FIELDS}
-        steps["eval_samples"] = [at for at in steps["eval_samples"] if at in steps["eval"]]
+        evaluated = set(steps["eval"])
+        steps["eval_samples"] = [at for at in steps["eval_samples"] if at in evaluated]
         return {stream: sum(at <= step for at in lines) for stream, lines in steps.items()}
 
     def rewind(self, step: int, lines: dict[str, int]) -> None:
@@ -256,8 +257,11 @@ def read_lines(folder: Path, stream: str, count: int | None = None) -> list[dict
 
 def _steps_in(path: Path) -> list[int]:
     """The steps of a file's lines, which begin with them. The rest of the lines is not read, to be quick."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [int(line[len('{"step": ') : 30].partition(b",")[0].strip(b"}")) for line in lines]
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        beginnings = [line[len('{"step": ') : 30] for line in file if line.endswith(b"\n")]
+    return [int(beginning.partition(b",")[0].strip(b"}\n")) for beginning in beginnings]
 
 
 def _path(folder: Path, stream: str) -> Path:

@@ -16,11 +16,12 @@ class TensorBoard(Tracker):
     def start(self, settings: dict, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # here, since most runs do not use it
 
+        is_new = not (self.folder / "tensorboard").exists()
         # What a process that was killed has written after the checkpoint is hidden, and written again. Before
         # the first checkpoint this is all of it, the evaluation at step 0 included.
         self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1 if step else 0)
-        if not step:
-            self.writer.add_text("config", verbatim(json.dumps(settings, indent=2)), 0)
+        if is_new or not step:
+            self.writer.add_text("config", verbatim(json.dumps(settings, indent=2)), step)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():

@@ -76,11 +76,13 @@ class Tracker(ABC):
 
     def write(self, stream: str, step: int, values: dict) -> None:
         line = {"step": step, **values}
+        if not self.works:
+            return
         if stream == "samples":
             self._samples.append(line)
         elif stream == "eval_samples":
             self._held_out.append(line)
-        elif self.works:
+        else:
             self._attempt(lambda: self._write_figures(stream, step, values), CALL_S)
 
     def _write_figures(self, stream: str, step: int, values: dict) -> None:
@@ -147,7 +149,8 @@ def summary(evaluations: list[dict]) -> dict[str, float]:
 def sample_rows(samples: list[dict]) -> tuple[list[str], list[list]]:
     """Lines of samples.jsonl as a table: columns and rows."""
     columns = ["step", "kind", "prompt", "answer", "response", "reward", "advantage", "tokens", "finished"]
-    return columns, [[plain(line.get(name)) for name in columns] for line in samples]
+    lines = [line | {"answer": str(line.get("answer"))} for line in samples]  # a column has one type
+    return columns, [[plain(line.get(name)) for name in columns] for line in lines]
 
 
 def held_out_rows(held_out: list[dict]) -> tuple[list[str], list[list]]:

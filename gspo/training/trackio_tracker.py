@@ -3,9 +3,13 @@
 Nothing leaves the machine, unless the environment variables TRACKIO_SPACE_ID or TRACKIO_SERVER_URL say so.
 """
 
+import io
+import uuid
+from contextlib import redirect_stdout
 from typing import Any
 
 from gspo.training.trackers import Tracker, held_out_rows, sample_rows
+from gspo.training.whole_folders import write_whole
 
 
 class Trackio(Tracker):
@@ -15,15 +19,20 @@ class Trackio(Tracker):
     def start(self, settings: dict, step: int) -> None:
         import trackio  # here, since most runs do not use it
 
-        self.run = trackio.init(
-            project=settings["wandb_project"],
-            name=self.folder.name,
-            config=settings,
-            resume="allow" if settings["resume"] else "never",
-            embed=False,
-            auto_log_gpu=False,
-            auto_log_cpu=False,
-        )
+        # trackio knows a run by its name alone, and folders in two places may have the same.
+        name_path = self.folder / "trackio_name"
+        if not name_path.exists():
+            write_whole(name_path, f"{self.folder.name}-{uuid.uuid4().hex[:6]}")
+        with redirect_stdout(io.StringIO()):  # its greeting has control characters
+            self.run = trackio.init(
+                project=settings["wandb_project"],
+                name=name_path.read_text(encoding="utf-8"),
+                config=settings,
+                resume="allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         self.run.log(figures, step=step)
@@ -40,4 +49,5 @@ class Trackio(Tracker):
         self.run.log(figures, step=step)
 
     def finish(self) -> None:
-        self.run.finish()
+        with redirect_stdout(io.StringIO()):
+            self.run.finish()

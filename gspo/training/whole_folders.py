@@ -73,12 +73,12 @@ def whole_folder(target: Path, others: Sequence[Path] = ()) -> Iterator[Path]:
         shutil.rmtree(previous, ignore_errors=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a text file, whole or not at all. Raises CannotSave."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace a file, whole or not at all; text is written in UTF-8. Raises CannotSave."""
     partial = path.with_name(path.name + ".partial")
     with saving(path):
         try:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
             sync(partial)
             partial.rename(path)
         except OSError:

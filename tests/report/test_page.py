@@ -1,5 +1,6 @@
 """The page, the picture and the command, from files alone."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -45,8 +46,8 @@ def test_the_report_of_a_long_run_is_small(tmp_path):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     problems = page.count('<summary class="">Problem')
     samples = page.count('<summary class="">Rollout batch')
-    assert 10 <= problems < 100 and f"{problems} of 100, " in page
-    assert 10 <= samples < 1000 and f"{samples} of 1000 rollout batches" in page
+    assert 10 <= problems < 100 and re.search(f"{problems} of [0-9]+ problems, ", page)
+    assert 10 <= samples < 1000 and f"{samples} of the 1000 rollout batches" in page
 
 
 def test_text_of_a_model_cannot_leave_its_element(tmp_path):
@@ -63,7 +64,7 @@ def test_text_of_a_model_cannot_leave_its_element(tmp_path):
 def test_figures_and_texts_of_any_kind_can_be_shown():
     assert [figure(x) for x in (float("nan"), None, "?", 1.23456789)] == ["not judged"] * 3 + ["1.235"]
     assert text(None) == "null" and text({"a": "<"}) == "{&quot;a&quot;: &quot;&lt;&quot;}"
-    assert text("x" * 5000) == "x" * 3000 + " ... (2000 more characters)"
+    assert text("x" * 5000) == "x" * 2000 + " ... (3000 more characters)"
 
 
 def test_runs_that_differ_in_the_seed_are_a_band():
@@ -83,7 +84,8 @@ def test_runs_that_differ_in_the_seed_are_a_band():
     assert [[run.name for run in same] for same in groups_of(runs)] == [["run0", "run1"], ["other"]]
     _, drawn, *_ = charts(runs)
     lines = {(line.kind, line.colour): (line.x, line.y) for line in drawn.lines}
-    assert lines["line", COLOURS[0]] == ([1, 2, 3], [0.2, 0.3, 0.9])
+    # As far as both have come.
+    assert lines["line", COLOURS[0]] == ([1, 2], [0.2, 0.3])
     assert lines["low", COLOURS[0]] == ([1, 2, 3], [0.1, 0.2, 0.9])
     assert lines["high", COLOURS[0]] == ([1, 2, 3], [0.3, 0.4, 0.9])
     assert lines["line", COLOURS[1]] == ([1], [0.5])
@@ -180,4 +182,4 @@ def test_a_failure_to_draw_is_said_once(tmp_path, capsys):
     live = LiveReport(tmp_path / "gone")
     live.close()
     live.close()
-    assert capsys.readouterr().err.count("no curves and no report") == 1
+    assert capsys.readouterr().err.count("curves and report") == 1

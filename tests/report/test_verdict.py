@@ -17,28 +17,35 @@ from support import ROOT
 RECORDS = ROOT / "tests" / "report" / "records"
 # Record: the first sentence, and what the others say.
 EXPECTED = {
-    "healthy": ("It learned, and no alarm was raised.", ["gain +0.", "the usual 0.1 to 0.3", "other seeds"]),
+    "healthy": ("It learned, and no alarm was raised.", ["gain +0.", "the usual 0.1 to 0.3", "Other seeds"]),
     "too_hard": (
-        "Tied from the start: the problems are too hard.",
-        ["100% of 20 groups", "easier --difficulty"],
+        "Every group is tied: the problems are too hard.",
+        ["100% of 20 groups", "easier --difficulty", "No update was made"],
     ),
-    "too_easy": ("Tied from the start: the problems are too easy.", ["100% of 20 groups", "harder problems"]),
+    "too_easy": ("Every group is tied: the problems are too easy.", ["100% of 20 groups", "harder problems"]),
     "emergency_stop": (
         "Collapsed: emergency stop in rollout batch 1.",
         ["importance_ratio_min is 2.95e-21", "lower --learning_rate (now 1)"],
     ),
     "collapsed": (
         "Collapsed into gibberish: next to nothing was rewarded from rollout batch 2 on.",
-        ["0.000 from then on and 0.500 before", "lower --learning_rate (now 1)"],
+        [
+            "0.000 from then on and 0.500 before",
+            "updates of rollout batch 1",
+            "lower --learning_rate (now 1)",
+        ],
     ),
     "gibberish": (
         "Collapsed into gibberish: next to nothing was rewarded from rollout batch 2 on, emergency stop in "
         "rollout batch 6.",
         ["73% of the text is repetition, 1% at the start", "lower --learning_rate (now 0.003)"],
     ),
-    "truncated": ("Responses are cut off before their end.", ["raise --max_length (now 24)"]),
+    "truncated": (
+        "Responses are cut off before their end.",
+        ["raise --max_length (now 24), the tokens of prompt and response together"],
+    ),
     "one_update": ("nothing could clip: one update per rollout batch.", ["--mini_batch_size (now 4)"]),
-    "no_difference": ("No difference seen", ["within chance", "paired over 60 problems"]),
+    "no_difference": ("No clear difference", ["may be chance", "paired over 60 problems"]),
     "interrupted": (
         "Not known yet whether it learns",
         ["The run ended early, after rollout batch", "--resume"],
@@ -87,6 +94,66 @@ def test_a_gain_in_reward_alone_counts():
     headline, *others = verdict(replace(run, evaluations=[before, after]))
     assert headline.startswith("It learned")
     assert "Held-out mean reward went from 0.340 before training" in " ".join(others)
+
+
+HALF = [0.5] * 30 + [0.25] * 30
+MORE = [0.75] * 30 + [0.25] * 30
+
+
+def evaluations(before, after, rewards=None):
+    """Two evaluations by their passes by problem, and the rewards if these are others."""
+    pairs = zip((0, 20), (before, after), rewards or (before, after), strict=True)
+    return [
+        {
+            "step": step, "pass_at_1": sum(passes) / len(passes), "pass_by_problem": passes,
+            "reward_mean": sum(earned) / len(earned), "reward_by_problem": earned, "interval_95": [0.0, 1.0],
+        }
+        for step, passes, earned in pairs
+    ]  # fmt: skip
+
+
+ALL_WRONG = {"groups_all_wrong": 1.0, "zero_variance_groups": 1.0, "reward_mean": 0.0}
+UNJUDGED = {"unjudged_responses": 10**6, "reward_mean": 0.0}
+
+
+@pytest.mark.parametrize(
+    "changes, held_out, reason, expected",
+    [
+        # Training is harder than the held-out problems.
+        ({"reward_mean": 0.03}, evaluations(HALF, MORE), None, "It learned"),
+        # Dense rewards under the pass threshold: no group is tied.
+        ({"groups_all_wrong": 1.0, "zero_variance_groups": 0.0}, evaluations(HALF, HALF), None, "No clear"),
+        # Tied, and held-out pass@1 fell all the same.
+        (ALL_WRONG, evaluations(MORE, HALF), None, "It got worse"),
+        ({}, evaluations(MORE, HALF, (HALF, MORE)), None, "Mean reward and pass@1 went opposite ways"),
+        # Two problems that changed by the same amount are no evidence.
+        ({}, evaluations([0.0, 0.0], [0.1, 0.1]), None, "No clear"),
+        ({}, evaluations([0.0], [1.0]), None, "Not known yet"),
+        (UNJUDGED, [], "no response of the last 5 rollout batches could be judged", "Stopped"),
+        ({}, [], "the reward function returned a value that is not finite", "Stopped"),
+        ({}, [], "importance_ratio_max is 123, above 100", "Collapsed"),
+    ],
+)
+def test_a_verdict_is_not_misled(changes, held_out, reason, expected):
+    run = read_run(RECORDS / "healthy")
+    emergency = {"step": 21, "reason": reason} if reason else {}
+    metrics = [batch | changes for batch in run.metrics]
+    run = replace(run, metrics=metrics, evaluations=held_out, emergency=emergency)
+    headline, *others = verdict(run)
+    assert headline.startswith(expected)
+    if reason:
+        assert ("lower --learning_rate" in others[-1]) == (expected == "Collapsed")
+
+
+def test_a_stop_that_the_run_went_past_is_none(copy_of):
+    """Its final evaluation stopped it, and was repeated with a better reward."""
+    folder = copy_of("healthy")
+    (folder / "emergency").mkdir()
+    (folder / "emergency" / "metrics.json").write_text('{"step": 21, "reason": "none could be judged"}')
+    assert not read_run(folder).emergency
+    for odd in ("7", "[]", '{"step": null, "reason": 1}'):
+        (folder / "emergency" / "metrics.json").write_text(odd)
+        assert not read_run(folder).emergency
 
 
 def test_warnings_are_those_that_the_run_printed():

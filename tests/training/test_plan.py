@@ -162,6 +162,31 @@ def test_a_smaller_gpu_gets_the_next_way_of_training():
     assert planned(1.02 * peaks[-1], optimizer="adamw", lora_rank=0) is None
 
 
+def test_the_first_candidate_that_fits_is_found(monkeypatch):
+    measured = []
+
+    def fitting(_, candidate, *__):
+        measured.append(candidate)
+        return f"plan {candidate}" if candidate >= first else None
+
+    monkeypatch.setattr(plans, "_fitting", fitting)
+    for count in range(1, 8):
+        for first in range(count + 1):
+            measured.clear()
+            found = plans._first_fitting(SMALL, range(count), gspo_loss, machine(1))
+            assert found == (f"plan {first}" if first < count else None)
+            assert len(measured) <= (1 if first == 0 else 2 if first == count else 5)
+
+
+def test_as_many_rows_are_sampled_as_fit_nine_tenths_of_the_gpu(monkeypatch):
+    monkeypatch.setattr(plans, "measure_sampling", lambda _, config, __: {"cache": 1e8 * config.rollout_rows})
+    config = settings("lora", rollout_rows=None, group_size=8)
+    for updating, rows in ((5e9, 88), (8.9e9, 88), (9.1e9, None)):
+        monkeypatch.setattr(plans, "measure_update", lambda *_, num_bytes=updating: {"weights": num_bytes})
+        plan = plans._fitting(SMALL, config, gspo_loss, Machine("a GPU", 10e9))
+        assert (plan and plan.config.rollout_rows) == rows
+
+
 def test_a_refusal_names_what_fits():
     smallest = settings("lora", gradient_checkpointing=True, micro_batch_tokens=512)
     peak = sum(measure_update(WIDE, smallest, gspo_loss, machine(5e9)).values())

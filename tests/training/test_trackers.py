@@ -194,8 +194,10 @@ stopped.finish_batch = finish_and_stop
 assert not stopped.train(TRAIN, EVAL)["finished"]
 assert new_trainer(folder, resume="latest", **settings).train(TRAIN, EVAL)["finished"]
 from trackio.sqlite_storage import SQLiteStorage
-assert SQLiteStorage.get_projects() == ["gspo"] and SQLiteStorage.get_runs("gspo") == ["run"]
-found = {"logs": SQLiteStorage.get_logs("gspo", "run"), "config": SQLiteStorage.get_run_config("gspo", "run")}
+assert SQLiteStorage.get_projects() == ["gspo"]
+(name,) = SQLiteStorage.get_runs("gspo")
+assert name.startswith("run-") and name == (folder / "run" / "trackio_name").read_text()
+found = {"logs": SQLiteStorage.get_logs("gspo", name), "config": SQLiteStorage.get_run_config("gspo", name)}
 Path(sys.argv[2]).write_text(json.dumps(found, default=str))
 """
 
