@@ -193,8 +193,8 @@ def collapse(run: RunRecord) -> int | None:
     fallen = judged[max(earning, default=0) :]
     if start <= NEARLY_NOTHING or not fallen:
         return None
-    # An evaluation since then decides. Without one, an emergency stop does, or a stretch twice as long as those
-    # before it.
+    # An evaluation since then decides. Without one, an emergency stop does, or so many batches that they are
+    # twice as many as ever earned nothing in a row before.
     stretches = [later - i for i, later in pairwise([0, *earning])]
     since = [e["reward_mean"] for e in run.evaluations if e["step"] >= fallen[0]["step"]]
     if since:

@@ -86,8 +86,8 @@ def test_runs_that_differ_in_the_seed_are_a_band():
     lines = {(line.kind, line.colour): (line.x, line.y) for line in drawn.lines}
     # As far as both have come.
     assert lines["line", COLOURS[0]] == ([1, 2], [0.2, 0.3])
-    assert lines["low", COLOURS[0]] == ([1, 2, 3], [0.1, 0.2, 0.9])
-    assert lines["high", COLOURS[0]] == ([1, 2, 3], [0.3, 0.4, 0.9])
+    assert lines["low", COLOURS[0]] == ([1, 2], [0.1, 0.2])
+    assert lines["high", COLOURS[0]] == ([1, 2], [0.3, 0.4])
     assert lines["line", COLOURS[1]] == ([1], [0.5])
     assert any("run0 with 2 seeds" in line.label for line in drawn.lines)
 
