@@ -130,6 +130,7 @@ def test_parts_are_what_they_are_called():
     assert sampling["cache"] == pytest.approx(32 * 256 * 4 * 2 * 2 * 64 * 2, rel=0.05)
 
 
+@pytest.mark.slow
 def test_each_setting_counts():
     def peak(method="adamw", processes=1, **others):
         config = settings(method, **{"mini_batch_size": 4, **others})
@@ -187,6 +188,7 @@ def test_as_many_rows_are_sampled_as_fit_nine_tenths_of_the_gpu(monkeypatch):
         assert (plan and plan.config.rollout_rows) == rows
 
 
+@pytest.mark.slow
 def test_a_refusal_names_what_fits():
     smallest = settings("lora", gradient_checkpointing=True, micro_batch_tokens=512)
     peak = sum(measure_update(WIDE, smallest, gspo_loss, machine(5e9)).values())

@@ -92,7 +92,7 @@ def test_autocast_casts_what_cudas_does(device):
         ("tiny", "float32", True),
         ("tiny", "bfloat16", False),
         ("tiny-moe", "float32", False),
-        ("tiny-moe", "bfloat16", True),
+        pytest.param("tiny-moe", "bfloat16", True, marks=pytest.mark.slow),
     ],
 )
 def test_a_whole_run_and_a_resumed_one(device, tmp_path, name, dtype, checkpointing):

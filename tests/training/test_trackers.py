@@ -202,6 +202,7 @@ Path(sys.argv[2]).write_text(json.dumps(found, default=str))
 """
 
 
+@pytest.mark.slow
 def test_trackio_holds_the_record(tmp_path):
     """In a process of its own: trackio decides where its files are when it is imported."""
     pytest.importorskip("trackio")

@@ -417,7 +417,8 @@ def test_two_signals_end_it_at_once(tmp_path):
     log = tmp_path / "log"
 
     def train():
-        t = new_trainer(tmp_path, save_frequency=1, kl_coef=0.0)
+        # At the usual rate of these tests a run may stop for its ratios before it hangs.
+        t = new_trainer(tmp_path, save_frequency=1, kl_coef=0.0, learning_rate=1e-5)
         rewards, calls = t.reward_fn, iter(range(100))
 
         def hang(*args):
