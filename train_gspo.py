@@ -33,7 +33,7 @@ from data_loader import (
     load_problems,
     reward_function,
 )
-from gspo.live_line import escaped
+from gspo.printing import escaped
 from gspo.training.command_line import Parser, complain, interruptible, is_rank_0, plain_warnings
 from gspo.training.config import GSPOConfig
 from gspo.training.find_run import refuse_other_settings, resumed_folder, run_folder, settings_of

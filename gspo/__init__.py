@@ -7,7 +7,7 @@
     tasks/      problems, and what a response earns                         may import sandbox
     checks/     what validation measures                                    may import everything
 
-live_line.py, beside them, is what all of them may use to show how far some work is.
+printing.py and live_line.py, beside them, are for all of them: to say what they do and how far they are.
 tests/test_imports.py holds the imports to this table.
 """
 

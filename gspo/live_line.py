@@ -4,17 +4,18 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, redirect_stderr, redirect_stdout, suppress
-from typing import Any, TextIO
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from typing import Any
 from weakref import WeakSet
 
 from tqdm import tqdm
 from tqdm.utils import ObjectWrapper
 
 from gspo import PROGRESS_DELAY_S
+from gspo.printing import LINE_END, duration, say
 
 TERMINAL_INTERVAL_S, LOG_INTERVAL_S = 1.0, 30.0  # seconds between two states
-SEPARATOR, LINE_END, USUAL_WIDTH = "  ", "\n", 80
+SEPARATOR, USUAL_WIDTH = "  ", 80
 COLOUR_CODES = re.compile(r"\x1b\[[\d;]*m")
 
 
@@ -90,24 +91,7 @@ class _Above(ObjectWrapper):
         return self._wrapped == getattr(other, "_wrapped", other)
 
 
-def say(text: str, file: TextIO | None = None, end: str = LINE_END) -> None:
-    """Print to `file` or standard output. A reader or terminal that is gone or a full disk ends no run."""
-    with suppress(OSError):
-        print(text, file=file, end=end, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """A time in the unit that suits it, in few characters."""
-    longer = f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-    return f"{seconds:.0f} s" if seconds < 100 else longer
-
-
 def fitted(parts: Sequence[str], width: int) -> str:
     """As many of the first parts as fit the width."""
     text = SEPARATOR.join(parts)
     return text[:width] if len(text) <= width or len(parts) < 2 else fitted(parts[:-1], width)
-
-
-def escaped(text: str, keep: str = "") -> str:
-    """The text with its unprintable characters, which could move the cursor, as \\x1b, but for `keep`."""
-    return "".join(c if c.isprintable() or c in keep else f"\\x{ord(c):02x}" for c in text)

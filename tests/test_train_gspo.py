@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -74,7 +75,8 @@ def evaluation(step, passes, rewards):
 def reported(capsys, before, after, best, finished=True):
     """The lines that a run prints at its end, without those that say where everything is."""
     run = SimpleNamespace(folder=SimpleNamespace(path=Path("out/r")), trainer=SimpleNamespace(step=9))
-    train_gspo.report(run, {"before": before, "after": after, "best": best, "finished": finished})
+    with mock.patch.object(train_gspo, "print_verdict"):  # which reads the run's folder
+        train_gspo.report(run, {"before": before, "after": after, "best": best, "finished": finished})
     lines = capsys.readouterr().out.splitlines()
     return [line for line in lines if not line.startswith(("run folder", "trained model"))]
 

@@ -28,10 +28,10 @@ from jinja2 import TemplateError
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gspo.live_line import say
 from gspo.policy.cpu import packed_weights
 from gspo.policy.out_of_memory import is_out_of_memory
 from gspo.policy.prompt_cache import can_share_prompts, decode, prefill
+from gspo.printing import say
 
 # The most responses sampled at a time. It bounds the key-value cache when an evaluation passes hundreds of
 # prompts.

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from operator import itemgetter
 from pathlib import Path
 
-from gspo.live_line import escaped
+from gspo.printing import escaped
 from gspo.training.alarms import held_out_fall, warnings_of
 from gspo.training.find_run import settings_of
 from gspo.training.record import readable_lines

@@ -26,7 +26,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from gspo.live_line import LINE_END, escaped, say
+from gspo.printing import LINE_END, escaped, say
 from gspo.tasks.problem import Problem
 from gspo.tasks.rewards import num_workers
 from gspo.tasks.worker_pool import TIMED_OUT, WorkerPool, serve

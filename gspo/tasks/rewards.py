@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from gspo.live_line import Bar
 from gspo.sandbox import SandboxError, TestResult, check_machine, run_tests
 from gspo.tasks.code_answer import code_of, program_of
 from gspo.tasks.problem import Problem
@@ -159,6 +158,8 @@ def run_all_tests(jobs: list[tuple[str, dict]]) -> list[TestResult | None]:
             return None
         except ValueError as error:
             return TestResult(0, 1, UNSUPPORTED, str(error))
+
+    from gspo.live_line import Bar  # here, since --help imports this module and needs no tqdm
 
     results = []
     with ThreadPoolExecutor(num_workers()) as threads, Bar(len(jobs), "tests", "done") as progress:

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import gspo
-from gspo.live_line import Bar
 
 START_TIMEOUT_S = 120.0  # a fresh worker imports sympy: 2 s warm, much longer from a cold or network disk
 MAX_FAILED_STARTS = 3  # in a row: then the command itself is wrong, and starting it again would loop forever
@@ -61,6 +60,8 @@ class WorkerPool:
 
         jobs: JSON values. RuntimeError: the workers do not start.
         """
+        from gspo.live_line import Bar  # here, since --help imports this module and needs no tqdm
+
         results: list = [None] * len(jobs)
         self.lost = {}
         waiting = deque(range(len(jobs)))

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from gspo.live_line import LINE_END, escaped
+from gspo.printing import LINE_END, escaped
 
 MAX_MESSAGE = 1000  # characters
 

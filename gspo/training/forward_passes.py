@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from gspo.live_line import say
 from gspo.policy.log_probs import micro_batches, token_log_probs
 from gspo.policy.out_of_memory import is_out_of_memory
+from gspo.printing import say
 from gspo.training.config import GSPOConfig
 from gspo.training.processes import Processes
 from gspo.training.rollout_batch import Sample

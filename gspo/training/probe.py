@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from gspo.live_line import Bar, escaped
+from gspo.live_line import Bar
+from gspo.printing import escaped
 from gspo.training.config import GSPOConfig
 from gspo.training.findings import Figures, figures_of, findings, has_signal
 from gspo.training.rollout_batch import Sample, mean_parts

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from statistics import fmean
 from typing import Any
 
-from gspo.live_line import LiveLine, duration
+from gspo.live_line import LiveLine
+from gspo.printing import duration
 from gspo.training.config import GSPOConfig
 
 

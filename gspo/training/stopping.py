@@ -5,7 +5,7 @@ import sys
 import time
 from typing import Any
 
-from gspo.live_line import say
+from gspo.printing import say
 from gspo.training.command_line import on_stop_signals
 from gspo.training.processes import Processes
 

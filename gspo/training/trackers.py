@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gspo.live_line import escaped, say
+from gspo.printing import escaped, say
 from gspo.training.config import TRACKERS
 from gspo.training.record import read_lines
 from gspo.training.sampling import standing

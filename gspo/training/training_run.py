@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from gspo.live_line import say
 from gspo.policy.saved_model import save_tokenizer
+from gspo.printing import say
 from gspo.training.alarms import (
     MEND_REWARD,
     WINDOW,

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 import train_gspo
 from gspo import live_line
-from gspo.live_line import Bar, LiveLine, duration, fitted, say
+from gspo.live_line import Bar, LiveLine, fitted
+from gspo.printing import duration, say
 from gspo.training import progress
 from gspo.training.command_line import plain_warnings
 from gspo.training.config import GSPOConfig
