@@ -92,6 +92,6 @@ class _Above(ObjectWrapper):
 
 
 def fitted(parts: Sequence[str], width: int) -> str:
-    """As many of the first parts as fit the width."""
+    """Return the first parts in a line, as many as fit the width."""
     text = SEPARATOR.join(parts)
     return text[:width] if len(text) <= width or len(parts) < 2 else fitted(parts[:-1], width)

@@ -1,4 +1,4 @@
-"""What is printed: lines that end no run, texts without control characters, times in words."""
+"""What all parts print with: say() never ends a run, escaped() makes control characters visible."""
 
 from contextlib import suppress
 from typing import TextIO

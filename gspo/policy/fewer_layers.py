@@ -47,7 +47,7 @@ def has_equal_layers(config: PreTrainedConfig, layers: int, trust_remote_code: b
 
 
 def _kind(layer: nn.Module) -> Hashable:
-    """What a layer is made of: its modules, their plain attributes and the shapes of their parameters."""
+    """Return a value that is equal for equal layers: modules, plain attributes and shapes of parameters."""
     modules = []
     for name, module in layer.named_modules():
         plain = {

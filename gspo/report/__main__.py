@@ -9,11 +9,12 @@ The runs may be finished, going, stopped or damaged. Exit codes: 0 done; 1 canno
 import sys
 from pathlib import Path
 
+from gspo.printing import escaped
 from gspo.report.curves import draw_curves
 from gspo.report.page import write_page
 from gspo.report.run_record import read_run
 from gspo.report.verdict import verdict
-from gspo.training.command_line import Parser, complain, escaped
+from gspo.training.command_line import Parser, complain
 from gspo.training.whole_folders import CannotSave
 
 

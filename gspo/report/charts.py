@@ -16,7 +16,7 @@ COLOURS = ("#3b82f6", "#f0871f", "#12a975", "#c54bb0", "#8b6cf0", "#8d97a5")
 GREEN, GREY = 2, 5
 # From so many rollout batches on, the mean over neighbours is drawn over the values.
 LEAST_TO_SMOOTH = 30
-# Of a line with more points, every second or third is drawn, and so on.
+# A line with more points is thinned: only every n-th point is drawn.
 MOST_POINTS = 1000
 # Settings in which runs may differ and still differ in nothing but the seed.
 BESIDE_THE_POINT = {*FREE_ON_RESUME, "environment", "reward_function"} - {"num_epochs"}
@@ -137,7 +137,7 @@ def _lines_of_several(panel: Panel, runs: Sequence[RunRecord]) -> list[Line]:
             passed = [_values(run.evaluations, "pass_at_1") for run in same]
             drawn.append((f"{label}: held-out pass@1", "points", passed))
         for label, kind, seeds in drawn:
-            # As far as all of them have come: where one ends, the mean of the others would be another curve.
+            # Only steps that all seeds have: where one seed ends, the mean of the others would jump.
             steps = sorted(set[int]().union(*seeds).intersection(*seeds))
             at = {step: [values[step] for values in seeds] for step in steps}
             low, mean, high = ({step: f(values) for step, values in at.items()} for f in (min, fmean, max))

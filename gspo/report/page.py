@@ -91,8 +91,13 @@ def verdict_of(run: RunRecord) -> str:
 
 
 def texts_of(run: RunRecord, most: int) -> str:
-    """Alarms, held-out problems, and pairs of samples; of these, at most so many each."""
+    """Alarms, held-out problems, and pairs of samples; at most `most` problems and as many pairs."""
     alarms = [tag("p", text(f"{a.kind} ({a.when}): {a.message}")) for a in told_alarms(run)]
+    return section("Alarms", "", alarms) + held_out_texts(run, most) + sample_texts(run, most)
+
+
+def held_out_texts(run: RunRecord, most: int) -> str:
+    """Held-out problems with their first and last responses, those whose mean reward changed most first."""
     by_problem: dict[str, list[dict]] = {}
     for line in run.eval_samples:
         by_problem.setdefault(str(line.get("problem")), []).append(line)
@@ -100,7 +105,8 @@ def texts_of(run: RunRecord, most: int) -> str:
 
     def earned(line: dict) -> float:
         """The problem's mean reward over all its responses, of which the line has the first ones."""
-        return dict(enumerate(rewards.get(line["step"], []))).get(line.get("problem"), 0.0)  # type: ignore[arg-type]
+        of_problems, problem = rewards.get(line["step"], []), int(line["problem"])
+        return of_problems[problem] if problem in range(len(of_problems)) else 0.0
 
     ordered = sorted(by_problem.values(), key=lambda lines: -abs(earned(lines[-1]) - earned(lines[0])))
     problems = []
@@ -111,6 +117,13 @@ def texts_of(run: RunRecord, most: int) -> str:
         )
         sides = [(when(e["step"]), e.get("responses"), e.get("rewards")) for e in ends]
         problems.append(question(title, lines[0], sides))
+    held_out = len(run.evaluations[0]["pass_by_problem"]) if run.evaluations else len(ordered)
+    note = f"{len(problems)} of {held_out} problems, those whose mean reward changed most first."
+    return section("Held-out problems before and after", note, problems)
+
+
+def sample_texts(run: RunRecord, most: int) -> str:
+    """The best and the worst response of a group, from rollout batches that are spread over the run."""
     by_step: dict[int, list[dict]] = {}
     for sample in run.samples:
         by_step.setdefault(sample["step"], []).append(sample)
@@ -118,12 +131,8 @@ def texts_of(run: RunRecord, most: int) -> str:
     for samples in list(by_step.values())[:: math.ceil(len(by_step) / most) or 1]:
         sides = [(str(s.get("kind")), [s.get("response")], [s.get("reward")]) for s in samples]
         pairs.append(question(f"Rollout batch {samples[0]['step']}", samples[0], sides))
-    held_out = len(run.evaluations[0]["pass_by_problem"]) if run.evaluations else len(ordered)
-    of_problems = f"{len(problems)} of {held_out} problems, those whose mean reward changed most first."
-    of_pairs = f"From {len(pairs)} of the {len(by_step)} rollout batches on record."
-    found = section("Alarms", "", alarms)
-    found += section("Held-out problems before and after", of_problems, problems)
-    return found + section("Best and worst responses of groups in training", of_pairs, pairs)
+    note = f"From {len(pairs)} of the {len(by_step)} rollout batches on record."
+    return section("Best and worst responses of groups in training", note, pairs)
 
 
 def question(title: str, line: dict, sides: Sequence[tuple[str, Any, Any]]) -> str:

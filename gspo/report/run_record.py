@@ -13,9 +13,8 @@ from pathlib import Path
 from gspo.printing import escaped
 from gspo.training.alarms import held_out_fall, warnings_of
 from gspo.training.find_run import settings_of
-from gspo.training.record import readable_lines
+from gspo.training.record import FIELDS, readable_lines
 
-STREAMS = ("metrics", "eval", "samples", "eval_samples")
 EMERGENCY_STOP = "emergency stop"
 # The rules of the alarms read the beginning of a run and its last rollout batches. They get so many of each:
 # with all of them, the time would grow with the square of a run's length.
@@ -39,7 +38,10 @@ class Alarm:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run's folder says; empty where it says nothing. Lines are in the order of their steps."""
+    """All that is read from a run's folder. A file that is missing gives an empty field.
+
+    The lines of each file are sorted by step.
+    """
 
     name: str
     config: dict
@@ -108,10 +110,10 @@ def read_run(folder: Path, going: bool | None = None) -> RunRecord:
     Raises:
         OSError, ValueError: the folder cannot be read, or holds nothing of a run.
     """
-    names = ["config.json", *(f"{stream}.jsonl" for stream in STREAMS)]
+    names = ["config.json", *(f"{stream}.jsonl" for stream in FIELDS)]
     if not set(names) & set(os.listdir(folder)):
         raise ValueError(f"{folder} holds no run (none of {', '.join(names)}); name a folder in gspo_outputs")
-    read = {stream: readable_lines(folder, stream) for stream in STREAMS}
+    read = {stream: readable_lines(folder, stream) for stream in FIELDS}
     lines = {stream: sorted(found, key=itemgetter("step")) for stream, (found, _) in read.items()}
     damage = [f"{what}; what follows is left out" for _, what in read.values() if what]
     config = settings_of(folder)
@@ -138,7 +140,7 @@ def read_run(folder: Path, going: bool | None = None) -> RunRecord:
 
 
 def _emergency(folder: Path, after: int) -> dict:
-    """What emergency/metrics.json says, if it can be read and is about a later step."""
+    """Return the content of emergency/metrics.json, or {} if it is missing, damaged or of an earlier step."""
     try:
         figures = json.loads((folder / "emergency" / "metrics.json").read_bytes())
     except (OSError, ValueError):

@@ -59,17 +59,10 @@ def verdict(run: RunRecord) -> list[str]:
     alarms = {alarm.kind: alarm for alarm in told_alarms(run)}
     sentences = [state(run), *evidence]
     if fall:
-        first, last = run.metrics[0], run.metrics[-1]
-        worse = [(name, says) for name, says, is_worse in TEXT_SIGNS if is_worse(last[name], first[name])]
-        faults = [says.format(abs(last[name]), first[name]) for name, says in worse]
+        faults = text_faults(run)
         headline = f"Collapsed{' into gibberish' if faults else ''}: "
         headline += f"next to nothing was rewarded from rollout batch {fall} on{', ' if stop else ''}{stop}"
-        before = [batch["reward_mean"] for batch in run.metrics if batch["step"] < fall]
-        after = [batch["reward_mean"] for batch in run.metrics if batch["step"] >= fall]
-        earlier = f" and {fmean(before):.3f} before" if before else ""
-        what = f"The mean reward in training was {fmean(after):.3f} from then on{earlier}"
-        what += f"; it is the updates of rollout batch {fall - 1} that came before" if before else ""
-        sentences.append("; ".join([what, *faults]) + ".")
+        sentences.append("; ".join([rewards_around(run, fall), *faults]) + ".")
     elif stop:
         headline = f"{'Collapsed' if is_of_weights else 'Stopped'}: {stop}"
     else:
@@ -121,11 +114,31 @@ def obstacle(run: RunRecord) -> tuple[str, str] | None:
 
 
 def told_alarms(run: RunRecord) -> list[Alarm]:
-    """The alarms but for those that an obstacle explains, with advice that fits."""
-    return [alarm for alarm in run.alarms if not (alarm.kind == "no signal" and obstacle(run))]
+    """Return the alarms to show: all but "no signal" where an obstacle already says why groups are tied."""
+    left_out = "no signal" if obstacle(run) else None
+    return [alarm for alarm in run.alarms if alarm.kind != left_out]
+
+
+def text_faults(run: RunRecord) -> list[str]:
+    """Return what is worse about the text of the last rollout batch than about that of the first."""
+    first, last = run.metrics[0], run.metrics[-1]
+    worse = [(name, says) for name, says, is_worse in TEXT_SIGNS if is_worse(last[name], first[name])]
+    return [says.format(abs(last[name]), first[name]) for name, says in worse]
+
+
+def rewards_around(run: RunRecord, fall: int) -> str:
+    """Return the mean rewards before and after a collapse in words."""
+    before = [batch["reward_mean"] for batch in run.metrics if batch["step"] < fall]
+    after = [batch["reward_mean"] for batch in run.metrics if batch["step"] >= fall]
+    what = f"The mean reward in training was {fmean(after):.3f} from then on"
+    if not before:
+        return what
+    cause = f"it is the updates of rollout batch {fall - 1} that came before"
+    return f"{what} and {fmean(before):.3f} before; {cause}"
 
 
 def state(run: RunRecord) -> str:
+    """Return how far the run has come, in words."""
     done = f"after rollout batch {run.step}" if run.step else "before its first rollout batch was done"
     if run.damage:
         return f"The record is damaged, and what came {done} may be missing here."

@@ -196,7 +196,7 @@ def _traceback_of(error: BaseException, path: str) -> str:
     own = next((i for i, frame in enumerate(frames) if frame.filename == path), len(frames))
     lines = traceback.format_list(frames[own:]) + traceback.format_exception_only(error)
     # The message may quote a response: characters that could move the cursor are escaped.
-    text = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in "".join(lines))
+    text = escaped("".join(lines), keep=LINE_END)
     return text[-MAX_TRACEBACK:].strip()
 
 

@@ -275,7 +275,7 @@ def _parse(line: bytes, stream: str, where: str) -> dict:
         raise ValueError(f"{where}: not valid JSON; the file is damaged") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: not a JSON object; the file is damaged")
-    wrong = [name for name in FIELDS.get(stream, ()) if not _is_value_of(name, record.get(name))]
+    wrong = [name for name in FIELDS[stream] if not _is_value_of(name, record.get(name))]
     if type(record.get("step")) is not int or not 0 <= record["step"] < 2**31:
         wrong.insert(0, "step")
     if wrong:

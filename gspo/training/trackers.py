@@ -17,6 +17,7 @@ from gspo.printing import escaped, say
 from gspo.training.config import TRACKERS
 from gspo.training.record import read_lines
 from gspo.training.sampling import standing
+from gspo.training.whole_folders import write_whole
 
 # Seconds that a tracker may take before the run goes on without it.
 START_S, CALL_S, FINISH_S = 120, 30, 120
@@ -96,6 +97,13 @@ class Tracker(ABC):
         self._samples, self._held_out = [], []
         self.log_texts(step, samples, held_out)
 
+    def once(self, file_name: str, text: str) -> str:
+        """Return the text that a file of the run's folder has; write the given one into it if it is new."""
+        path = self.folder / file_name
+        if not path.exists():
+            write_whole(path, text)
+        return path.read_text(encoding="utf-8")
+
     def close(self) -> None:
         if self.works and self._samples:
             self._attempt(lambda: self._flush_texts(self._samples[-1]["step"]), CALL_S)
@@ -144,6 +152,12 @@ def summary(evaluations: list[dict]) -> dict[str, float]:
     chosen = {"first": evaluations[0], "last": evaluations[-1], "best": best}
     figures = {f"eval/{name}_{kind}": chosen[kind][name] for name in SUMMARISED for kind in chosen}
     return figures | {"eval/best_step": best["step"]}
+
+
+def tables(samples: list[dict], held_out: list[dict]) -> dict[str, tuple[list[str], list[list]]]:
+    """The texts as tables, name to columns and rows; one without rows is left out."""
+    made = {"samples": sample_rows(samples), "held_out": held_out_rows(held_out)}
+    return {name: (columns, rows) for name, (columns, rows) in made.items() if rows}
 
 
 def sample_rows(samples: list[dict]) -> tuple[list[str], list[list]]:

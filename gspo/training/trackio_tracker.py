@@ -8,8 +8,7 @@ import uuid
 from contextlib import redirect_stdout
 from typing import Any
 
-from gspo.training.trackers import Tracker, held_out_rows, sample_rows
-from gspo.training.whole_folders import write_whole
+from gspo.training.trackers import Tracker, tables
 
 
 class Trackio(Tracker):
@@ -20,13 +19,11 @@ class Trackio(Tracker):
         import trackio  # here, since most runs do not use it
 
         # trackio knows a run by its name alone, and folders in two places may have the same.
-        name_path = self.folder / "trackio_name"
-        if not name_path.exists():
-            write_whole(name_path, f"{self.folder.name}-{uuid.uuid4().hex[:6]}")
+        name = self.once("trackio_name", f"{self.folder.name}-{uuid.uuid4().hex[:6]}")
         with redirect_stdout(io.StringIO()):  # its greeting has control characters
             self.run = trackio.init(
                 project=settings["wandb_project"],
-                name=name_path.read_text(encoding="utf-8"),
+                name=name,
                 config=settings,
                 resume="allow",
                 embed=False,
@@ -40,8 +37,7 @@ class Trackio(Tracker):
     def log_texts(self, step: int, samples: list[dict], held_out: list[dict]) -> None:
         import trackio
 
-        tables = {"samples": sample_rows(samples), "held_out": held_out_rows(held_out)}
-        given = {name: trackio.Table(columns, rows) for name, (columns, rows) in tables.items() if rows}
+        given = {name: trackio.Table(*table) for name, table in tables(samples, held_out).items()}
         if given:
             self.run.log(given, step=step)
 

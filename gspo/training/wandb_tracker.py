@@ -3,8 +3,7 @@
 import uuid
 from typing import Any
 
-from gspo.training.trackers import PREFIXES, Tracker, held_out_rows, sample_rows
-from gspo.training.whole_folders import write_whole
+from gspo.training.trackers import PREFIXES, Tracker, tables
 
 
 class Wandb(Tracker):
@@ -14,15 +13,12 @@ class Wandb(Tracker):
     def start(self, settings: dict, step: int) -> None:
         import wandb  # here, since most runs do not use it
 
-        id_path = self.folder / "wandb_id"
-        if not id_path.exists():
-            write_whole(id_path, uuid.uuid4().hex)
         self.run = wandb.init(
             project=settings["wandb_project"],
             name=self.folder.name,
             dir=str(self.folder),
             config=settings,
-            id=id_path.read_text(encoding="utf-8"),
+            id=self.once("wandb_id", uuid.uuid4().hex),
             resume="allow",
         )
         self.run.define_metric("rollout_batch")
@@ -35,8 +31,7 @@ class Wandb(Tracker):
     def log_texts(self, step: int, samples: list[dict], held_out: list[dict]) -> None:
         import wandb
 
-        tables = {"samples": sample_rows(samples), "held_out": held_out_rows(held_out)}
-        given = {name: wandb.Table(columns, rows) for name, (columns, rows) in tables.items() if rows}
+        given = {name: wandb.Table(*table) for name, table in tables(samples, held_out).items()}
         if given:
             self.run.log({"rollout_batch": step, **given})
 

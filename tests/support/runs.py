@@ -60,3 +60,17 @@ def whole_and_resumed(folder, train, held_out, **settings):
     resumed = new_trainer(folder / "stopped", resume="latest", **settings)
     assert resumed.train(train, held_out)["finished"]
     return whole, folder / "whole" / "run", folder / "stopped" / "run"
+
+
+def stop_and_resume(folder, **settings):
+    """A run that is stopped after its third rollout batch, and resumed to its end."""
+    stopped = new_trainer(folder, **settings)
+    finish = stopped.finish_batch
+
+    def finish_and_stop():
+        finish()
+        stopped.stop.requested = stopped.step == 3
+
+    stopped.finish_batch = finish_and_stop
+    assert not stopped.train(TRAIN, EVAL)["finished"]
+    assert new_trainer(folder, resume="latest", **settings).train(TRAIN, EVAL)["finished"]

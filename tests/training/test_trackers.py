@@ -19,7 +19,7 @@ from support import ROOT
 from support.commands import run_here
 from support.metrics import EVALUATION, GOOD
 from support.records import lines_of
-from support.runs import EVAL, TRAIN, new_trainer
+from support.runs import EVAL, stop_and_resume
 from support.sorting import problems, shared_prefix, trainer
 
 SETTINGS = {"reward_fn": shared_prefix, "eval_frequency": 2}
@@ -34,16 +34,7 @@ def tracked(tmp_path, monkeypatch, request):
     pytest.importorskip(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    stopped = new_trainer(tmp_path, log_to=name, **SETTINGS)
-    finish = stopped.finish_batch
-
-    def finish_and_stop():
-        finish()
-        stopped.stop.requested = stopped.step == 3
-
-    stopped.finish_batch = finish_and_stop
-    assert not stopped.train(TRAIN, EVAL)["finished"]
-    assert new_trainer(tmp_path, log_to=name, resume="latest", **SETTINGS).train(TRAIN, EVAL)["finished"]
+    stop_and_resume(tmp_path, log_to=name, **SETTINGS)
     return tmp_path / "run"
 
 
@@ -181,18 +172,11 @@ TRACKIO = """
 import json, sys
 sys.path[:0] = ["tests", "."]
 from pathlib import Path
-from support.runs import EVAL, TRAIN, new_trainer
+from support.runs import stop_and_resume
 from support.sorting import shared_prefix
 settings = {"reward_fn": shared_prefix, "eval_frequency": 2, "log_to": "trackio"}
 folder = Path(sys.argv[1])
-stopped = new_trainer(folder, **settings)
-finish = stopped.finish_batch
-def finish_and_stop():
-    finish()
-    stopped.stop.requested = stopped.step == 3
-stopped.finish_batch = finish_and_stop
-assert not stopped.train(TRAIN, EVAL)["finished"]
-assert new_trainer(folder, resume="latest", **settings).train(TRAIN, EVAL)["finished"]
+stop_and_resume(folder, **settings)
 from trackio.sqlite_storage import SQLiteStorage
 assert SQLiteStorage.get_projects() == ["gspo"]
 (name,) = SQLiteStorage.get_runs("gspo")
