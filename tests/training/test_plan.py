@@ -140,6 +140,10 @@ def test_each_setting_counts():
     assert peak(gradient_checkpointing=True) < peak()
     assert peak(micro_batch_tokens=1024) < peak()
     assert peak(processes=4) < peak()
+    # The second of several passes of the same shape finds gradients there.
+    one_group = OPEN.max_length - OPEN.max_new_tokens + OPEN.group_size * OPEN.max_new_tokens
+    alone = peak(mini_batch_size=1, micro_batch_tokens=one_group)
+    assert peak(micro_batch_tokens=one_group) > alone + 3 * count_parameters(SMALL)
     assert peak(kl_coef=0.1) == pytest.approx(peak() + 4 * count_parameters(SMALL), rel=0.01)
     assert peak("lora", kl_coef=0.1) == pytest.approx(peak("lora"), rel=0.01)  # adapters are switched off
 
