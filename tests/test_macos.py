@@ -30,8 +30,11 @@ for module, names in {
     select: ["epoll"],
     socket: ["SOCK_CLOEXEC", "SO_PASSCRED", "SO_PEERCRED", "MSG_CMSG_CLOEXEC"],
 }.items():
+    exported = getattr(module, "__all__", [])
     for name in names:
         vars(module).pop(name, None)
+        if name in exported:
+            exported.remove(name)
 
 set_limit = resource.setrlimit
 def refuse_address_space(which, limits):
