@@ -20,6 +20,7 @@ SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
 class PolicyWorker:
     """Methods of the worker. vLLM refuses names that its worker has already."""
 
+    vllm_config: Any
     model_config: Any
     reload_weights: Any
     get_model: Any
@@ -27,11 +28,14 @@ class PolicyWorker:
     def describe_policy(self) -> dict[str, Any]:
         """Return the model's shape, and the settings that log-probabilities depend on."""
         config = self.model_config.hf_text_config
+        on_cpu = self.vllm_config.device_config.device_type == "cpu"
         return {
             "shape": {name: getattr(config, name, None) for name in SHAPE},
             "logprobs_mode": str(self.model_config.logprobs_mode),
             "dtype": str(self.model_config.dtype).removeprefix("torch."),
-            "max_model_len": self.model_config.max_model_len,
+            # Chunked prefill computes a prompt in parts, and takes back what was drawn after each but the last.
+            # vLLM 0.32 cannot take back from a CPU's random generator: it ends with "does not use offset".
+            "dies_of_seeds": on_cpu and self.vllm_config.scheduler_config.enable_chunked_prefill,
         }
 
     def load_policy(self, folder: str) -> dict[str, Any]:

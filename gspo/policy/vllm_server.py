@@ -6,6 +6,8 @@ Servers, of vLLM 0.32 in an environment of their own, are started with
         --model FOLDER --enable-scale-out --logprobs-mode processed_logprobs \
         --worker-extension-cls gspo.policy.vllm_extension.PolicyWorker
 
+and on a CPU with --no-enable-chunked-prefill besides (vllm_extension.py says why).
+
 Token ids go in and token ids come out, never text (POST /inference/v1/generate). Every response names the
 version of the weights that sampled it. A response of another version is never used: the server has been
 started again, so it gets the weights again, and is asked again.
@@ -19,6 +21,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +83,13 @@ class VLLMServer:
     def load(self, folder: Path, version: str) -> None:
         """Take the weights in a folder, forget keys and values of older ones, and read the version back."""
         self._weights = None  # a server that dies now is not given the older ones
-        self._retry(lambda: self._load(folder, version))
+        self._retry(partial(self._load, folder, version))
         self._weights = folder, version
 
     def generate(self, body: dict) -> dict:
         """POST /inference/v1/generate, until the answer is from the weights that were loaded last."""
         for _ in range(ATTEMPTS):
-            answer = self._retry(lambda: self._ask("/inference/v1/generate", body))
+            answer = self._retry(partial(self._ask, "/inference/v1/generate", body))
             versions = {span["version"] for choice in answer["choices"] for span in choice["weight_versions"]}
             if self._weights is None:
                 return answer
@@ -96,7 +99,7 @@ class VLLMServer:
             with self._loading:  # the first of the requests that see it loads; the others then find it done
                 if self._retry(self._version) != version:
                     tqdm.write(f"{self.url} was started again: it gets the weights again", file=sys.stderr)
-                    self._retry(lambda f=folder, v=version: self._load(f, v))
+                    self._retry(partial(self._load, folder, version))
         raise self.error(f"stale weights: it answers with those of version {versions}, not {version}")
 
     def _refuse_other_settings(self) -> None:
@@ -110,6 +113,8 @@ class VLLMServer:
             )
         if found["dtype"] not in TYPES:
             raise self.error(f"it computes in {found['dtype']}: start it with --dtype bfloat16 or float32")
+        if found["dies_of_seeds"]:
+            raise self.error("on a CPU, it dies of seeds: start it with --no-enable-chunked-prefill")
         self.dtype = found["dtype"]
         encoded = self._ask("/tokenize", {"prompt": TOKENIZER_SAMPLE, "add_special_tokens": False})
         if encoded["tokens"] != self.sample:
