@@ -270,6 +270,6 @@ def _wrong_length(server: VLLMServer, log_probs: int, tokens: int) -> EngineErro
 
 
 def _seed_of(stream: int) -> int:
-    """The seed of a group's first response, of at most 62 bits: vLLM takes 64, and adds up to G."""
+    """The seed of a group's first response. vLLM takes 64 bits, of which a CPU uses the lower 32."""
     high, low = np.random.SeedSequence(stream).generate_state(2).tolist()
     return (high >> 2 << 32) + low

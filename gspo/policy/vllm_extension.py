@@ -33,7 +33,7 @@ class PolicyWorker:
             "shape": {name: getattr(config, name, None) for name in SHAPE},
             "logprobs_mode": str(self.model_config.logprobs_mode),
             "dtype": str(self.model_config.dtype).removeprefix("torch."),
-            # Chunked prefill computes a prompt in parts, and takes back what was drawn after each but the last.
+            # Chunked prefill computes a prompt in parts, and takes back what it drew after all but the last.
             # vLLM 0.32 cannot take back from a CPU's random generator: it ends with "does not use offset".
             "dies_of_seeds": on_cpu and self.vllm_config.scheduler_config.enable_chunked_prefill,
         }
