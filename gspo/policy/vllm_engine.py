@@ -88,6 +88,11 @@ class VLLMEngine:
         """
         self._at_once([(server.load, (folder, version)) for server in self.servers])
 
+    def expect(self, folder: Path, version: str) -> None:
+        """Use weights that another process has given to the servers: with several, one calls sync()."""
+        for server in self.servers:
+            server.weights = folder, version
+
     def generate(
         self, prompts: Sequence[Sequence[int]], group_size: int, sampling: Sampling
     ) -> list[Rollout]:

@@ -67,7 +67,7 @@ class VLLMServer:
         self.url, self.shape, self.sample = url.rstrip("/"), shape, list(sample)
         self.start_timeout_s, self.answer_timeout_s = start_timeout_s, answer_timeout_s
         self.dtype = ""  # in which it computes; known once it has answered
-        self._weights: tuple[Path, str] | None = None  # folder and version
+        self.weights: tuple[Path, str] | None = None  # folder and version
         self._loading = threading.Lock()
         # Servers stand in the same network: a proxy for the web is not asked.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -82,18 +82,18 @@ class VLLMServer:
 
     def load(self, folder: Path, version: str) -> None:
         """Take the weights in a folder, forget keys and values of older ones, and read the version back."""
-        self._weights = None  # a server that dies now is not given the older ones
+        self.weights = None  # a server that dies now is not given the older ones
         self._retry(partial(self._load, folder, version))
-        self._weights = folder, version
+        self.weights = folder, version
 
     def generate(self, body: dict) -> dict:
         """POST /inference/v1/generate, until the answer is from the weights that were loaded last."""
         for _ in range(ATTEMPTS):
             answer = self._retry(partial(self._ask, "/inference/v1/generate", body))
             versions = {span["version"] for choice in answer["choices"] for span in choice["weight_versions"]}
-            if self._weights is None:
+            if self.weights is None:
                 return answer
-            folder, version = self._weights
+            folder, version = self.weights
             if versions == {version}:
                 return answer
             with self._loading:  # the first of the requests that see it loads; the others then find it done
@@ -126,8 +126,10 @@ class VLLMServer:
         problem = self._ask_workers("load_policy", str(folder))["error"]
         if problem:
             raise self.error(problem)
-        if not self._ask("/reset_prefix_cache", {})["success"]:
-            raise self.error("it keeps the prefix cache of older weights: does somebody else use it?")
+        # Requests that other threads have made of a restarted server may be running. They begin anew, and the
+        # older version in their answers has them made again.
+        if not self._ask("/reset_prefix_cache?reset_running_requests=true", {})["success"]:
+            raise self.error("it keeps the prefix cache of older weights")
         self._ask("/update_weight_version", {"new_version": version})
         found = self._version()
         if found != version:

@@ -23,6 +23,7 @@ from gspo.policy.vllm_engine import EngineError, VLLMEngine, _seed_of, compare, 
 from support import ROOT
 from support.fake_vllm import FakeVLLM
 
+RESET = "/reset_prefix_cache?reset_running_requests=true"
 TEXTS = ["sort 31", "sort 5204", "what"]
 
 
@@ -135,7 +136,7 @@ def test_servers_take_new_weights(tiny, start, prompts, tmp_path):
     engine.sync(tmp_path / "1", "1")
     assert engine.check(prompts, log_probs_of(policy)) < 1e-4
     assert gap(engine.generate(prompts, 2, Sampling(6)), policy, 1.0) < 1e-4
-    assert [server.requests["/reset_prefix_cache"] for server in servers] == [1, 1]
+    assert [server.requests[RESET] for server in servers] == [1, 1]
 
 
 def test_weights_are_written_whole_or_not_at_all(tiny, tmp_path, monkeypatch):
@@ -193,7 +194,7 @@ def test_a_server_killed_mid_request_loses_and_repeats_nothing(tiny, start, prom
     rollouts = engine.generate(prompts, 3, Sampling(6))
     assert rollouts == undisturbed.generate(prompts, 3, Sampling(6))
     assert gap(rollouts, policy, 1.0) < 1e-4
-    assert server.requests["/reset_prefix_cache"] == 2, "it had to take the weights again, once"
+    assert server.requests[RESET] == 2, "it had to take the weights again, once"
 
 
 def test_a_server_restarted_between_batches_gets_the_weights_again(tiny, start, prompts, tmp_path):
@@ -204,6 +205,10 @@ def test_a_server_restarted_between_batches_gets_the_weights_again(tiny, start, 
     engine.sync(tmp_path / "1", "1")
     server.restart()
     assert gap(engine.generate(prompts, 2, Sampling(6)), policy, 1.0) < 1e-4
+    other = engine_of(tiny, server)
+    server.restart()
+    other.expect(tmp_path / "1", "1")
+    assert gap(other.generate(prompts, 2, Sampling(6)), policy, 1.0) < 1e-4
     server.restart()
     server.loads = False
     server.keeps_version = True
@@ -351,7 +356,7 @@ def real_server(tiny, tmp_path_factory):
     ]  # fmt: skip
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1",
+        "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
     }  # fmt: skip
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(
@@ -384,6 +389,9 @@ def test_a_real_server(tiny, real_server, prompts, tmp_path):
     rows = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
     expected = log_probs_of(policy)(*rows, 1.0)
     assert [pytest.approx(row, abs=1e-4) for row in expected] == engine.log_probs(*rows)
+    # As if it had been started again: it takes the weights while it computes other groups.
+    engine.servers[0]._ask("/update_weight_version", {"new_version": "default"})
+    assert gap(engine.generate(prompts * 4, 4, Sampling(12)), policy, 1.0) < 1e-4
     with pytest.raises(EngineError, match="finds no weights in"):
         engine.sync(tmp_path / "2", "2")
     assert engine.check(prompts, log_probs_of(policy)) < 1e-4, "it must go on with the weights that it has"

@@ -70,7 +70,7 @@ class FakeVLLM:
         if path == "/update_weight_version":
             self.version = self.version if self.keeps_version else body["new_version"]
             return 200, {"success": True}
-        if path == "/reset_prefix_cache":
+        if path == "/reset_prefix_cache?reset_running_requests=true":
             return 200, {"success": True}
         if path == "/collective_rpc":
             return 200, {"results": [getattr(_Worker(self), body["method"])(*body["args"])]}
