@@ -13,12 +13,14 @@ from copy import deepcopy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from gspo.policy import vllm_extension, vllm_server
 from gspo.policy.log_probs import token_log_probs
 from gspo.policy.model_loader import load_model
 from gspo.policy.rollout import Sampling
 from gspo.policy.saved_model import save_model, save_tokenizer
+from gspo.policy.tiny_models import tiny_config, tiny_tokenizer
 from gspo.policy.vllm_engine import EngineError, VLLMEngine, _seed_of, compare, write_weights
 from support import ROOT
 from support.fake_vllm import FakeVLLM
@@ -336,14 +338,29 @@ def test_what_is_no_vllm_is_named(tiny, start):
 
 
 @pytest.fixture(scope="module")
-def real_server(tiny, tmp_path_factory):
-    """The URL of a real server with `tiny` in float32."""
+def served():
+    """A model with large random weights and many end tokens, and its tokenizer."""
+    torch.manual_seed(0)
+    config = tiny_config("tiny")
+    config.head_dim = 32  # vLLM's kernels for CPUs have no heads of 16
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.dim() > 1:
+                weights.mul_(5)
+    model.generation_config.eos_token_id = list(range(1, 12))
+    return model, tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def real_server(served, tmp_path_factory):
+    """The URL of a real server in float32."""
     python = os.environ.get("GSPO_VLLM_PYTHON")
     if not python:
         pytest.skip("GSPO_VLLM_PYTHON does not name the Python of an environment with vLLM")
     folder = tmp_path_factory.mktemp("served")
-    save_model(tiny[0], folder / "model")
-    save_tokenizer(tiny[1], folder / "model")
+    save_model(served[0], folder / "model")
+    save_tokenizer(served[1], folder / "model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -368,17 +385,17 @@ def real_server(tiny, tmp_path_factory):
 
 
 @pytest.mark.vllm
-def test_a_real_server(tiny, real_server, prompts, tmp_path):
-    engine = VLLMEngine([real_server], *tiny)
-    engine.check(prompts, log_probs_of(tiny[0]))
+def test_a_real_server(served, real_server, prompts, tmp_path):
+    engine = VLLMEngine([real_server], *served)
+    engine.check(prompts, log_probs_of(served[0]))
     for temperature in (1.0, 0.7):
         rollouts = engine.generate(prompts, 4, Sampling(12, temperature, seed=3))
-        assert gap(rollouts, tiny[0], temperature) < 1e-4
+        assert gap(rollouts, served[0], temperature) < 1e-4
         assert {r.finished for r in rollouts} == {True, False}
     assert engine.generate(prompts, 4, Sampling(12, temperature, seed=3)) == rollouts
     assert len({tuple(r.response_ids) for r in rollouts[:4]}) > 1
 
-    policy = changed(tiny[0])
+    policy = changed(served[0])
     with pytest.raises(EngineError, match="stale or another model's"):
         engine.check(prompts, log_probs_of(policy))
     write_weights(policy, tmp_path / "1", engine.dtype)
