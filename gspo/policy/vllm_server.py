@@ -71,6 +71,7 @@ class VLLMServer:
         self.dtype = ""  # in which it computes; known once it has answered
         self.weights: tuple[Path, str] | None = None  # folder and version
         self._loading = threading.Lock()
+        self._waiting = False
         # Servers stand in the same network: a proxy for the web is not asked.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -170,18 +171,19 @@ class VLLMServer:
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.start_timeout_s
-        progress = iter([f"waiting for the vLLM server {self.url}"])  # is told once
         while True:
             try:
                 self._request("/health", None, HEALTH_TIMEOUT_S)
+                self._waiting = False
                 return
             except (OSError, http.client.HTTPException) as error:
                 if time.monotonic() > deadline:
                     raise self.error(
                         f"not there for {self.start_timeout_s:.0f} s ({error}): start it, then --resume"
                     ) from error
-            for line in progress:
-                tqdm.write(line, file=sys.stderr)
+            if not self._waiting:  # one of the threads says it
+                self._waiting = True
+                tqdm.write(f"waiting for the vLLM server {self.url}", file=sys.stderr)
             time.sleep(HEALTH_INTERVAL_S)
 
     def _ask(self, path: str, body: dict | None = None) -> Any:
