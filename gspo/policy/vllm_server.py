@@ -7,7 +7,7 @@ Servers, of vLLM 0.32 in an environment of their own, are started with
         --worker-extension-cls gspo.policy.vllm_extension.PolicyWorker
 
 and on a CPU besides with TORCHDYNAMO_DISABLE=1 (or the first requests wait 40 s for compilation),
---block-size 16 (a group shares whole blocks of its prompt, which have 128 tokens by default there) and
+--block-size 32 (a group shares whole blocks of its prompt, which have 128 tokens by default there) and
 --no-enable-chunked-prefill (vllm_extension.py says why).
 
 Token ids go in and token ids come out, never text (POST /inference/v1/generate). Every response names the
