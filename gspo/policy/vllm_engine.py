@@ -1,0 +1,280 @@
+"""Sample from vLLM servers, which have a copy of the policy. pi_old is the trainer's all the same.
+
+vllm_server.py says how servers are started. Every request states the whole distribution, so that nothing
+comes from the model's generation config.
+
+A request samples a group. Its seed depends on sampling.seed and the place of the prompt alone, and response
+g of the group gets that seed plus g from vLLM. Asking again therefore gives the same responses, and none is
+lost or counted twice. Batches of other sizes differ by rounding, which may change a token.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gspo.policy.log_probs import TokenRows
+from gspo.policy.rollout import Rollout, Sampling, _end_token_ids, _response_budget
+from gspo.policy.saved_model import save_model
+from gspo.policy.vllm_extension import SHAPE
+from gspo.policy.vllm_server import (
+    ANSWER_TIMEOUT_S,
+    START_TIMEOUT_S,
+    TOKENIZER_SAMPLE,
+    EngineError,
+    VLLMServer,
+)
+
+# Groups that a server is asked for at a time. vLLM itself chooses which of them it computes together.
+GROUPS_AT_A_TIME = 256
+# The check of a server samples at this temperature, at which log-probabilities without temperature show.
+CHECK_TEMPERATURE = 0.7
+CHECK_TOKENS = 24
+# The mean distance, in nats per token, of a server's log-probabilities from the trainer's that rounding
+# explains. Measured on SmolLM2-135M: 0.00001 in float32, 0.04 in bfloat16.
+TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
+# Rounding moves log-probabilities up and down. If those sampled are higher by this on average, in nats per
+# token, then the server leaves out tokens. A top-p of 0.95 moves them by about 0.03.
+EXCESS = 0.02
+# Gives log-probabilities under the trainer's weights: (prompts, responses, temperature) -> for each response
+# those of its tokens.
+LogProbsAt = Callable[[TokenRows, TokenRows, float], Sequence[Sequence[float]]]
+
+
+class VLLMEngine:
+    """Samples with vLLM servers. sync() gives them the weights, check() proves that they have them.
+
+    Args:
+        urls: the servers, such as http://127.0.0.1:8000. Prompts are dealt to them in turn.
+        model: the policy, whose shape the servers' model must have. Its weights are not read.
+
+    Raises:
+        EngineError: a server does not start, or has another model, tokenizer or other settings.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        start_timeout_s: float = START_TIMEOUT_S,
+        answer_timeout_s: float = ANSWER_TIMEOUT_S,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.end_ids = _end_token_ids(model, tokenizer)
+        shape = {name: getattr(model.config.get_text_config(), name, None) for name in SHAPE}
+        sample = tokenizer(TOKENIZER_SAMPLE, add_special_tokens=False)["input_ids"]
+        self.servers = [VLLMServer(url, shape, sample, start_timeout_s, answer_timeout_s) for url in urls]
+        for server in self.servers:
+            server.connect()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the servers compute in. Weights need not be written in a longer one."""
+        return getattr(torch, self.servers[0].dtype)
+
+    def sync(self, folder: Path, version: str) -> None:
+        """Let every server take the weights of a folder (write_weights), under the name `version`.
+
+        The folder must stay until the next call: a server that is started again takes them again.
+
+        Raises:
+            EngineError: a server did not take them.
+        """
+        self._at_once([(server.load, (folder, version)) for server in self.servers])
+
+    def expect(self, folder: Path, version: str) -> None:
+        """Use weights that another process has given to the servers: with several, one calls sync()."""
+        for server in self.servers:
+            server.weights = folder, version
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], group_size: int, sampling: Sampling
+    ) -> list[Rollout]:
+        """Sample group_size responses to each prompt, given as token ids.
+
+        Returns:
+            len(prompts) * group_size rollouts, in which the responses to a prompt are contiguous. Their
+            log-probabilities are those of the server.
+
+        Raises:
+            ValueError: a prompt is empty, or leaves no room for a token under sampling.max_length.
+            EngineError: a server does not answer as it must.
+        """
+        return self._generate(self.servers, prompts, group_size, sampling)
+
+    def _generate(
+        self,
+        servers: Sequence[VLLMServer],
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        sampling: Sampling,
+    ) -> list[Rollout]:
+        calls = []
+        for i, prompt in enumerate(prompts):
+            budget = _response_budget(prompt, sampling)
+            parameters = {
+                "n": group_size,
+                "seed": _seed_of(sampling.seed + i),
+                "max_tokens": budget,
+                "temperature": sampling.temperature,
+                "top_p": 1.0,
+                "top_k": 0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "presence_penalty": 0.0,
+                "frequency_penalty": 0.0,
+                "logprobs": 0,  # of the sampled tokens alone
+                "ignore_eos": True,  # the ids that end a response are ours
+                "stop_token_ids": self.end_ids,
+                "detokenize": False,
+            }
+            server = servers[i % len(servers)]
+            calls.append((self._sample_group, (server, list(prompt), parameters)))
+        return [rollout for group in self._at_once(calls) for rollout in group]
+
+    def log_probs(self, prompts: TokenRows, responses: TokenRows) -> list[list[float]]:
+        """Return the servers' log-probabilities of the response tokens, at temperature 1, in nats.
+
+        Raises:
+            EngineError: a server does not answer as it must.
+        """
+        calls = []
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            server = self.servers[i % len(self.servers)]
+            calls.append((self._log_probs_of, (server, list(prompt), list(response))))
+        return self._at_once(calls)
+
+    def check(self, prompts: Sequence[Sequence[int]], log_probs_at: LogProbsAt) -> float:
+        """Compare every server's log-probabilities with the trainer's, on sampled responses.
+
+        Args:
+            prompts: some prompts. Every server samples one response to each.
+            log_probs_at: gives log-probabilities under the trainer's weights.
+
+        Returns:
+            The largest of the servers' mean distances, in nats per token.
+
+        Raises:
+            EngineError: a server has other weights, or its log-probabilities are not those of
+                softmax(logits / temperature) over the whole vocabulary.
+        """
+        gaps = []
+        for server in self.servers:
+            rollouts = self._generate([server], prompts, 1, Sampling(CHECK_TOKENS, CHECK_TEMPERATURE))
+            rows = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
+            gap, cause = compare(
+                [x for r in rollouts for x in r.log_probs],
+                [x for row in log_probs_at(*rows, CHECK_TEMPERATURE) for x in row],
+                [x for row in log_probs_at(*rows, 1.0) for x in row],
+                TOLERANCE[server.dtype],
+            )
+            if cause:
+                raise server.error(cause)
+            gaps.append(gap)
+        return max(gaps)
+
+    def _sample_group(self, server: VLLMServer, prompt: list[int], parameters: dict) -> list[Rollout]:
+        answer = server.generate({"token_ids": prompt, "sampling_params": parameters})
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        if [choice["index"] for choice in choices] != list(range(parameters["n"])):
+            raise server.error(f"it answered with {len(choices)} responses instead of {parameters['n']}")
+        return [self._rollout(server, prompt, parameters, choice) for choice in choices]
+
+    def _rollout(self, server: VLLMServer, prompt: list[int], parameters: dict, choice: dict) -> Rollout:
+        response_ids = choice["token_ids"]
+        tokens = (choice["logprobs"] or {}).get("content") or []
+        if not response_ids or [token["token_id"] for token in tokens] != response_ids:
+            raise _wrong_length(server, len(tokens), len(response_ids))
+        finished = response_ids[-1] in self.end_ids
+        budget = parameters["max_tokens"]
+        if not (finished or len(response_ids) == budget):
+            raise server.error(
+                f"a response ended after {len(response_ids)} of {budget} tokens ({choice['finish_reason']}): "
+                "give the server a --max-model-len for the longest prompt and response"
+            )
+        # As the engine in the process has it: one token has all the probability.
+        greedy = parameters["temperature"] == 0
+        return Rollout(
+            prompt_ids=prompt,
+            response_ids=response_ids,
+            log_probs=[0.0 if greedy else token["logprob"] for token in tokens],
+            text=self.tokenizer.decode(response_ids, skip_special_tokens=True),
+            finished=finished,
+        )
+
+    def _log_probs_of(self, server: VLLMServer, prompt: list[int], response: list[int]) -> list[float]:
+        parameters = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0, "detokenize": False}
+        answer = server.generate({"token_ids": prompt + response, "sampling_params": parameters})
+        positions = (answer["prompt_logprobs"] or [])[len(prompt) :]
+        if len(positions) != len(response):
+            raise _wrong_length(server, len(positions), len(response))
+        return [position[str(token)]["logprob"] for position, token in zip(positions, response, strict=True)]
+
+    def _at_once(self, calls: Sequence[tuple[Callable, tuple]]) -> list:
+        """Make calls to servers at the same time, each with its arguments. Returns their results in order."""
+        with ThreadPoolExecutor(GROUPS_AT_A_TIME * len(self.servers)) as threads:
+            pending = [threads.submit(call, *arguments) for call, arguments in calls]
+            try:
+                return [result.result() for result in pending]
+            finally:  # after an error, calls that have not begun are left out
+                threads.shutdown(wait=False, cancel_futures=True)
+
+
+def compare(
+    sampled: Sequence[float], expected: Sequence[float], expected_at_1: Sequence[float], tolerance: float
+) -> tuple[float, str | None]:
+    """Compare log-probabilities of sampled tokens, as their server gives them, with the trainer's.
+
+    Args:
+        expected, expected_at_1: the trainer's, at the temperature of sampling and at temperature 1.
+        tolerance: the mean distance that rounding explains.
+
+    Returns:
+        The mean distance in nats per token, and what is wrong, or None.
+    """
+    excess = [a - b for a, b in zip(sampled, expected, strict=True)]
+    gap = fmean(map(abs, excess))
+    gap_at_1 = fmean(abs(a - b) for a, b in zip(sampled, expected_at_1, strict=True))
+    if gap > tolerance and gap_at_1 <= tolerance:
+        return gap, (
+            "its log-probabilities are those without temperature: start it with "
+            "--logprobs-mode processed_logprobs"
+        )
+    # Without the improbable tokens, all others are more probable.
+    if fmean(excess) > min(EXCESS, tolerance) and fmean(x >= -tolerance for x in excess) > 0.9:
+        return gap, (
+            f"its tokens are more probable than the policy's by {fmean(excess):.3f} nats: it samples with "
+            "top-p, top-k or min-p, which must be off"
+        )
+    if gap > tolerance:
+        return gap, (
+            f"its log-probabilities are {gap:.3f} nats per token away from the trainer's: its weights are "
+            "stale or another model's"
+        )
+    return gap, None
+
+
+def write_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Write the weights into a new folder for sync(), whole or not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    for path in (partial, folder):
+        shutil.rmtree(path, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_model(model, partial, dtype)
+    partial.rename(folder)
+
+
+def _wrong_length(server: VLLMServer, log_probs: int, tokens: int) -> EngineError:
+    return server.error(f"it gave {log_probs} log-probabilities for a response of {tokens} tokens")
+
+
+def _seed_of(stream: int) -> int:
+    """The seed of a group's first response. vLLM takes 64 bits, of which a CPU uses the lower 32."""
+    high, low = np.random.SeedSequence(stream).generate_state(2).tolist()
+    return (high >> 2 << 32) + low

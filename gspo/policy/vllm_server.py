@@ -1,0 +1,206 @@
+"""One vLLM server: its requests, what they may take, and the weights that it must have.
+
+Servers, of vLLM 0.32 in an environment of their own, are started with
+
+    VLLM_SERVER_DEV_MODE=1 PYTHONPATH=<this repository> python -m vllm.entrypoints.openai.api_server \
+        --model FOLDER --enable-scale-out --logprobs-mode processed_logprobs \
+        --worker-extension-cls gspo.policy.vllm_extension.PolicyWorker
+
+and on a CPU besides with TORCHDYNAMO_DISABLE=1 (or the first requests wait 40 s for compilation),
+--block-size 32 (a group shares whole blocks of its prompt, which have 128 tokens by default there) and
+--no-enable-chunked-prefill (vllm_extension.py says why).
+
+Token ids go in and token ids come out, never text (POST /inference/v1/generate). Every response names the
+version of the weights that sampled it. A response of another version is never used: the server has been
+started again, so it gets the weights again, and is asked again.
+"""
+
+import http.client
+import json
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+# Seconds that a server may take to start, or to come back after it died. On a busy CPU, a small model takes
+# three minutes.
+START_TIMEOUT_S = 600.0
+# Seconds that a server may take to answer: the groups of a rollout batch wait for one another in it.
+ANSWER_TIMEOUT_S = 1800.0
+# Seconds to answer what costs nothing.
+HEALTH_TIMEOUT_S = 10.0
+# Seconds between two looks whether it is ready.
+HEALTH_INTERVAL_S = 1.0
+# How often a request is made if the server dies of it or answers with an internal error.
+ATTEMPTS = 3
+# Shows the server's tokenizer: it has digits, spaces, a line end and a letter beyond ASCII.
+TOKENIZER_SAMPLE = "What is 12 + 345?\n  Answer: é"
+# The types that a server may compute in.
+TYPES = ("float32", "float16", "bfloat16")
+
+
+class EngineError(RuntimeError):
+    """A server cannot be used. The message is one line: which server, what is wrong, what to do."""
+
+
+class VLLMServer:
+    """A server by its URL. Its methods raise EngineError if it does not answer as it must.
+
+    Args:
+        shape: the settings in vllm_extension.SHAPE that its model must have.
+        sample: the token ids that its tokenizer must make of TOKENIZER_SAMPLE.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        shape: dict[str, Any],
+        sample: Sequence[int],
+        start_timeout_s: float,
+        answer_timeout_s: float,
+    ) -> None:
+        self.url, self.shape, self.sample = url.rstrip("/"), shape, list(sample)
+        self.start_timeout_s, self.answer_timeout_s = start_timeout_s, answer_timeout_s
+        self.dtype = ""  # in which it computes; known once it has answered
+        self.weights: tuple[Path, str] | None = None  # folder and version
+        self._loading = threading.Lock()
+        self._waiting = False
+        # Servers stand in the same network: a proxy for the web is not asked.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def error(self, what: str) -> EngineError:
+        return EngineError(f"vLLM server {self.url}: {' '.join(what.split())}")
+
+    def connect(self) -> None:
+        """Wait until it is ready, and refuse another model, tokenizer or kind of log-probabilities."""
+        self._wait_until_ready()
+        self._retry(self._refuse_other_settings)
+
+    def load(self, folder: Path, version: str) -> None:
+        """Take the weights in a folder, forget keys and values of older ones, and read the version back."""
+        self.weights = None  # a server that dies now is not given the older ones
+        self._retry(partial(self._load, folder, version))
+        self.weights = folder, version
+
+    def generate(self, body: dict) -> dict:
+        """POST /inference/v1/generate, until the answer is from the weights that were loaded last."""
+        for _ in range(ATTEMPTS):
+            answer = self._retry(partial(self._ask, "/inference/v1/generate", body))
+            versions = {span["version"] for choice in answer["choices"] for span in choice["weight_versions"]}
+            if self.weights is None:
+                return answer
+            folder, version = self.weights
+            if versions == {version}:
+                return answer
+            with self._loading:  # the first of the requests that see it loads; the others then find it done
+                if self._retry(self._version) != version:
+                    tqdm.write(f"{self.url} was started again: it gets the weights again", file=sys.stderr)
+                    self._retry(partial(self._load, folder, version))
+        raise self.error(f"stale weights: it answers with those of version {versions}, not {version}")
+
+    def _refuse_other_settings(self) -> None:
+        found = self._ask_workers("describe_policy")
+        if found["shape"] != self.shape:
+            raise self.error(f"it has another model: {found['shape']} instead of {self.shape}")
+        if found["logprobs_mode"] != "processed_logprobs":
+            raise self.error(
+                f"its log-probabilities are {found['logprobs_mode']}, those without temperature: start it "
+                "with --logprobs-mode processed_logprobs"
+            )
+        if found["dtype"] not in TYPES:
+            raise self.error(f"it computes in {found['dtype']}: start it with --dtype bfloat16 or float32")
+        if found["dies_of_seeds"]:
+            raise self.error("on a CPU, it dies of seeds: start it with --no-enable-chunked-prefill")
+        self.dtype = found["dtype"]
+        encoded = self._ask("/tokenize", {"prompt": TOKENIZER_SAMPLE, "add_special_tokens": False})
+        if encoded["tokens"] != self.sample:
+            raise self.error("it has another tokenizer than the trainer")
+
+    def _load(self, folder: Path, version: str) -> None:
+        """All steps of load(), without trying again: a server that is started in between begins anew."""
+        self._refuse_other_settings()
+        problem = self._ask_workers("load_policy", str(folder))["error"]
+        if problem:
+            raise self.error(problem)
+        # Requests that other threads have made of a restarted server may be running. They begin anew, and the
+        # older version in their answers has them made again.
+        if not self._ask("/reset_prefix_cache?reset_running_requests=true", {})["success"]:
+            raise self.error("it keeps the prefix cache of older weights")
+        self._ask("/update_weight_version", {"new_version": version})
+        found = self._version()
+        if found != version:
+            raise self.error(f"stale weights: it says version {found} after {version} was loaded")
+
+    def _version(self) -> str:
+        return self._ask("/weight_info")["weight_version"]
+
+    def _ask_workers(self, method: str, *arguments: str) -> dict:
+        """Call a method of vllm_extension.PolicyWorker. The workers of a server must agree."""
+        results = self._ask("/collective_rpc", {"method": method, "args": arguments})["results"]
+        if any(result != results[0] for result in results):
+            raise self.error(f"its workers differ in {method}: {results}")
+        return results[0]
+
+    def _retry(self, call: Callable[[], Any]) -> Any:
+        """Return what the call returns. If the server dies of it or has an internal error, call again."""
+        problem = ""
+        for _ in range(ATTEMPTS):
+            try:
+                return call()
+            except urllib.error.HTTPError as error:
+                problem = f"HTTP {error.code}, {_message_of(error)}"
+                if error.code < 500:
+                    raise self.error(problem) from error
+            except TimeoutError as error:
+                raise self.error(
+                    f"hung: no answer for {self.answer_timeout_s:.0f} s: restart it, then --resume"
+                ) from error
+            except json.JSONDecodeError as error:
+                raise self.error("it does not answer as vLLM does: is it the right URL?") from error
+            except (OSError, http.client.HTTPException) as error:
+                problem = f"{type(error).__name__}: {error}"
+            self._wait_until_ready()
+        raise self.error(f"it fails every time ({problem}): restart it, then --resume")
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self.start_timeout_s
+        while True:
+            try:
+                self._request("/health", None, HEALTH_TIMEOUT_S)
+                self._waiting = False
+                return
+            except (OSError, http.client.HTTPException) as error:
+                if time.monotonic() > deadline:
+                    raise self.error(
+                        f"not there for {self.start_timeout_s:.0f} s ({error}): start it, then --resume"
+                    ) from error
+            if not self._waiting:  # one of the threads says it
+                self._waiting = True
+                tqdm.write(f"waiting for the vLLM server {self.url}", file=sys.stderr)
+            time.sleep(HEALTH_INTERVAL_S)
+
+    def _ask(self, path: str, body: dict | None = None) -> Any:
+        """One request: GET, or POST of a body. Returns the answer's JSON."""
+        return json.loads(self._request(path, body, self.answer_timeout_s))
+
+    def _request(self, path: str, body: dict | None, timeout_s: float) -> str:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with self._opener.open(request, timeout=timeout_s) as answer:
+            return answer.read().decode()
+
+
+def _message_of(error: urllib.error.HTTPError) -> str:
+    """What the server says about an error, in vLLM's form or in any other."""
+    text = error.read().decode(errors="replace")
+    try:
+        return json.loads(text)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return text[:200]
