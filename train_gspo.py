@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(config: GSPOConfig) -> int:
     """Run a configuration. Returns the exit code."""
+    from gspo.policy.vllm_server import EngineError
     from gspo.report.live import LiveReport
     from gspo.training.alarms import EmergencyStop
     from gspo.training.whole_folders import CannotSave
@@ -90,7 +91,7 @@ def train(config: GSPOConfig) -> int:
     except ValueError as error:
         complain(PROGRAM, error)
         return 2
-    except (CannotSave, OSError) as error:
+    except (CannotSave, EngineError, OSError) as error:
         complain(PROGRAM, error)
         return 1
     run.trainer.stop.on_signals()
@@ -102,6 +103,10 @@ def train(config: GSPOConfig) -> int:
     except CannotSave as error:
         if is_main:
             complain(PROGRAM, f"{error}; make room, then continue with --resume {run.folder.path}")
+        return 1
+    except EngineError as error:
+        if is_main:
+            complain(PROGRAM, f"{error}: continue with --resume {run.folder.path}")
         return 1
     except EmergencyStop as stop:
         if is_main:

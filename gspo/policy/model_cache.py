@@ -1,4 +1,4 @@
-"""The place of the embedded model on disk.
+"""The places of the embedded model and of vLLM's environment on disk.
 
 setup.py imports this module before anything is installed, so it needs the standard library only.
 """
@@ -18,6 +18,11 @@ def cache_folder() -> Path:
 def gguf_path() -> Path:
     """Return where setup.py puts the embedded model's weights as published (GGUF, 98 MB)."""
     return cache_folder() / GGUF_NAME
+
+
+def vllm_environment() -> Path:
+    """Return where setup.py makes the environment with vLLM (4 GB, with a GPU more); it may not exist."""
+    return cache_folder() / "vllm"
 
 
 def converted_folder() -> Path:

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gspo.policy.cpu import packed_weights
+from gspo.policy.log_probs import token_log_probs
 from gspo.policy.out_of_memory import is_out_of_memory
 from gspo.policy.prompt_cache import can_share_prompts, decode, prefill
 from gspo.printing import say
@@ -177,6 +178,16 @@ class TransformersEngine:
                 self._halve(len(batch_budgets))
                 rows = self._rows(group_size, total)
         return rollouts
+
+    def sync(self, version: str) -> None:
+        """Take the policy's present weights: it has no others."""
+
+    def log_probs(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """Return the log-probabilities of the response tokens, at temperature 1, in nats."""
+        with evaluation_mode(self.model), torch.no_grad():
+            return [row.tolist() for row in token_log_probs(self.model, prompts, responses)]
 
     def _sample_batch(
         self,

@@ -1,18 +1,20 @@
 """Sample from vLLM servers, which have a copy of the policy. pi_old is the trainer's all the same.
 
-vllm_server.py says how servers are started. Every request states the whole distribution, so that nothing
-comes from the model's generation config.
+Every request states the whole distribution, so that nothing comes from the model's generation config.
 
 A request samples a group. Its seed depends on sampling.seed and the place of the prompt alone, and response
 g of the group gets that seed plus g from vLLM. Asking again therefore gives the same responses, and none is
 lost or counted twice. Batches of other sizes differ by rounding, which may change a token.
 """
 
-import shutil
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gspo.policy.log_probs import TokenRows
 from gspo.policy.rollout import Rollout, Sampling, _end_token_ids, _response_budget
-from gspo.policy.saved_model import save_model
 from gspo.policy.vllm_extension import SHAPE
 from gspo.policy.vllm_server import (
     ANSWER_TIMEOUT_S,
     START_TIMEOUT_S,
     TOKENIZER_SAMPLE,
     EngineError,
+    Expected,
     VLLMServer,
 )
 
@@ -35,8 +37,11 @@ GROUPS_AT_A_TIME = 256
 # The check of a server samples at this temperature, at which log-probabilities without temperature show.
 CHECK_TEMPERATURE = 0.7
 CHECK_TOKENS = 24
+# It continues these, which any model has an idea of.
+CHECK_TEXTS = ("What is 12 + 345?", "Once upon a time", "def main():", "The capital of France is")
 # The mean distance, in nats per token, of a server's log-probabilities from the trainer's that rounding
-# explains. Measured on SmolLM2-135M: 0.00001 in float32, 0.04 in bfloat16.
+# explains, by the type that one of them computes in. Measured on SmolLM2-135M: 0.00001 in float32, 0.04 in
+# bfloat16.
 TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
 # Rounding moves log-probabilities up and down. If those sampled are higher by this on average, in nats per
 # token, then the server leaves out tokens. A top-p of 0.95 moves them by about 0.03.
@@ -52,6 +57,9 @@ class VLLMEngine:
     Args:
         urls: the servers, such as http://127.0.0.1:8000. Prompts are dealt to them in turn.
         model: the policy, whose shape the servers' model must have. Its weights are not read.
+        compute_type: the type that the trainer computes in, a key of TOLERANCE.
+        adapters: what the servers get are LoRA adapters, for the model that they were started with.
+        ended: says why servers will never answer again, or None as long as they may.
 
     Raises:
         EngineError: a server does not start, or has another model, tokenizer or other settings.
@@ -62,14 +70,18 @@ class VLLMEngine:
         urls: Sequence[str],
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        compute_type: str = "float32",
+        adapters: bool = False,
+        ended: Callable[[], str | None] = lambda: None,
         start_timeout_s: float = START_TIMEOUT_S,
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.compute_type = tokenizer, compute_type
         self.end_ids = _end_token_ids(model, tokenizer)
         shape = {name: getattr(model.config.get_text_config(), name, None) for name in SHAPE}
         sample = tokenizer(TOKENIZER_SAMPLE, add_special_tokens=False)["input_ids"]
-        self.servers = [VLLMServer(url, shape, sample, start_timeout_s, answer_timeout_s) for url in urls]
+        expected = Expected(shape, sample, adapters, start_timeout_s, answer_timeout_s)
+        self.servers = [VLLMServer(url, expected, ended) for url in urls]
         for server in self.servers:
             server.connect()
 
@@ -78,8 +90,15 @@ class VLLMEngine:
         """The type that the servers compute in. Weights need not be written in a longer one."""
         return getattr(torch, self.servers[0].dtype)
 
+    @property
+    def tolerance(self) -> float:
+        """The mean distance from the trainer's log-probabilities, nats per token, that rounding explains."""
+        return max(
+            TOLERANCE[name] for name in (self.compute_type, *(server.dtype for server in self.servers))
+        )
+
     def sync(self, folder: Path, version: str) -> None:
-        """Let every server take the weights of a folder (write_weights), under the name `version`.
+        """Let every server take the weights of a folder, or the adapters, under the name `version`.
 
         The folder must stay until the next call: a server that is started again takes them again.
 
@@ -150,11 +169,17 @@ class VLLMEngine:
             calls.append((self._log_probs_of, (server, list(prompt), list(response))))
         return self._at_once(calls)
 
-    def check(self, prompts: Sequence[Sequence[int]], log_probs_at: LogProbsAt) -> float:
-        """Compare every server's log-probabilities with the trainer's, on sampled responses.
+    def sleep(self) -> None:
+        """Let every server give up its GPU memory, until wake_up()."""
+        self._at_once([(server.sleep, ()) for server in self.servers])
+
+    def wake_up(self) -> None:
+        self._at_once([(server.wake_up, ()) for server in self.servers])
+
+    def check(self, log_probs_at: LogProbsAt) -> float:
+        """Compare every server's log-probabilities with the trainer's, on responses to CHECK_TEXTS.
 
         Args:
-            prompts: some prompts. Every server samples one response to each.
             log_probs_at: gives log-probabilities under the trainer's weights.
 
         Returns:
@@ -165,6 +190,7 @@ class VLLMEngine:
                 softmax(logits / temperature) over the whole vocabulary.
         """
         gaps = []
+        prompts = [self.tokenizer(text)["input_ids"] for text in CHECK_TEXTS]
         for server in self.servers:
             rollouts = self._generate([server], prompts, 1, Sampling(CHECK_TOKENS, CHECK_TEMPERATURE))
             rows = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
@@ -172,7 +198,7 @@ class VLLMEngine:
                 [x for r in rollouts for x in r.log_probs],
                 [x for row in log_probs_at(*rows, CHECK_TEMPERATURE) for x in row],
                 [x for row in log_probs_at(*rows, 1.0) for x in row],
-                TOLERANCE[server.dtype],
+                self.tolerance,
             )
             if cause:
                 raise server.error(cause)
@@ -217,13 +243,33 @@ class VLLMEngine:
         return [position[str(token)]["logprob"] for position, token in zip(positions, response, strict=True)]
 
     def _at_once(self, calls: Sequence[tuple[Callable, tuple]]) -> list:
-        """Make calls to servers at the same time, each with its arguments. Returns their results in order."""
-        with ThreadPoolExecutor(GROUPS_AT_A_TIME * len(self.servers)) as threads:
-            pending = [threads.submit(call, *arguments) for call, arguments in calls]
-            try:
-                return [result.result() for result in pending]
-            finally:  # after an error, calls that have not begun are left out
-                threads.shutdown(wait=False, cancel_futures=True)
+        """Make calls to servers at the same time, each with its arguments. Returns their results in order.
+
+        The first error is raised at once. Calls that have not begun are then left out, and those that have
+        are not waited for: a hung server answers late or never. So the threads end with the process.
+        """
+        results: list[Any] = [None] * len(calls)
+        done: SimpleQueue[BaseException | None] = SimpleQueue()
+        waiting = deque(enumerate(calls))
+
+        def work() -> None:
+            with suppress(IndexError):  # none is left
+                while True:
+                    i, (call, arguments) = waiting.popleft()
+                    try:
+                        results[i] = call(*arguments)
+                    except BaseException as error:
+                        waiting.clear()
+                        done.put(error)
+                    else:
+                        done.put(None)
+
+        for _ in range(min(len(calls), GROUPS_AT_A_TIME * len(self.servers))):
+            threading.Thread(target=work, daemon=True).start()
+        for _ in calls:
+            if error := done.get():
+                raise error
+        return results
 
 
 def compare(
@@ -258,16 +304,6 @@ def compare(
             "stale or another model's"
         )
     return gap, None
-
-
-def write_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """Write the weights into a new folder for sync(), whole or not at all."""
-    partial = folder.with_name(folder.name + ".partial")
-    for path in (partial, folder):
-        shutil.rmtree(path, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_model(model, partial, dtype)
-    partial.rename(folder)
 
 
 def _wrong_length(server: VLLMServer, log_probs: int, tokens: int) -> EngineError:

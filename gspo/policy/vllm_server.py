@@ -1,18 +1,11 @@
-"""One vLLM server: its requests, what they may take, and the weights that it must have.
+"""One vLLM server by its URL: its requests, what they may take, and the weights that it must have.
 
-Servers, of vLLM 0.32 in an environment of their own, are started with
-
-    VLLM_SERVER_DEV_MODE=1 PYTHONPATH=<this repository> python -m vllm.entrypoints.openai.api_server \
-        --model FOLDER --enable-scale-out --logprobs-mode processed_logprobs \
-        --worker-extension-cls gspo.policy.vllm_extension.PolicyWorker
-
-and on a CPU besides with TORCHDYNAMO_DISABLE=1 (or the first requests wait 40 s for compilation),
---block-size 32 (a group shares whole blocks of its prompt, which have 128 tokens by default there) and
---no-enable-chunked-prefill (vllm_extension.py says why).
+vllm_process.py starts such servers, and docs/vllm.md has the command for a server of one's own.
 
 Token ids go in and token ids come out, never text (POST /inference/v1/generate). Every response names the
-version of the weights that sampled it. A response of another version is never used: the server has been
-started again, so it gets the weights again, and is asked again.
+version of the weights that sampled it; of LoRA adapters, the version is the name by which they are asked for.
+A response of another version is never used: the server has been started again, so it gets the weights again,
+and is asked again.
 """
 
 import http.client
@@ -23,11 +16,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from gspo.printing import say
 
 # Seconds that a server may take to start, or to come back after it died. On a busy CPU, a small model takes
 # three minutes.
@@ -50,24 +44,31 @@ class EngineError(RuntimeError):
     """A server cannot be used. The message is one line: which server, what is wrong, what to do."""
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What every server of an engine must be like.
+
+    shape: the settings in vllm_extension.SHAPE that its model must have.
+    sample: the token ids that its tokenizer must make of TOKENIZER_SAMPLE.
+    adapters: the weights that it gets are LoRA adapters, for the model that it was started with.
+    """
+
+    shape: dict[str, Any]
+    sample: Sequence[int]
+    adapters: bool = False
+    start_timeout_s: float = START_TIMEOUT_S
+    answer_timeout_s: float = ANSWER_TIMEOUT_S
+
+
 class VLLMServer:
     """A server by its URL. Its methods raise EngineError if it does not answer as it must.
 
     Args:
-        shape: the settings in vllm_extension.SHAPE that its model must have.
-        sample: the token ids that its tokenizer must make of TOKENIZER_SAMPLE.
+        ended: says why the server will never answer again, or None as long as it may.
     """
 
-    def __init__(
-        self,
-        url: str,
-        shape: dict[str, Any],
-        sample: Sequence[int],
-        start_timeout_s: float,
-        answer_timeout_s: float,
-    ) -> None:
-        self.url, self.shape, self.sample = url.rstrip("/"), shape, list(sample)
-        self.start_timeout_s, self.answer_timeout_s = start_timeout_s, answer_timeout_s
+    def __init__(self, url: str, expected: Expected, ended: Callable[[], str | None] = lambda: None) -> None:
+        self.url, self.expected, self.ended = url.rstrip("/"), expected, ended
         self.dtype = ""  # in which it computes; known once it has answered
         self.weights: tuple[Path, str] | None = None  # folder and version
         self._loading = threading.Lock()
@@ -85,30 +86,55 @@ class VLLMServer:
 
     def load(self, folder: Path, version: str) -> None:
         """Take the weights in a folder, forget keys and values of older ones, and read the version back."""
-        self.weights = None  # a server that dies now is not given the older ones
+        older, self.weights = self.weights, None  # a server that dies now is not given the older ones
         self._retry(partial(self._load, folder, version))
         self.weights = folder, version
+        if older and self.expected.adapters:
+            self._retry(partial(self._unload_adapters, older[1]))
 
     def generate(self, body: dict) -> dict:
         """POST /inference/v1/generate, until the answer is from the weights that were loaded last."""
+        found: set[str] = set()
         for _ in range(ATTEMPTS):
-            answer = self._retry(partial(self._ask, "/inference/v1/generate", body))
-            versions = {span["version"] for choice in answer["choices"] for span in choice["weight_versions"]}
+            answer, found = self._retry(partial(self._generate, body))
             if self.weights is None:
                 return answer
             folder, version = self.weights
-            if versions == {version}:
+            if found == {version}:
                 return answer
             with self._loading:  # the first of the requests that see it loads; the others then find it done
                 if self._retry(self._version) != version:
-                    tqdm.write(f"{self.url} was started again: it gets the weights again", file=sys.stderr)
+                    say(f"{self.url} was started again: it gets the weights again", sys.stderr)
                     self._retry(partial(self._load, folder, version))
-        raise self.error(f"stale weights: it answers with those of version {versions}, not {version}")
+        raise self.error(f"stale weights: it answers with those of version {found}, not {version}")
+
+    def sleep(self) -> None:
+        """Let go of its GPU memory. Needs --enable-sleep-mode."""
+        self._retry(partial(self._request, "/sleep?level=1", {}, self.expected.answer_timeout_s))
+
+    def wake_up(self) -> None:
+        self._retry(partial(self._request, "/wake_up", {}, self.expected.answer_timeout_s))
+
+    # ---- requests that are not repeated
+
+    def _generate(self, body: dict) -> tuple[dict, set[str]]:
+        """The answer, and the versions of the weights that it is from: none if it has lost its adapters."""
+        path = "/inference/v1/generate"
+        if not (self.expected.adapters and self.weights):
+            answer = self._ask(path, body)
+            return answer, {x["version"] for choice in answer["choices"] for x in choice["weight_versions"]}
+        version = self.weights[1]
+        try:
+            return self._ask(path, body | {"model": version}), {version}
+        except urllib.error.HTTPError as error:
+            if error.code != 404:
+                raise
+            return {}, set()
 
     def _refuse_other_settings(self) -> None:
         found = self._ask_workers("describe_policy")
-        if found["shape"] != self.shape:
-            raise self.error(f"it has another model: {found['shape']} instead of {self.shape}")
+        if found["shape"] != self.expected.shape:
+            raise self.error(f"it has another model: {found['shape']} instead of {self.expected.shape}")
         if found["logprobs_mode"] != "processed_logprobs":
             raise self.error(
                 f"its log-probabilities are {found['logprobs_mode']}, those without temperature: start it "
@@ -120,26 +146,53 @@ class VLLMServer:
             raise self.error("on a CPU, it dies of seeds: start it with --no-enable-chunked-prefill")
         self.dtype = found["dtype"]
         encoded = self._ask("/tokenize", {"prompt": TOKENIZER_SAMPLE, "add_special_tokens": False})
-        if encoded["tokens"] != self.sample:
+        if encoded["tokens"] != list(self.expected.sample):
             raise self.error("it has another tokenizer than the trainer")
 
     def _load(self, folder: Path, version: str) -> None:
         """All steps of load(), without trying again: a server that is started in between begins anew."""
         self._refuse_other_settings()
-        problem = self._ask_workers("load_policy", str(folder))["error"]
-        if problem:
-            raise self.error(problem)
+        if self.expected.adapters:
+            self._load_adapters(folder, version)
+        else:
+            problem = self._ask_workers("load_policy", str(folder))["error"]
+            if problem:
+                raise self.error(problem)
         # Requests that other threads have made of a restarted server may be running. They begin anew, and the
         # older version in their answers has them made again.
         if not self._ask("/reset_prefix_cache?reset_running_requests=true", {})["success"]:
             raise self.error("it keeps the prefix cache of older weights")
-        self._ask("/update_weight_version", {"new_version": version})
+        if not self.expected.adapters:
+            self._ask("/update_weight_version", {"new_version": version})
         found = self._version()
         if found != version:
             raise self.error(f"stale weights: it says version {found} after {version} was loaded")
 
+    def _load_adapters(self, folder: Path, version: str) -> None:
+        body = {"lora_name": version, "lora_path": str(folder)}
+        try:
+            self._request("/v1/load_lora_adapter", body, self.expected.answer_timeout_s)
+        except urllib.error.HTTPError as error:
+            message = _message_of(error)
+            if "already been loaded" in message:  # by an earlier request, whose answer was lost
+                return
+            raise self.error(
+                f"it does not load adapters from {folder} ({message}): share the folder with it, and start "
+                "it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and a --max-lora-rank"
+            ) from error
+
+    def _unload_adapters(self, version: str) -> None:
+        try:
+            self._request("/v1/unload_lora_adapter", {"lora_name": version}, self.expected.answer_timeout_s)
+        except urllib.error.HTTPError as error:
+            if error.code != 404:  # a server that was started again has them no longer
+                raise
+
     def _version(self) -> str:
-        return self._ask("/weight_info")["weight_version"]
+        """The version of the weights that it has; of adapters, the newest."""
+        if not self.expected.adapters:
+            return self._ask("/weight_info")["weight_version"]
+        return self._ask("/v1/models")["data"][-1]["id"]
 
     def _ask_workers(self, method: str, *arguments: str) -> dict:
         """Call a method of vllm_extension.PolicyWorker. The workers of a server must agree."""
@@ -147,6 +200,18 @@ class VLLMServer:
         if any(result != results[0] for result in results):
             raise self.error(f"its workers differ in {method}: {results}")
         return results[0]
+
+    def _ask(self, path: str, body: dict | None = None) -> Any:
+        """One request: GET, or POST of a body. Returns the answer's JSON."""
+        return json.loads(self._request(path, body, self.expected.answer_timeout_s))
+
+    def _request(self, path: str, body: dict | None, timeout_s: float) -> str:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with self._opener.open(request, timeout=timeout_s) as answer:
+            return answer.read().decode()
+
+    # ---- patience
 
     def _retry(self, call: Callable[[], Any]) -> Any:
         """Return what the call returns. If the server dies of it or has an internal error, call again."""
@@ -160,18 +225,20 @@ class VLLMServer:
                     raise self.error(problem) from error
             except TimeoutError as error:
                 raise self.error(
-                    f"hung: no answer for {self.answer_timeout_s:.0f} s: restart it, then --resume"
+                    f"hung: no answer for {self.expected.answer_timeout_s:.0f} s: restart it"
                 ) from error
             except json.JSONDecodeError as error:
                 raise self.error("it does not answer as vLLM does: is it the right URL?") from error
             except (OSError, http.client.HTTPException) as error:
                 problem = f"{type(error).__name__}: {error}"
             self._wait_until_ready()
-        raise self.error(f"it fails every time ({problem}): restart it, then --resume")
+        raise self.error(f"it fails every time ({problem}): restart it")
 
     def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + self.start_timeout_s
+        deadline = time.monotonic() + self.expected.start_timeout_s
         while True:
+            if why := self.ended():
+                raise self.error(why)
             try:
                 self._request("/health", None, HEALTH_TIMEOUT_S)
                 self._waiting = False
@@ -179,22 +246,12 @@ class VLLMServer:
             except (OSError, http.client.HTTPException) as error:
                 if time.monotonic() > deadline:
                     raise self.error(
-                        f"not there for {self.start_timeout_s:.0f} s ({error}): start it, then --resume"
+                        f"not there for {self.expected.start_timeout_s:.0f} s ({error}): start it"
                     ) from error
             if not self._waiting:  # one of the threads says it
                 self._waiting = True
-                tqdm.write(f"waiting for the vLLM server {self.url}", file=sys.stderr)
+                say(f"waiting for the vLLM server {self.url}", sys.stderr)
             time.sleep(HEALTH_INTERVAL_S)
-
-    def _ask(self, path: str, body: dict | None = None) -> Any:
-        """One request: GET, or POST of a body. Returns the answer's JSON."""
-        return json.loads(self._request(path, body, self.answer_timeout_s))
-
-    def _request(self, path: str, body: dict | None, timeout_s: float) -> str:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with self._opener.open(request, timeout=timeout_s) as answer:
-            return answer.read().decode()
 
 
 def _message_of(error: urllib.error.HTTPError) -> str:

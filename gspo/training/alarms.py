@@ -49,8 +49,15 @@ def unreadable_characters(text: str) -> float:
 # ---- emergency stops
 
 
-# The advice of an emergency stop because nothing could be judged.
+# The share of responses that --mismatch_mask may mask before a warning, and before a stop.
+MASKED_WARNING, MASKED_STOP = 0.1, 0.5
+# The advice of emergency stops before a rollout batch is trained on: because nothing could be judged, and
+# because too much is masked.
 MEND_REWARD = "Mend the reward and continue with --resume"
+MEND_MISMATCH = (
+    "Start the server in the trainer's type, or raise --mismatch_mask, and continue with --resume; a small "
+    "model needs --dtype float32 from the start: this run is"
+)
 
 
 class EmergencyStop(RuntimeError):
@@ -137,6 +144,17 @@ def unjudged_reason(history: Sequence[dict], window: int = WINDOW) -> str | None
     return None
 
 
+def mismatch_reason(history: Sequence[dict]) -> str | None:
+    """The reason why sampler and trainer are too different to train on, or None."""
+    recent = [batch["masked_fraction"] for batch in history if "masked_fraction" in batch][-WINDOW:]
+    if len(recent) < WINDOW or min(recent) < MASKED_STOP:
+        return None
+    return (
+        f"in {WINDOW} rollout batches {MASKED_STOP:.0%} or more of the responses were masked, because "
+        "sampler and trainer differ on them by more than --mismatch_mask"
+    )
+
+
 def _nothing_judged(batch: dict) -> bool:
     """True if no response of a rollout batch has a reward.
 
@@ -183,6 +201,12 @@ def warnings_of(history: Sequence[dict], clips_per_token: bool = False) -> dict[
         warnings["stale sampler"] = (
             f"the log-probabilities of sampler and trainer differ by {last['sampler_gap']:.3g} nats per "
             f"token, at the start by {first_gap:.3g}: does the sampler get the new weights?"
+        )
+    masked = last.get("masked_fraction", 0)
+    if masked > MASKED_WARNING:
+        warnings["mismatch"] = (
+            f"{masked:.0%} of the responses get no gradient, because sampler and trainer differ on them by "
+            "more than --mismatch_mask: let both compute in the same type, in float32 if the model is small"
         )
     recent = history[-WINDOW:]
     if len(recent) == WINDOW and all(batch["zero_variance_groups"] == 1 for batch in recent):

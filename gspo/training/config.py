@@ -205,7 +205,22 @@ class GSPOConfig:
     eval_samples: int | None = flag(
         None, "sampling", "responses per held-out problem (default: group_size)", at_least=1
     )
-    rollout_engine: str = flag("transformers", "sampling", "engine that samples", ("transformers", "vllm"))
+    rollout_engine: str = flag(
+        "transformers",
+        "sampling",
+        "engine that samples: the policy in this process, or vLLM servers, which are fast",
+        ("transformers", "vllm"),
+    )
+    vllm_url: str | None = flag(
+        None, "sampling", "URLs of vLLM servers, with commas (default: the run starts one beside itself)"
+    )
+    mismatch_mask: float = flag(
+        0.01,
+        "sampling",
+        "with vllm: a response gets no gradient if its mean log-probability per token, in nats, differs by "
+        "more between sampler and trainer",
+        positive=True,
+    )
 
     output_dir: str = flag("gspo_outputs", "run", "directory in which run folders are made")
     run_name: str | None = flag(
@@ -293,13 +308,21 @@ class GSPOConfig:
                     f"--log_to {name}: it is not installed; python -m pip install {name}, or leave it out "
                     "(--log_to '' where a resumed run has it)"
                 )
-        if self.rollout_engine == "vllm":
-            raise ValueError("--rollout_engine vllm is not available yet; use transformers")
+        if self.vllm_url is not None and self.rollout_engine != "vllm":
+            raise ValueError(f"--vllm_url {self.vllm_url} goes with --rollout_engine vllm")
+        for url in self.vllm_urls:
+            if not re.fullmatch(r"https?://[^/\s]+/?", url):
+                raise ValueError(f"--vllm_url {url}: give URLs such as http://127.0.0.1:8000, with commas")
 
     @property
     def method(self) -> str:
         """The way of training, once it is decided: "adamw", "adamw_8bit" or "lora"."""
         return "lora" if self.lora_rank else self.optimizer
+
+    @property
+    def vllm_urls(self) -> list[str]:
+        """The servers that --vllm_url gives."""
+        return [url.strip() for url in (self.vllm_url or "").split(",") if url.strip()]
 
     @property
     def trackers(self) -> tuple[str, ...]:

@@ -8,7 +8,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
+from gspo.policy.vllm_server import EngineError
 from gspo.training.whole_folders import CannotSave
+
+# What ends a run with a line that says what to do. It is raised in all processes alike.
+REFUSALS = (ValueError, CannotSave, OSError, EngineError)
 
 
 class Processes:
@@ -49,17 +53,32 @@ class Processes:
     def on_main(self, work: Callable, *arguments: Any) -> Any:
         """Do work(*arguments) on the main process, and return its result in all processes.
 
-        A ValueError, CannotSave or OSError is raised in all of them, another exception on the main one alone.
+        One of REFUSALS is raised in all of them, another exception on the main one alone.
         """
         result = error = None
         if self.is_main:
             try:
                 result = work(*arguments)
-            except (ValueError, CannotSave, OSError) as refusal:
+            except REFUSALS as refusal:
                 error = refusal
         result, error = broadcast_object_list([result, error])
         if error is not None:
             raise error
+        return result
+
+    def together(self, work: Callable, *arguments: Any) -> Any:
+        """Do work(*arguments) in each process, and return its own result.
+
+        If it ends with one of REFUSALS anywhere, the first of them is raised in all processes.
+        """
+        result, errors = None, []
+        try:
+            result = work(*arguments)
+        except REFUSALS as refusal:
+            errors = [refusal]
+        errors = self.gather(errors)
+        if errors:
+            raise errors[0]
         return result
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:

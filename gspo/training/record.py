@@ -76,6 +76,21 @@ GLOSSARY = {
         "mean absolute difference between the sampler's log-probabilities and pi_old's, over the responses "
         "that have a signal",
     ),
+    "sampler_gap_max": ("nats", "largest absolute difference of a token's; with --rollout_engine vllm"),
+    "sampler_kl": (
+        "nats per token",
+        "estimated KL (k3) of the sampler to pi_old, over the same responses; with --rollout_engine vllm",
+    ),
+    "sampler_ess": (
+        "share",
+        "effective sample size of the weights pi_old / sampler of these responses, as a share of them: 1 if "
+        "the two are the same; with --rollout_engine vllm",
+    ),
+    "masked_fraction": (
+        "share",
+        "these responses whose mean log-probability per token differs by more than --mismatch_mask between "
+        "sampler and pi_old: they get no gradient; with --rollout_engine vllm",
+    ),
     "kl": ("nats per token", "estimated KL to the starting model; logged with a kl_coef"),
     "grad_norm": ("-", "gradient norm before clipping, mean over the updates that had a group with a signal"),
     "learning_rate": ("-", "learning rate of the batch's last optimizer update"),
@@ -94,6 +109,7 @@ SECONDS = ("generation_s", "reward_s", "log_prob_s", "update_s", "tokens_per_s",
 # Metrics that some lines lack.
 OPTIONAL = (
     "kl", "code_timeouts", "reward_errors", "reward_timeouts", "reward_part/NAME", "null_clip_fraction",
+    "sampler_gap_max", "sampler_kl", "sampler_ess", "masked_fraction",
 )  # fmt: skip
 # What every line of a file holds besides the step, as far as it is checked: each a number, or a list of them.
 LISTS = ("clip_fraction_by_minibatch", "interval_95", "pass_by_problem", "reward_by_problem")

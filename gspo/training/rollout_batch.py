@@ -26,6 +26,8 @@ class Sample:
     parts: the named parts of the reward, if it has such; their sum is the reward.
     advantage: A_i of the response within its group; 0 if its group is tied or it was not judged.
     has_signal: False if no gradient comes from it, so that nothing more needs to be computed.
+    masked: True if it has no part in the gradient because sampler and trainer differ too much on it. It stays
+        in the forward passes, whose shapes must not change, and in the denominator.
     old_log_probs: (|y|,) float32 on the CPU, log pi_old of the response's tokens; None until it is computed.
     reference_log_probs: (|y|,) the same under the starting model; None without a KL penalty.
     ratio_spread: |s - 1| in its update, in units of the mean clip range (GRPO: the median over its tokens);
@@ -46,11 +48,17 @@ class Sample:
     reference_log_probs: torch.Tensor | None = None
     ratio_spread: float | None = None
     passed: bool = False
+    masked: bool = False
     parts: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
         return len(self.rollout.response_ids)
+
+    @property
+    def trained_advantage(self) -> float:
+        """The advantage that the loss sees."""
+        return 0.0 if self.masked else self.advantage
 
     def sampler_gap(self, log_probs: torch.Tensor) -> float:
         """Mean distance, in nats per token, between the sampler's log-probabilities and those of pi_old.
@@ -59,6 +67,19 @@ class Sample:
         """
         old = log_probs if self.old_log_probs is None else self.old_log_probs
         return (torch.tensor(self.rollout.log_probs) - old).abs().mean().item()
+
+    def note_ratio(self, log_probs: torch.Tensor, mean_range: float, per_token: bool) -> None:
+        """Set ratio_spread from the present log-probabilities (|y|,), if the sample has an advantage.
+
+        mean_range: the mean of the left and the right clip range. per_token: as in GRPO.
+        """
+        if not self.trained_advantage:
+            return
+        log_ratio = log_probs - self.old_log_probs  # (|y|,)
+        if not per_token:
+            log_ratio = log_ratio.mean(dim=0, keepdim=True)
+        deviations = (log_ratio.exp() - 1).abs()
+        self.ratio_spread = float(np.median(deviations.numpy())) / mean_range
 
     def record(self) -> dict:
         """The sample as plain data, for a person to read."""
@@ -70,7 +91,13 @@ class Sample:
             "advantage": self.advantage,
             "tokens": self.num_tokens,
             "finished": self.rollout.finished,
+            **({"masked": True} if self.masked else {}),
         }
+
+
+def lacks_pi_old(samples: Sequence[Sample]) -> bool:
+    """True if an update is to compute log pi_old for some of the samples."""
+    return any(sample.has_signal and sample.old_log_probs is None for sample in samples)
 
 
 def mean_parts(samples: Sequence[Sample]) -> dict[str, float]:

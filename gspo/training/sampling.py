@@ -46,13 +46,14 @@ def sample_and_reward(
 
     Raises:
         EmergencyStop: a log-probability or a reward is not finite.
+        EngineError: the engine cannot sample.
         ValueError: reward_fn does not return one reward for each response.
     """
     share = processes.contiguous_share(len(problems))
     own = [problems[i] for i in share]
     asked = [problem for problem in own for _ in range(group_size)]
     started = time.perf_counter()
-    rollouts = generate(own, share.start) if own else []
+    rollouts = processes.together(lambda: generate(own, share.start) if own else [])
     generated = time.perf_counter()
     rewards = reward_fn(asked, [rollout.text for rollout in rollouts]) if own else []
     if len(rewards) != len(rollouts):

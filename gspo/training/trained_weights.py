@@ -41,8 +41,11 @@ class TrainedWeights(Protocol):
     def load_checkpoint(self, folder: Path) -> None:
         """Take the trained weights of save_checkpoint()."""
 
-    def save_model(self, folder: Path) -> None:
-        """Write the trained model, in the type that it came in, into a folder that from_pretrained loads."""
+    def save_model(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write the trained model into a folder that from_pretrained loads, in the type that it came in."""
+
+    def save_update(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write into a folder what training changes, for a server that has the rest: weights in this type."""
 
 
 def trained_weights(model: Any, config: GSPOConfig, device: torch.device) -> TrainedWeights:
@@ -96,8 +99,11 @@ class AllWeights:
     def load_checkpoint(self, folder: Path) -> None:
         load_weights(self.model, folder)
 
-    def save_model(self, folder: Path) -> None:
-        save_model(self.model, folder, self.saved_dtype)
+    def save_model(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        save_model(self.model, folder, dtype or self.saved_dtype)
+
+    def save_update(self, folder: Path, dtype: torch.dtype) -> None:
+        save_model(self.model, folder, dtype)
 
 
 class Adapters:
@@ -131,9 +137,12 @@ class Adapters:
     def load_checkpoint(self, folder: Path) -> None:
         self._lora.load_adapters(self.model, folder)
 
-    def save_model(self, folder: Path) -> None:
-        save_model(self._lora.merged_model(self.model, self.saved_dtype), folder)
+    def save_model(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        save_model(self._lora.merged_model(self.model, dtype or self.saved_dtype), folder)
         self._lora.save_adapters(self.model, self._adapter_config, folder / "adapter")
+
+    def save_update(self, folder: Path, dtype: torch.dtype) -> None:
+        self._lora.save_adapters(self.model, self._adapter_config, folder)
 
 
 def _prepare(model: Any, device: torch.device, dtype: torch.dtype) -> Any:

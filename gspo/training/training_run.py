@@ -18,13 +18,16 @@ import numpy as np
 import torch
 
 from gspo.policy.saved_model import save_tokenizer
+from gspo.policy.vllm_server import EngineError
 from gspo.printing import say
 from gspo.training.alarms import (
+    MEND_MISMATCH,
     MEND_REWARD,
     WINDOW,
     EmergencyStop,
     gibberish_reason,
     held_out_fall,
+    mismatch_reason,
     non_finite_weights,
     stop_if,
     unjudged_reason,
@@ -153,11 +156,12 @@ class TrainingRun:
 
         Raises:
             EmergencyStop: the update in progress must not reach the weights; the evidence is in emergency/.
+            EngineError: a server cannot sample any more, or not from the policy.
             CannotSave: the disk is full; the last whole checkpoint is as it was.
         """
         if self.processes.is_main:
             say(f"run folder: {self.folder.path}")
-        end: Interrupted | EmergencyStop | None = None
+        end: Interrupted | EmergencyStop | EngineError | None = None
         with ExitStack() as stack:
             if self.processes.is_main:
                 stack.callback(self.close)
@@ -166,7 +170,7 @@ class TrainingRun:
             stack.enter_context(line)
             try:
                 self._train_all_batches(line)
-            except (Interrupted, EmergencyStop) as stop:
+            except (Interrupted, EmergencyStop, EngineError) as stop:
                 end = stop
             except CannotSave:
                 raise
@@ -180,7 +184,7 @@ class TrainingRun:
             self.processes.on_main(self._save_if_whole)
             recorded = self._evaluations()
             folder = self.processes.on_main(lambda: self.folder.path)
-        if isinstance(end, EmergencyStop):
+        if isinstance(end, EmergencyStop | EngineError):
             raise end
         result: dict[str, Any] = {"before": None, "after": None, "best": None}
         if recorded:
@@ -247,9 +251,10 @@ class TrainingRun:
             queries = self._next_queries(self._sampled())
             if queries:
                 batch = self.trainer.collect(queries, index)
-                if reason := self.processes.on_main(self._unjudged_reason, batch):
-                    # It is not pending yet: with a reward that was mended, a resumed run samples it again.
-                    raise EmergencyStop(reason, batch.metrics, batch, MEND_REWARD)
+                reason, advice = self.processes.on_main(self._refusal, batch)
+                if reason:
+                    # It is not pending yet: when that is mended, a resumed run samples it again.
+                    raise EmergencyStop(reason, batch.metrics, batch, advice)
                 self.pending.append(batch)
             self.trainer.stop.check()
 
@@ -280,9 +285,12 @@ class TrainingRun:
     def _gibberish_reason(self) -> str | None:
         return gibberish_reason([*self.record.history, self.pending[0].metrics])
 
-    def _unjudged_reason(self, batch: RolloutBatch) -> str | None:
-        pending = [earlier.metrics for earlier in self.pending]
-        return unjudged_reason([*self.record.history, *pending, batch.metrics])
+    def _refusal(self, batch: RolloutBatch) -> tuple[str | None, str]:
+        """Why a rollout batch is not to be trained on, if so, and what is to be done."""
+        history = [*self.record.history, *(earlier.metrics for earlier in self.pending), batch.metrics]
+        if reason := unjudged_reason(history):
+            return reason, MEND_REWARD
+        return mismatch_reason(history), MEND_MISMATCH
 
     def _keep_evidence(self, stop: EmergencyStop) -> None:
         try:

@@ -21,7 +21,7 @@ from gspo.policy.model_loader import load_model
 from gspo.policy.rollout import Sampling
 from gspo.policy.saved_model import save_model, save_tokenizer
 from gspo.policy.tiny_models import tiny_config, tiny_tokenizer
-from gspo.policy.vllm_engine import EngineError, VLLMEngine, _seed_of, compare, write_weights
+from gspo.policy.vllm_engine import EngineError, VLLMEngine, _seed_of, compare
 from support import ROOT
 from support.fake_vllm import FakeVLLM
 
@@ -131,27 +131,14 @@ def test_servers_take_new_weights(tiny, start, prompts, tmp_path):
     servers = start(), start()
     engine = engine_of(tiny, *servers)
     policy = changed(tiny[0])
-    assert engine.check(prompts, log_probs_of(tiny[0])) < 1e-4
+    assert engine.check(log_probs_of(tiny[0])) < 1e-4
     with pytest.raises(EngineError, match="stale or another model's"):
-        engine.check(prompts, log_probs_of(policy))
-    write_weights(policy, tmp_path / "1", engine.dtype)
+        engine.check(log_probs_of(policy))
+    save_model(policy, tmp_path / "1", engine.dtype)
     engine.sync(tmp_path / "1", "1")
-    assert engine.check(prompts, log_probs_of(policy)) < 1e-4
+    assert engine.check(log_probs_of(policy)) < 1e-4
     assert gap(engine.generate(prompts, 2, Sampling(6)), policy, 1.0) < 1e-4
     assert [server.requests[RESET] for server in servers] == [1, 1]
-
-
-def test_weights_are_written_whole_or_not_at_all(tiny, tmp_path, monkeypatch):
-    def stop_half_way(model, folder, dtype):
-        (folder / "model.safetensors").touch()
-        raise OSError("no space left on device")
-
-    write_weights(tiny[0], tmp_path / "1", torch.bfloat16)
-    monkeypatch.setattr("gspo.policy.vllm_engine.save_model", stop_half_way)
-    with pytest.raises(OSError):
-        write_weights(tiny[0], tmp_path / "2", torch.bfloat16)
-    assert (tmp_path / "1" / "model.safetensors").stat().st_size > 1000
-    assert not (tmp_path / "2").exists()
 
 
 # ---- servers that die, hang and come back
@@ -187,7 +174,7 @@ def test_a_hung_server_is_named(tiny, start, prompts):
 @pytest.mark.parametrize("dies_at", (1, 2, 3))
 def test_a_server_killed_mid_request_loses_and_repeats_nothing(tiny, start, prompts, tmp_path, dies_at):
     policy = changed(tiny[0])
-    write_weights(policy, tmp_path / "1", torch.float32)
+    save_model(policy, tmp_path / "1", torch.float32)
     server, other = start(), start()
     engine, undisturbed = engine_of(tiny, server), engine_of(tiny, other)
     for each in (engine, undisturbed):
@@ -201,7 +188,7 @@ def test_a_server_killed_mid_request_loses_and_repeats_nothing(tiny, start, prom
 
 def test_a_server_restarted_between_batches_gets_the_weights_again(tiny, start, prompts, tmp_path):
     policy = changed(tiny[0])
-    write_weights(policy, tmp_path / "1", torch.float32)
+    save_model(policy, tmp_path / "1", torch.float32)
     server = start()
     engine = engine_of(tiny, server)
     engine.sync(tmp_path / "1", "1")
@@ -300,7 +287,7 @@ def test_log_probs_without_temperature_are_refused(tiny, start, prompts):
     server = start()
     server.without_temperature = True
     with pytest.raises(EngineError, match="those without temperature: .*--logprobs-mode processed_logprobs"):
-        engine_of(tiny, server).check(prompts, log_probs_of(tiny[0]))
+        engine_of(tiny, server).check(log_probs_of(tiny[0]))
     server.logprobs_mode = "raw_logprobs"
     with pytest.raises(EngineError, match="are raw_logprobs, those without temperature"):
         engine_of(tiny, server)
@@ -311,20 +298,20 @@ def test_top_p_is_refused(tiny, start, prompts):
     engine = engine_of(tiny, server)
     server.top_p = 0.9
     with pytest.raises(EngineError, match="samples with top-p, top-k or min-p"):
-        engine.check(prompts, log_probs_of(tiny[0]))
+        engine.check(log_probs_of(tiny[0]))
 
 
 def test_weights_that_were_not_loaded_are_noticed(tiny, start, prompts, tmp_path):
     server = start()
     engine = engine_of(tiny, server)
     policy = changed(tiny[0])
-    write_weights(policy, tmp_path / "1", torch.float32)
+    save_model(policy, tmp_path / "1", torch.float32)
     with pytest.raises(EngineError, match="finds no weights in .*is the folder shared with it"):
         engine.sync(tmp_path / "2", "2")
     server.loads = False
     engine.sync(tmp_path / "1", "1")  # it says that it has
     with pytest.raises(EngineError, match="stale or another model's"):
-        engine.check(prompts, log_probs_of(policy))
+        engine.check(log_probs_of(policy))
     server.keeps_version = True
     with pytest.raises(EngineError, match="stale weights: it says version 1 after 2"):
         engine.sync(tmp_path / "1", "2")
@@ -387,7 +374,7 @@ def real_server(served, tmp_path_factory):
 @pytest.mark.vllm
 def test_a_real_server(served, real_server, prompts, tmp_path):
     engine = VLLMEngine([real_server], *served)
-    engine.check(prompts, log_probs_of(served[0]))
+    engine.check(log_probs_of(served[0]))
     for temperature in (1.0, 0.7):
         rollouts = engine.generate(prompts, 4, Sampling(12, temperature, seed=3))
         assert gap(rollouts, served[0], temperature) < 1e-4
@@ -397,10 +384,10 @@ def test_a_real_server(served, real_server, prompts, tmp_path):
 
     policy = changed(served[0])
     with pytest.raises(EngineError, match="stale or another model's"):
-        engine.check(prompts, log_probs_of(policy))
-    write_weights(policy, tmp_path / "1", engine.dtype)
+        engine.check(log_probs_of(policy))
+    save_model(policy, tmp_path / "1", engine.dtype)
     engine.sync(tmp_path / "1", "1")
-    assert engine.check(prompts, log_probs_of(policy)) < 1e-4
+    assert engine.check(log_probs_of(policy)) < 1e-4
     rollouts = engine.generate(prompts, 4, Sampling(12))
     assert gap(rollouts, policy, 1.0) < 1e-4
     rows = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
@@ -411,7 +398,7 @@ def test_a_real_server(served, real_server, prompts, tmp_path):
     assert gap(engine.generate(prompts * 4, 4, Sampling(12)), policy, 1.0) < 1e-4
     with pytest.raises(EngineError, match="finds no weights in"):
         engine.sync(tmp_path / "2", "2")
-    assert engine.check(prompts, log_probs_of(policy)) < 1e-4, "it must go on with the weights that it has"
+    assert engine.check(log_probs_of(policy)) < 1e-4, "it must go on with the weights that it has"
 
 
 def test_rounding_alone_is_no_fault():
