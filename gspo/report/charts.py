@@ -40,7 +40,7 @@ CLIPPING = Panel(
 RATIO = Panel(
     "Importance ratio",
     {"importance_ratio_mean": "mean; area: smallest to largest"},
-    ("ratio", "sequence ratio", "ratio spread", "stale sampler"),
+    ("ratio", "sequence ratio", "ratio spread", "stale sampler", "mismatch"),
 )
 TIES = {"zero_variance_groups": "tied", "groups_all_wrong": "all wrong", "groups_all_right": "all right"}
 SECONDS = {

@@ -214,7 +214,11 @@ def warnings_of(history: Sequence[dict], clips_per_token: bool = False) -> dict[
             f"no learning signal: in {WINDOW} rollout batches every group's rewards were equal; "
             "try an easier --difficulty, a larger --group_size or a stronger model"
         )
-    elif len(recent) == WINDOW and all(batch["grad_norm"] == 0 for batch in recent):
+    elif (
+        len(recent) == WINDOW
+        and all(batch["grad_norm"] == 0 for batch in recent)
+        and masked <= MASKED_WARNING  # else that is why
+    ):
         warnings["no signal"] = (
             f"no learning signal: in {WINDOW} rollout batches no update was made, although rewards differed; "
             "with --dynamic_sampling pass, a group needs responses that pass and responses that do not: take "

@@ -42,6 +42,8 @@ def choose_dtype(config: GSPOConfig, device: str, num_parameters: int) -> tuple[
         return "bfloat16", "the weights themselves are in bfloat16"
     if device == "cuda":
         return "bfloat16", "the GPU multiplies it many times faster"
+    if config.rollout_engine == "vllm":
+        return "float32", "in bfloat16, vLLM's rounding differs by more than --mismatch_mask allows"
     capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
     if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
         return "float32", "this CPU has no bfloat16 multiplication"

@@ -6,24 +6,21 @@ The test with a real one needs the Python of an environment with vLLM:
 """
 
 import os
-import signal
 import socket
-import subprocess
 from copy import deepcopy
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gspo.policy import vllm_extension, vllm_server
 from gspo.policy.log_probs import token_log_probs
+from gspo.policy.lora import adapter_weights, add_adapters, save_adapters
 from gspo.policy.model_loader import load_model
 from gspo.policy.rollout import Sampling
 from gspo.policy.saved_model import save_model, save_tokenizer
 from gspo.policy.tiny_models import tiny_config, tiny_tokenizer
 from gspo.policy.vllm_engine import EngineError, VLLMEngine, _seed_of, compare
-from support import ROOT
-from support.fake_vllm import FakeVLLM
+from gspo.policy.vllm_process import PYTHON_VARIABLE, ServerSettings, VLLMProcess
 
 RESET = "/reset_prefix_cache?reset_running_requests=true"
 TEXTS = ["sort 31", "sort 5204", "what"]
@@ -37,22 +34,6 @@ def tiny():
 @pytest.fixture
 def prompts(tiny):
     return [tiny[1](text)["input_ids"] for text in TEXTS]
-
-
-@pytest.fixture
-def start(tiny, monkeypatch):
-    """Returns a function that starts a fake server with `tiny`, or with another model and tokenizer."""
-    monkeypatch.setattr(vllm_extension, "_rebuild_output_layers", lambda model: None)
-    monkeypatch.setattr(vllm_server, "HEALTH_INTERVAL_S", 0.01)
-    servers = []
-
-    def start_one(model=None, tokenizer=None):
-        servers.append(FakeVLLM(model or tiny[0], tokenizer or tiny[1]))
-        return servers[-1]
-
-    yield start_one
-    for server in servers:
-        server.stop()
 
 
 def engine_of(tiny, *servers, **timeouts):
@@ -91,9 +72,9 @@ def gap(rollouts, model, temperature):
     )  # fmt: skip
 
 
-def test_rollouts_have_what_those_of_the_engine_in_the_process_have(tiny, start, prompts):
+def test_rollouts_have_what_those_of_the_engine_in_the_process_have(tiny, start_vllm, prompts):
     sampling = Sampling(max_new_tokens=12, temperature=0.8, max_length=16, seed=3 << 70)
-    rollouts = engine_of(tiny, start()).generate(prompts, 5, sampling)
+    rollouts = engine_of(tiny, start_vllm()).generate(prompts, 5, sampling)
     assert [r.prompt_ids for r in rollouts] == [prompt for prompt in prompts for _ in range(5)]
     assert gap(rollouts, tiny[0], 0.8) < 1e-4
     end = tiny[1].eos_token_id
@@ -104,13 +85,13 @@ def test_rollouts_have_what_those_of_the_engine_in_the_process_have(tiny, start,
         assert r.text == tiny[1].decode(r.response_ids, skip_special_tokens=True)
 
 
-def test_greedy_responses_have_log_probability_0(tiny, start, prompts):
-    first, second = engine_of(tiny, start()).generate(prompts[:1], 2, Sampling(6, temperature=0))
+def test_greedy_responses_have_log_probability_0(tiny, start_vllm, prompts):
+    first, second = engine_of(tiny, start_vllm()).generate(prompts[:1], 2, Sampling(6, temperature=0))
     assert first == second and set(first.log_probs) == {0.0}
 
 
-def test_a_response_depends_on_the_seed_and_its_place_alone(tiny, start, prompts):
-    one, two = engine_of(tiny, start()), engine_of(tiny, start(), start())
+def test_a_response_depends_on_the_seed_and_its_place_alone(tiny, start_vllm, prompts):
+    one, two = engine_of(tiny, start_vllm()), engine_of(tiny, start_vllm(), start_vllm())
     rollouts = one.generate(prompts, 3, Sampling(8, seed=5))
     assert two.generate(prompts, 3, Sampling(8, seed=5)) == rollouts
     assert one.generate(prompts[1:], 3, Sampling(8, seed=6)) == rollouts[3:]
@@ -120,15 +101,15 @@ def test_a_response_depends_on_the_seed_and_its_place_alone(tiny, start, prompts
     assert len(set(seeds)) == 40 and max(seeds) < 1 << 63
 
 
-def test_log_probs_are_those_at_temperature_1(tiny, start, prompts):
+def test_log_probs_are_those_at_temperature_1(tiny, start_vllm, prompts):
     responses = [tiny[1](text)["input_ids"] for text in ("13", "0245", "?!")]
-    found = engine_of(tiny, start(), start()).log_probs(prompts, responses)
+    found = engine_of(tiny, start_vllm(), start_vllm()).log_probs(prompts, responses)
     expected = log_probs_of(tiny[0])(prompts, responses, 1.0)
     assert [pytest.approx(row, abs=1e-5) for row in expected] == found
 
 
-def test_servers_take_new_weights(tiny, start, prompts, tmp_path):
-    servers = start(), start()
+def test_servers_take_new_weights(tiny, start_vllm, prompts, tmp_path):
+    servers = start_vllm(), start_vllm()
     engine = engine_of(tiny, *servers)
     policy = changed(tiny[0])
     assert engine.check(log_probs_of(tiny[0])) < 1e-4
@@ -144,27 +125,27 @@ def test_servers_take_new_weights(tiny, start, prompts, tmp_path):
 # ---- servers that die, hang and come back
 
 
-def test_a_slow_start_is_waited_for(tiny, start, prompts):
-    server = start()
+def test_a_slow_start_is_waited_for(tiny, start_vllm, prompts):
+    server = start_vllm()
     server.refuses_health = 3
     assert engine_of(tiny, server).generate(prompts, 1, Sampling(2))
 
 
-def test_a_dead_server_is_named(tiny, start, prompts):
+def test_a_dead_server_is_named(tiny, start_vllm, prompts):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(EngineError, match=f"{url}: not there for 0 s .*refused"):
         VLLMEngine([url], *tiny, start_timeout_s=0.1)
-    server = start()
+    server = start_vllm()
     engine = engine_of(tiny, server, start_timeout_s=0.1)
     server.stop()
     with pytest.raises(EngineError, match="not there"):
         engine.generate(prompts, 1, Sampling(2))
 
 
-def test_a_hung_server_is_named(tiny, start, prompts):
-    server = start()
+def test_a_hung_server_is_named(tiny, start_vllm, prompts):
+    server = start_vllm()
     engine = engine_of(tiny, server, answer_timeout_s=0.3)
     server.may_answer.clear()
     with pytest.raises(EngineError, match="hung: no answer for"):
@@ -172,10 +153,10 @@ def test_a_hung_server_is_named(tiny, start, prompts):
 
 
 @pytest.mark.parametrize("dies_at", (1, 2, 3))
-def test_a_server_killed_mid_request_loses_and_repeats_nothing(tiny, start, prompts, tmp_path, dies_at):
+def test_a_server_killed_mid_request_loses_and_repeats_nothing(tiny, start_vllm, prompts, tmp_path, dies_at):
     policy = changed(tiny[0])
     save_model(policy, tmp_path / "1", torch.float32)
-    server, other = start(), start()
+    server, other = start_vllm(), start_vllm()
     engine, undisturbed = engine_of(tiny, server), engine_of(tiny, other)
     for each in (engine, undisturbed):
         each.sync(tmp_path / "1", "1")
@@ -186,10 +167,10 @@ def test_a_server_killed_mid_request_loses_and_repeats_nothing(tiny, start, prom
     assert server.requests[RESET] == 2, "it had to take the weights again, once"
 
 
-def test_a_server_restarted_between_batches_gets_the_weights_again(tiny, start, prompts, tmp_path):
+def test_a_server_restarted_between_batches_gets_the_weights_again(tiny, start_vllm, prompts, tmp_path):
     policy = changed(tiny[0])
     save_model(policy, tmp_path / "1", torch.float32)
-    server = start()
+    server = start_vllm()
     engine = engine_of(tiny, server)
     engine.sync(tmp_path / "1", "1")
     server.restart()
@@ -205,14 +186,51 @@ def test_a_server_restarted_between_batches_gets_the_weights_again(tiny, start, 
         engine.generate(prompts, 1, Sampling(2))
 
 
-def test_an_internal_error_is_tried_again_and_then_named(tiny, start, prompts):
-    server = start()
+def test_an_internal_error_is_tried_again_and_then_named(tiny, start_vllm, prompts):
+    server = start_vllm()
     engine = engine_of(tiny, server)
     server.fails = 2
     assert engine.generate(prompts[:1], 1, Sampling(2))
     server.fails = 3
     with pytest.raises(EngineError, match="fails every time .HTTP 500, out of memory"):
         engine.generate(prompts[:1], 1, Sampling(2))
+
+
+# ---- adapters
+
+
+def with_adapters(tiny, amount=0.3):
+    """`tiny` with LoRA adapters that change it, and their configuration."""
+    model = deepcopy(tiny[0])
+    config = add_adapters(model, 4, 0, "tiny")
+    with torch.no_grad():
+        for weights in adapter_weights(model).values():
+            weights += amount * torch.randn(weights.shape, generator=torch.Generator().manual_seed(1))
+    return model, config
+
+
+def test_a_restarted_server_gets_its_adapters_again(tiny, start_vllm, prompts, tmp_path):
+    policy, config = with_adapters(tiny)
+    save_adapters(policy, config, tmp_path / "1")
+    server = start_vllm()
+    engine = engine_of(tiny, server, adapters=True)
+    engine.sync(tmp_path / "1", "run-1")
+    expected = engine.generate(prompts, 3, Sampling(6))
+    assert gap(expected, policy, 1.0) < 1e-4 < gap(expected, tiny[0], 1.0)
+    server.restart()
+    assert engine.generate(prompts, 3, Sampling(6)) == expected
+    assert list(server.adapted) == ["run-1"]
+    engine._at_once([(engine.servers[0]._load, (tmp_path / "1", "run-1"))])  # as after a lost answer
+    engine.sync(tmp_path / "1", "run-2")
+    assert list(server.adapted) == ["run-2"]
+    server.restart()  # what it was to drop is gone
+    engine.sync(tmp_path / "1", "run-3")
+
+
+def test_adapters_that_cannot_be_loaded_are_named(tiny, start_vllm, tmp_path):
+    engine = engine_of(tiny, start_vllm(), adapters=True)
+    with pytest.raises(EngineError, match="does not load adapters from .*no adapter found.*--enable-lora"):
+        engine.sync(tmp_path / "1", "run-1")
 
 
 # ---- servers that answer, but wrongly
@@ -246,8 +264,8 @@ def drop_tokens(answer):
         (drop_tokens, r"ended after 2 of 5 tokens \(length\)"),
     ),
 )
-def test_incomplete_answers_are_refused(tiny, start, prompts, edit, message):
-    server = start()
+def test_incomplete_answers_are_refused(tiny, start_vllm, prompts, edit, message):
+    server = start_vllm()
     engine = engine_of(tiny, server)
     engine.end_ids = []
     server.edit_answer = edit
@@ -255,36 +273,36 @@ def test_incomplete_answers_are_refused(tiny, start, prompts, edit, message):
         engine.generate(prompts, 2, Sampling(5))
 
 
-def test_incomplete_log_probs_are_refused(tiny, start, prompts):
-    server = start()
+def test_incomplete_log_probs_are_refused(tiny, start_vllm, prompts):
+    server = start_vllm()
     engine = engine_of(tiny, server)
     server.edit_answer = drop_log_prob
     with pytest.raises(EngineError, match="gave 1 log-probabilities for a response of 2 tokens"):
         engine.log_probs(prompts[:1], [[5, 6]])
 
 
-def test_another_model_is_refused(tiny, start, llama):
+def test_another_model_is_refused(tiny, start_vllm, llama):
     with pytest.raises(EngineError, match="another model: .*'llama'.* instead of .*'qwen3'"):
-        engine_of(tiny, start(model=llama))
+        engine_of(tiny, start_vllm(model=llama))
 
 
-def test_another_tokenizer_is_refused(tiny, start):
+def test_another_tokenizer_is_refused(tiny, start_vllm):
     def shifted(text):
         return {"input_ids": [token + 1 for token in tiny[1](text)["input_ids"]]}
 
     with pytest.raises(EngineError, match="another tokenizer"):
-        engine_of(tiny, start(tokenizer=shifted))
+        engine_of(tiny, start_vllm(tokenizer=shifted))
 
 
-def test_a_server_that_would_die_of_seeds_is_refused(tiny, start):
-    server = start()
+def test_a_server_that_would_die_of_seeds_is_refused(tiny, start_vllm):
+    server = start_vllm()
     server.cuts_prompts = True
     with pytest.raises(EngineError, match="dies of seeds: start it with --no-enable-chunked-prefill"):
         engine_of(tiny, server)
 
 
-def test_log_probs_without_temperature_are_refused(tiny, start, prompts):
-    server = start()
+def test_log_probs_without_temperature_are_refused(tiny, start_vllm, prompts):
+    server = start_vllm()
     server.without_temperature = True
     with pytest.raises(EngineError, match="those without temperature: .*--logprobs-mode processed_logprobs"):
         engine_of(tiny, server).check(log_probs_of(tiny[0]))
@@ -293,16 +311,16 @@ def test_log_probs_without_temperature_are_refused(tiny, start, prompts):
         engine_of(tiny, server)
 
 
-def test_top_p_is_refused(tiny, start, prompts):
-    server = start()
+def test_top_p_is_refused(tiny, start_vllm, prompts):
+    server = start_vllm()
     engine = engine_of(tiny, server)
     server.top_p = 0.9
     with pytest.raises(EngineError, match="samples with top-p, top-k or min-p"):
         engine.check(log_probs_of(tiny[0]))
 
 
-def test_weights_that_were_not_loaded_are_noticed(tiny, start, prompts, tmp_path):
-    server = start()
+def test_weights_that_were_not_loaded_are_noticed(tiny, start_vllm, prompts, tmp_path):
+    server = start_vllm()
     engine = engine_of(tiny, server)
     policy = changed(tiny[0])
     save_model(policy, tmp_path / "1", torch.float32)
@@ -317,8 +335,8 @@ def test_weights_that_were_not_loaded_are_noticed(tiny, start, prompts, tmp_path
         engine.sync(tmp_path / "1", "2")
 
 
-def test_what_is_no_vllm_is_named(tiny, start):
-    server = start()
+def test_what_is_no_vllm_is_named(tiny, start_vllm):
+    server = start_vllm()
     server.answer = lambda path, body: (404, "a page")
     with pytest.raises(EngineError, match="HTTP Error 404"):
         engine_of(tiny, server, start_timeout_s=0.1)
@@ -341,39 +359,20 @@ def served():
 
 @pytest.fixture(scope="module")
 def real_server(served, tmp_path_factory):
-    """The URL of a real server in float32."""
-    python = os.environ.get("GSPO_VLLM_PYTHON")
-    if not python:
-        pytest.skip("GSPO_VLLM_PYTHON does not name the Python of an environment with vLLM")
+    """A real server in float32, as a run starts it. It can load adapters."""
+    if not os.environ.get(PYTHON_VARIABLE):
+        pytest.skip(f"{PYTHON_VARIABLE} does not name the Python of an environment with vLLM")
     folder = tmp_path_factory.mktemp("served")
-    save_model(served[0], folder / "model")
-    save_tokenizer(served[1], folder / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder / "model", "--port", str(port),
-        "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "256", "--enforce-eager",
-        "--distributed-executor-backend", "uni", "--enable-scale-out", "--no-enable-chunked-prefill",
-        "--logprobs-mode", "processed_logprobs",
-        "--worker-extension-cls", "gspo.policy.vllm_extension.PolicyWorker",
-    ]  # fmt: skip
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
-    }  # fmt: skip
-    with open(folder / "log", "w") as log:
-        server = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    yield f"http://127.0.0.1:{port}"
-    os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
+    save_model(served[0], folder)
+    save_tokenizer(served[1], folder)
+    process = VLLMProcess(ServerSettings(folder, "float32", max_length=256, lora_rank=4))
+    yield process
+    process.stop()
 
 
 @pytest.mark.vllm
 def test_a_real_server(served, real_server, prompts, tmp_path):
-    engine = VLLMEngine([real_server], *served)
+    engine = VLLMEngine([real_server.url], *served, ended=real_server.ended)
     engine.check(log_probs_of(served[0]))
     for temperature in (1.0, 0.7):
         rollouts = engine.generate(prompts, 4, Sampling(12, temperature, seed=3))
@@ -399,6 +398,26 @@ def test_a_real_server(served, real_server, prompts, tmp_path):
     with pytest.raises(EngineError, match="finds no weights in"):
         engine.sync(tmp_path / "2", "2")
     assert engine.check(log_probs_of(policy)) < 1e-4, "it must go on with the weights that it has"
+
+
+@pytest.mark.vllm
+def test_a_real_server_with_adapters(served, real_server, prompts, tmp_path):
+    policy = deepcopy(served[0])
+    adapters = add_adapters(policy, 4, 0, "served")
+    engine = VLLMEngine([real_server.url], *served, adapters=True, ended=real_server.ended)
+    whole = VLLMEngine([real_server.url], *served)  # the server may have other weights from another test
+    save_model(served[0], tmp_path / "whole")
+    whole.sync(tmp_path / "whole", "whole")
+    for version in ("1", "2"):
+        with torch.no_grad():
+            for weights in adapter_weights(policy).values():
+                weights += 0.3 * torch.randn(weights.shape)
+        save_adapters(policy, adapters, tmp_path / version)
+        engine.sync(tmp_path / version, version)
+        assert engine.check(log_probs_of(policy)) < 1e-4
+        assert gap(engine.generate(prompts, 4, Sampling(12)), policy, 1.0) < 1e-4
+    names = [model["id"] for model in engine.servers[0]._ask("/v1/models")["data"]]
+    assert names == ["policy", "2"]
 
 
 def test_rounding_alone_is_no_fault():

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gspo.checks import float64_reference as reference
-from gspo.policy import vllm_extension, vllm_process, vllm_server
+from gspo.policy import vllm_process
 from gspo.policy.model_loader import load_model
 from gspo.policy.rollout import Rollout
 from gspo.policy.vllm_engine import VLLMEngine
@@ -27,7 +27,6 @@ from gspo.training.rollout_batch import Sample
 from gspo_implementation import GSPOConfig
 from support import ROOT
 from support.commands import TINY, command, environment, run, run_here
-from support.fake_vllm import FakeVLLM
 from support.records import lines_of, without_seconds
 from support.sorting import problems, trainer, weights_of
 
@@ -35,20 +34,10 @@ EXACT = 1e-4  # nats per token: what rounding in float32 stays far below
 
 
 @pytest.fixture
-def start(monkeypatch):
-    """Returns a function that starts a fake server with `tiny`."""
-    monkeypatch.setattr(vllm_extension, "_rebuild_output_layers", lambda model: None)
-    monkeypatch.setattr(vllm_server, "HEALTH_INTERVAL_S", 0.01)
+def start(start_vllm, monkeypatch):
+    """Returns a function that starts a fake server, whose death is noticed soon."""
     monkeypatch.setattr(rollout_engine, "VLLMEngine", partial(VLLMEngine, start_timeout_s=2.0))
-    servers = []
-
-    def start_one():
-        servers.append(FakeVLLM(*load_model("tiny", device="cpu")))
-        return servers[-1]
-
-    yield start_one
-    for server in servers:
-        server.stop()
+    return start_vllm
 
 
 def with_servers(*servers, **settings):

@@ -77,6 +77,25 @@ def test_two_processes_train_as_one_does(tmp_path, more):
 
 
 @pytest.mark.slow
+def test_two_processes_sample_from_one_vllm_server(tmp_path, start_vllm):
+    server = start_vllm()
+    flags = [*FLAGS, "--dtype", "float32", "--rollout_engine", "vllm", "--vllm_url", server.url,
+             "--output_dir", tmp_path, "--run_name"]  # fmt: skip
+    code, said = finish(start(tmp_path, *flags, "two"), tmp_path)
+    assert code == 0, said
+    loads = server.requests["/update_weight_version"]
+    assert run_here(*flags, "one").returncode == 0
+    assert server.requests["/update_weight_version"] == 2 * loads  # by the main process alone
+    alone, together = record_of(tmp_path / "one"), record_of(tmp_path / "two")
+    for stream in ("metrics.jsonl", "eval.jsonl"):
+        for a, b in zip(alone[stream], together[stream], strict=True):
+            assert b == pytest.approx(a, rel=1e-4, abs=1e-5) if stream == "metrics.jsonl" else b == a
+    server.loads = False
+    code, said = finish(start(tmp_path, *flags, "three"), tmp_path)
+    assert code == 1 and said.count("stale or another model's") == 1, said
+
+
+@pytest.mark.slow
 def test_a_run_of_two_that_is_killed_and_stopped_goes_on_exactly(tmp_path):
     longer = [
         *FLAGS,
