@@ -76,6 +76,7 @@ def probe_training(trainer: Any, train_problems: Sequence, eval_problems: Sequen
     kept = drop_long_prompts(train_problems, trainer.encode, config, "training")
     eval_kept = drop_long_prompts(eval_problems, trainer.encode, config, "evaluation")
     sampled = sample_groups(trainer, kept)
+    trainer._tell_engine("rest")
     passes = measure_passes(trainer, sampled.samples)
     figures = figures_of(sampled.samples, config, trainer.tokenizer.chat_template is not None)
     seconds = run_seconds(config, figures, sampled, passes, len(kept), len(eval_kept))

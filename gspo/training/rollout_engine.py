@@ -66,7 +66,9 @@ class ServerRollouts:
     ) -> None:
         self.config, self.weights, self.processes = config, weights, processes
         urls = config.vllm_urls
-        self.folder = processes.on_main(_weights_folder, urls, config.output_dir, weights.model)
+        num_parameters = sum(parameter.numel() for parameter in weights.model.parameters())
+        num_bytes = num_parameters * getattr(torch, str(config.dtype)).itemsize
+        self.folder = processes.on_main(_weights_folder, urls, config.output_dir, num_bytes)
         self._run = self.folder.name.removeprefix(PREFIX)  # other runs may use the servers before and after
         self._own: VLLMProcess | None = None
         # At the latest when this process ends.
@@ -89,6 +91,8 @@ class ServerRollouts:
                     ended=self._own.ended if self._own else lambda: None,
                 )
             )
+            if self._own:  # it has what it was started with
+                processes.on_main(shutil.rmtree, self.folder / "model")
         except BaseException:
             self.close()
             raise
@@ -178,8 +182,7 @@ class ServerRollouts:
     def _write_update(self, folder: Path) -> None:
         # The older ones first, so that there is room. Nothing is sampled from them any more.
         for older in self.folder.iterdir():
-            if older.name != "model":
-                shutil.rmtree(older)
+            shutil.rmtree(older)
         with saving(folder):
             folder.mkdir()
             self.weights.save_update(folder, self.engine.dtype)
@@ -201,6 +204,7 @@ class ServerRollouts:
         config, device = self.config, self.processes.device
         share = None
         if device.type == "cuda":
+            torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info(device)
             parameters = sum(parameter.numel() for parameter in self.weights.parameters)
             share = server_share(free, total, MOMENT_BYTES[config.method] * parameters)
@@ -235,16 +239,15 @@ def server_share(free_bytes: float, total_bytes: float, to_come_bytes: float) ->
     return share
 
 
-def _weights_folder(urls: Sequence[str], output_dir: str, model: Any) -> Path:
-    """Make the folder through which the servers get weights. Those of processes that are gone are removed."""
-    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+def _weights_folder(urls: Sequence[str], output_dir: str, num_bytes: int) -> Path:
+    """Make the folder for weights of so many bytes. Those of processes that are gone are removed."""
     parent = Path(output_dir).absolute()
     on_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes())) == num_processes()
     if on_one_machine and all(map(_is_local, urls)) and os.access(SHARED_MEMORY, os.W_OK):
         for folder in SHARED_MEMORY.glob(f"{PREFIX}*"):
             if not _is_running(folder.name.removeprefix(PREFIX).partition("-")[0]):
                 shutil.rmtree(folder, ignore_errors=True)
-        if shutil.disk_usage(SHARED_MEMORY).free > 2 * num_bytes:  # the model to start with, and an update
+        if shutil.disk_usage(SHARED_MEMORY).free > 1.1 * num_bytes:
             parent = SHARED_MEMORY
     folder = parent / f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
     with saving(folder):

@@ -1,11 +1,10 @@
 """The engine that samples from vLLM servers: with a fake server that has every fault, and with a real one.
 
-The test with a real one needs the Python of an environment with vLLM:
+Those with a real one need the environment that `python setup.py --with_vllm` makes:
 
-    GSPO_VLLM_PYTHON=.../bin/python python -m pytest -m vllm -n 0 tests/policy/test_vllm_engine.py
+    python -m pytest -m vllm -n 0
 """
 
-import os
 import socket
 from copy import deepcopy
 
@@ -20,7 +19,7 @@ from gspo.policy.rollout import Sampling
 from gspo.policy.saved_model import save_model, save_tokenizer
 from gspo.policy.tiny_models import tiny_config, tiny_tokenizer
 from gspo.policy.vllm_engine import EngineError, VLLMEngine, _seed_of, compare
-from gspo.policy.vllm_process import PYTHON_VARIABLE, ServerSettings, VLLMProcess
+from gspo.policy.vllm_process import ServerSettings, VLLMProcess, vllm_python
 
 RESET = "/reset_prefix_cache?reset_running_requests=true"
 TEXTS = ["sort 31", "sort 5204", "what"]
@@ -360,8 +359,10 @@ def served():
 @pytest.fixture(scope="module")
 def real_server(served, tmp_path_factory):
     """A real server in float32, as a run starts it. It can load adapters."""
-    if not os.environ.get(PYTHON_VARIABLE):
-        pytest.skip(f"{PYTHON_VARIABLE} does not name the Python of an environment with vLLM")
+    try:
+        vllm_python()
+    except ValueError as error:
+        pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("served")
     save_model(served[0], folder)
     save_tokenizer(served[1], folder)
