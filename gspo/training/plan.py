@@ -21,7 +21,7 @@ from gspo.training.config import GSPOConfig
 from gspo.training.disk_plan import disk_bytes
 from gspo.training.forward_passes import PASS_TOKENS
 from gspo.training.hardware import Machine, gigabytes, machine_for
-from gspo.training.measured_memory import Memory, measure_sampling, measure_update
+from gspo.training.measured_memory import Memory, measure_sampling, measure_update, memory_while_serving
 
 # The fewest tokens of a forward pass with gradient checkpointing. Without it they are halved once at most.
 CHECKPOINTED_PASS_TOKENS = 512
@@ -138,6 +138,9 @@ def _fitting(
     update = measure_update(model_config, config, loss, machine)
     if sum(update.values()) > usable:
         return None
+    if config.rollout_engine == "vllm":
+        plan = Plan(config, Memory(update, memory_while_serving(update, model_config, config)))
+        return plan if plan.memory.peak <= usable else None
 
     def with_rows(rows: int) -> Plan:
         decided = replace(config, rollout_rows=rows)
@@ -275,13 +278,15 @@ def describe_plan(plan: Plan, machine: Machine) -> list[str]:
     """Lines on what is trained, and the memory that it takes."""
     config, memory = plan.config, plan.memory
     checkpointing = ", with gradient checkpointing" if config.gradient_checkpointing else ""
+    sampling = f"sampling {config.rollout_rows} responses at a time"
+    if config.rollout_engine == "vllm":
+        sampling = "while vLLM samples"
     return [
         f"trained: {describe_method(config)}",
         f"memory at its peak: {gigabytes(memory.peak)} of {machine.name}",
         f"  an update, {config.micro_batch_tokens} tokens per pass{checkpointing}: "
         f"{gigabytes(sum(memory.update.values()))} ({list_parts(memory.update)})",
-        f"  sampling {config.rollout_rows} responses at a time: {gigabytes(sum(memory.sampling.values()))} "
-        f"({list_parts(memory.sampling)})",
+        f"  {sampling}: {gigabytes(sum(memory.sampling.values()))} ({list_parts(memory.sampling)})",
     ]
 
 

@@ -1,16 +1,20 @@
 """The processes that train together. The main process, rank 0, has the record and the checkpoints."""
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from gspo.policy.vllm_server import EngineError
 from gspo.training.whole_folders import CannotSave
 
+# Hours that the processes wait for one of them, longer than a vLLM server may take to answer. If one dies,
+# the launcher ends the others.
+PATIENCE_H = 2
 # What ends a run with a line that says what to do. It is raised in all processes alike.
 REFUSALS = (ValueError, CannotSave, OSError, EngineError)
 
@@ -25,7 +29,8 @@ class Processes:
     """
 
     def __init__(self, device: str):
-        self._accelerator = Accelerator(cpu=device == "cpu")
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=PATIENCE_H))
+        self._accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
         self.device: torch.device = self._accelerator.device
         # Left to itself, accelerate takes whatever accelerator it finds, such as an Apple GPU.
         if self.device.type != device:

@@ -1,19 +1,14 @@
 """The engine that samples for a trainer: the policy itself, or vLLM servers that get its weights.
 
-Servers get the weights through files: in shared memory if they are on this machine, else in the directory of
-the runs (--output_dir), which they must share. A new version is loaded before anything is sampled from the
-weights that it is of, and compared with the trainer.
+A new version of the weights is loaded before anything is sampled from it, and compared with the trainer.
 """
 
 import os
-import secrets
-import shutil
 import weakref
 from collections.abc import Sequence
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
@@ -21,23 +16,24 @@ from gspo.policy.log_probs import TokenRows, token_log_probs
 from gspo.policy.rollout import MAX_ROWS, Rollout, Sampling, TransformersEngine
 from gspo.policy.saved_model import save_tokenizer
 from gspo.policy.vllm_engine import VLLMEngine, compare
-from gspo.policy.vllm_process import ServerSettings, VLLMProcess
-from gspo.policy.vllm_server import EngineError
+from gspo.policy.vllm_process import ServerSettings, VLLMProcess, server_bytes
 from gspo.training.config import GSPOConfig
 from gspo.training.forward_passes import compute_type
-from gspo.training.hardware import USABLE_SHARE, num_cores, num_processes
+from gspo.training.hardware import USABLE_SHARE, gigabytes, num_cores
 from gspo.training.mismatch import mismatch
 from gspo.training.processes import Processes
 from gspo.training.rollout_batch import Sample
 from gspo.training.trained_weights import TrainedWeights
+from gspo.training.weights_folder import WeightsFolder
 from gspo.training.whole_folders import saving
 
-SHARED_MEMORY = Path("/dev/shm")
-# Folders of weights are named by this and the process that writes them.
-PREFIX = "gspo-weights-"
 # Bytes of AdamW's moments per trained parameter, by way of training. They are made in the first update, when
 # a server on the same GPU has its memory already.
 MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2.1, "lora": 8}
+# The mean distance from the trainer's log-probabilities stays about what it was with the first weights, since
+# the prompts of the check and its seeds are the same. If it exceeds this many times that, and as many nats
+# per token more, then the servers' weights stay behind.
+GAP_GROWTH, GAP_MARGIN = 2.0, 0.005
 
 
 def rollout_engine(
@@ -46,7 +42,7 @@ def rollout_engine(
     """Make the engine that a resolved configuration names; collective.
 
     Raises:
-        ValueError: the model cannot be sampled from, or vLLM is not installed.
+        ValueError: the model cannot be sampled from, vLLM is not installed, or the GPU has no room for it.
         EngineError: a server cannot be used.
     """
     if config.rollout_engine == "vllm":
@@ -65,41 +61,33 @@ class ServerRollouts:
         self, config: GSPOConfig, weights: TrainedWeights, tokenizer: Any, processes: Processes
     ) -> None:
         self.config, self.weights, self.processes = config, weights, processes
-        urls = config.vllm_urls
-        num_parameters = sum(parameter.numel() for parameter in weights.model.parameters())
-        num_bytes = num_parameters * getattr(torch, str(config.dtype)).itemsize
-        self.folder = processes.on_main(_weights_folder, urls, config.output_dir, num_bytes)
-        self._run = self.folder.name.removeprefix(PREFIX)  # other runs may use the servers before and after
-        self._own: VLLMProcess | None = None
-        # At the latest when this process ends.
-        self.close = weakref.finalize(self, (opened := ExitStack()).close)
-        if processes.is_main:
-            opened.callback(shutil.rmtree, self.folder, ignore_errors=True)
+        self._folder: WeightsFolder  # of the main process alone
+        self._process: VLLMProcess | None = None
+        self._num_parameters = sum(parameter.numel() for parameter in weights.model.parameters())
+        self._count = 0  # of the versions so far
+        self._loaded: tuple | None = None  # what the servers have, as _identity() says
+        self._first_gap: float | None = None
+        self._asleep = False
+        parts: list[Any] = []  # to be closed
+        self.close = weakref.finalize(self, _close, parts, os.getpid())
         try:
+            self.run = processes.on_main(self._make_folder, parts)  # other runs may use the servers, too
+            urls = config.vllm_urls
             if not urls:
-                processes.on_main(self._write_model, tokenizer)
-                self._own = processes.together(VLLMProcess, self._server_settings())
-                opened.callback(self._own.stop)
-                urls = [self._own.url]
+                model = processes.on_main(self._write_model, tokenizer)
+                settings = self._server_settings(model)
+                self._process = processes.together(VLLMProcess, settings, model.parent)
+                parts.insert(0, self._process.stop)
+                urls = [self._process.url]
+            make = partial(VLLMEngine, urls, weights.model, tokenizer, str(config.dtype))
             self.engine: VLLMEngine = processes.together(
-                lambda: VLLMEngine(
-                    urls,
-                    weights.model,
-                    tokenizer,
-                    compute_type=str(config.dtype),
-                    adapters=bool(config.lora_rank),
-                    ended=self._own.ended if self._own else lambda: None,
-                )
+                partial(make, adapters=bool(config.lora_rank), process=self._process)
             )
-            if self._own:  # it has what it was started with
-                processes.on_main(shutil.rmtree, self.folder / "model")
         except BaseException:
             self.close()
             raise
         # Servers that all processes use are given the weights by the main one.
-        self._loads = self._own is not None or processes.is_main
-        self._version = ""
-        self._asleep = False
+        self._loads = self._process is not None or processes.is_main
 
     def generate(
         self, prompts: Sequence[Sequence[int]], group_size: int, sampling: Sampling
@@ -114,9 +102,10 @@ class ServerRollouts:
     def sync(self, version: str) -> None:
         """Give the policy's present weights to the servers, and compare some log-probabilities with its own.
 
+        Weights that the servers have already are not given again.
+
         Args:
-            version: names the weights among all that this trainer will have. Those that the servers have
-                already are not given again.
+            version: changes with every update.
 
         Raises:
             EngineError: a server did not take them, or samples from others.
@@ -126,20 +115,21 @@ class ServerRollouts:
             torch.cuda.empty_cache()
             self.processes.together(self.engine.wake_up)
             self._asleep = False
-        if version == self._version:
+        identity = self._identity(version)
+        if not self.processes.any(identity != self._loaded):
             return
-        folder = self.folder / version
-        name = f"{self._run}-{version}"
-        self.processes.on_main(self._write_update, folder)
+        self._count += 1
+        folder = self.processes.on_main(self._write_update, str(self._count))
+        name = f"{self.run}-{self._count}"
         if self._loads:
             self.processes.together(self._load, folder, name)
         else:
             self.processes.together(self.engine.expect, folder, name)
-        self._version = version
+        self._loaded = identity
 
     def rest(self) -> None:
         """Let a server on the trainer's own GPU give its memory up, until the next sync()."""
-        if self._own is not None and self.processes.device.type == "cuda":
+        if self._process is not None and self.processes.device.type == "cuda":
             self.processes.together(self.engine.sleep)
             self._asleep = True
 
@@ -165,33 +155,47 @@ class ServerRollouts:
             return {}
         _, cause = compare(sampled, expected, expected, self.engine.tolerance)
         if cause:
-            urls = ", ".join(server.url for server in self.engine.servers)
-            raise EngineError(f"vLLM server {urls}: {cause}")
+            raise self.engine.servers[0].error(cause)
         return mismatch(compared, self.config.mismatch_mask)
+
+    def _identity(self, version: str) -> tuple:
+        """Something that differs if the weights do, also if they were changed without an update."""
+        return version, [(weight.data_ptr(), weight._version) for weight in self.weights.parameters]
 
     # ---- on the main process
 
-    def _write_model(self, tokenizer: Any) -> None:
+    def _make_folder(self, parts: list) -> str:
+        num_bytes = self._num_parameters * getattr(torch, str(self.config.dtype)).itemsize
+        self._folder = WeightsFolder(self.config.vllm_urls, self.config.output_dir, num_bytes)
+        parts.append(self._folder.close)
+        return self._folder.path.name
+
+    def _write_model(self, tokenizer: Any) -> Path:
         """Write what a server is started with: the model as it is now, and the tokenizer."""
-        folder = self.folder / "model"
-        with saving(folder):
-            folder.mkdir()
+        with saving(self._folder.path):
+            folder = self._folder.new("model")
             self.weights.save_model(folder, getattr(torch, str(self.config.dtype)))
             save_tokenizer(tokenizer, folder)
+        return folder
 
-    def _write_update(self, folder: Path) -> None:
-        # The older ones first, so that there is room. Nothing is sampled from them any more.
-        for older in self.folder.iterdir():
-            shutil.rmtree(older)
-        with saving(folder):
-            folder.mkdir()
+    def _write_update(self, name: str) -> Path:
+        with saving(self._folder.path):
+            folder = self._folder.new(name)
             self.weights.save_update(folder, self.engine.dtype)
+        return folder
 
     # ---- in each process
 
     def _load(self, folder: Path, name: str) -> None:
         self.engine.sync(folder, name)
-        self.engine.check(self._log_probs_at)
+        gap = self.engine.check(self._log_probs_at)
+        if self._first_gap is None:
+            self._first_gap = gap
+        if gap > GAP_GROWTH * self._first_gap + GAP_MARGIN:
+            raise self.engine.servers[0].error(
+                f"its log-probabilities are {gap:.3g} nats per token away from the trainer's, with the first "
+                f"weights {self._first_gap:.3g}: its weights stay behind"
+            )
 
     def _log_probs_at(
         self, prompts: TokenRows, responses: TokenRows, temperature: float
@@ -200,16 +204,20 @@ class ServerRollouts:
             rows = token_log_probs(self.weights.model, prompts, responses, temperature)
         return [row.tolist() for row in rows]
 
-    def _server_settings(self) -> ServerSettings:
+    def _server_settings(self, model: Path) -> ServerSettings:
         config, device = self.config, self.processes.device
         share = None
         if device.type == "cuda":
             torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info(device)
-            parameters = sum(parameter.numel() for parameter in self.weights.parameters)
-            share = server_share(free, total, MOMENT_BYTES[config.method] * parameters)
+            trained = sum(parameter.numel() for parameter in self.weights.parameters)
+            least = server_bytes(self._num_parameters, str(config.dtype))
+            to_come = MOMENT_BYTES[config.method] * trained
+            if config.method == "adamw" and config.dtype == "bfloat16":
+                to_come += 2 * trained  # autocast's copies, while the check runs
+            share = server_share(free, total, to_come, least)
         return ServerSettings(
-            self.folder / "model",
+            model,
             str(config.dtype),
             config.max_length,
             memory_share=share,
@@ -220,50 +228,29 @@ class ServerRollouts:
         )
 
 
-def server_share(free_bytes: float, total_bytes: float, to_come_bytes: float) -> float:
+def server_share(free_bytes: float, total_bytes: float, to_come_bytes: float, least_bytes: float) -> float:
     """Return the share of a GPU's memory for a server that samples while the trainer's passes rest.
 
     Args:
         free_bytes: while the trainer has its weights on the GPU.
         to_come_bytes: what the trainer will keep there besides.
+        least_bytes: what the server takes at least.
 
     Raises:
-        ValueError: next to nothing is left.
+        ValueError: less is left.
     """
-    share = (free_bytes - to_come_bytes) / total_bytes - (1 - USABLE_SHARE)
-    if share < 0.1:
+    left_bytes = free_bytes - to_come_bytes - (1 - USABLE_SHARE) * total_bytes
+    if left_bytes < least_bytes:
         raise ValueError(
-            f"--rollout_engine vllm: the trainer leaves {max(0.0, share):.0%} of the GPU's memory for a "
-            "server beside it: start one on another GPU (--vllm_url), or train with --lora_rank 32"
+            f"--rollout_engine vllm: the trainer leaves {gigabytes(max(0.0, left_bytes))} of the GPU for a "
+            f"server beside it, which takes {gigabytes(least_bytes)} at least: start one on another GPU "
+            "(--vllm_url), or train with --lora_rank 32"
         )
-    return share
+    return left_bytes / total_bytes
 
 
-def _weights_folder(urls: Sequence[str], output_dir: str, num_bytes: int) -> Path:
-    """Make the folder for weights of so many bytes. Those of processes that are gone are removed."""
-    parent = Path(output_dir).absolute()
-    on_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes())) == num_processes()
-    if on_one_machine and all(map(_is_local, urls)) and os.access(SHARED_MEMORY, os.W_OK):
-        for folder in SHARED_MEMORY.glob(f"{PREFIX}*"):
-            if not _is_running(folder.name.removeprefix(PREFIX).partition("-")[0]):
-                shutil.rmtree(folder, ignore_errors=True)
-        if shutil.disk_usage(SHARED_MEMORY).free > 1.1 * num_bytes:
-            parent = SHARED_MEMORY
-    folder = parent / f"{PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
-    with saving(folder):
-        folder.mkdir(parents=True)
-    return folder
-
-
-def _is_local(url: str) -> bool:
-    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
-
-
-def _is_running(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
+def _close(parts: list, process: int) -> None:
+    """Close all parts; not when a fork of the process ends."""
+    if os.getpid() == process:
+        for close in parts:
+            close()

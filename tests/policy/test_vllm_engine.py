@@ -337,8 +337,27 @@ def test_weights_that_were_not_loaded_are_noticed(tiny, start_vllm, prompts, tmp
 def test_what_is_no_vllm_is_named(tiny, start_vllm):
     server = start_vllm()
     server.answer = lambda path, body: (404, "a page")
-    with pytest.raises(EngineError, match="HTTP Error 404"):
-        engine_of(tiny, server, start_timeout_s=0.1)
+    with pytest.raises(EngineError, match="does not answer as vLLM does.*HTTP Error 404"):
+        engine_of(tiny, server)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "advice"),
+    (
+        (404, {"detail": "Not Found"}, "VLLM_SERVER_DEV_MODE=1"),
+        (
+            500,
+            {"error": {"message": "'CPUWorker' object has no attribute 'describe_policy'"}},
+            "--worker-extension-cls gspo.policy.vllm_extension.PolicyWorker",
+        ),
+    ),
+)
+def test_forgotten_flags_are_named(tiny, start_vllm, status, body, advice):
+    server = start_vllm()
+    answer = server.answer
+    server.answer = lambda path, given: (status, body) if path == "/collective_rpc" else answer(path, given)
+    with pytest.raises(EngineError, match=f"start it with .*{advice}"):
+        engine_of(tiny, server)
 
 
 @pytest.fixture(scope="module")
@@ -356,24 +375,31 @@ def served():
     return model, tiny_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def real_server(served, tmp_path_factory):
-    """A real server in float32, as a run starts it. It can load adapters."""
+@pytest.fixture
+def real_server(served, tmp_path):
+    """Returns a function that starts a real server in float32, as a run starts it."""
     try:
         vllm_python()
     except ValueError as error:
         pytest.skip(str(error))
-    folder = tmp_path_factory.mktemp("served")
-    save_model(served[0], folder)
-    save_tokenizer(served[1], folder)
-    process = VLLMProcess(ServerSettings(folder, "float32", max_length=256, lora_rank=4))
-    yield process
-    process.stop()
+    save_model(served[0], tmp_path / "served")
+    save_tokenizer(served[1], tmp_path / "served")
+    processes = []
+
+    def start(lora_rank=0):
+        settings = ServerSettings(tmp_path / "served", "float32", max_length=256, lora_rank=lora_rank)
+        processes.append(VLLMProcess(settings, tmp_path / "served"))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.stop()
 
 
 @pytest.mark.vllm
 def test_a_real_server(served, real_server, prompts, tmp_path):
-    engine = VLLMEngine([real_server.url], *served, ended=real_server.ended)
+    process = real_server()
+    engine = VLLMEngine([process.url], *served, process=process)
     engine.check(log_probs_of(served[0]))
     for temperature in (1.0, 0.7):
         rollouts = engine.generate(prompts, 4, Sampling(12, temperature, seed=3))
@@ -405,10 +431,8 @@ def test_a_real_server(served, real_server, prompts, tmp_path):
 def test_a_real_server_with_adapters(served, real_server, prompts, tmp_path):
     policy = deepcopy(served[0])
     adapters = add_adapters(policy, 4, 0, "served")
-    engine = VLLMEngine([real_server.url], *served, adapters=True, ended=real_server.ended)
-    whole = VLLMEngine([real_server.url], *served)  # the server may have other weights from another test
-    save_model(served[0], tmp_path / "whole")
-    whole.sync(tmp_path / "whole", "whole")
+    process = real_server(lora_rank=4)
+    engine = VLLMEngine([process.url], *served, adapters=True, process=process)
     for version in ("1", "2"):
         with torch.no_grad():
             for weights in adapter_weights(policy).values():

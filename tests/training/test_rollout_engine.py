@@ -2,10 +2,12 @@
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -14,17 +16,20 @@ import pytest
 import torch
 
 from gspo.checks import float64_reference as reference
-from gspo.policy import vllm_process
+from gspo.policy import vllm_guard, vllm_process
+from gspo.policy.known_models import EMBEDDED_NAME, known_config
 from gspo.policy.model_loader import load_model
 from gspo.policy.rollout import Rollout
 from gspo.policy.vllm_engine import VLLMEngine
 from gspo.policy.vllm_process import ServerSettings, server_command, server_variables
 from gspo.policy.vllm_server import EngineError
-from gspo.training import rollout_engine
+from gspo.training import rollout_engine, weights_folder
 from gspo.training.alarms import EmergencyStop, mismatch_reason
+from gspo.training.hardware import machine_for
 from gspo.training.mismatch import mismatch
+from gspo.training.plan import plan_training, with_method
 from gspo.training.rollout_batch import Sample
-from gspo_implementation import GSPOConfig
+from gspo_implementation import ALGORITHMS, GSPOConfig
 from support import ROOT
 from support.commands import TINY, command, environment, run, run_here
 from support.records import lines_of, without_seconds
@@ -63,8 +68,8 @@ def test_every_rollout_batch_is_sampled_from_the_present_weights(start, lora_ran
     )
     if lora_rank:
         assert [len(server.adapted) for server in servers] == [1, 1], "older ones are dropped"
-    folder = t.engine.folder
-    assert [path.name for path in folder.iterdir()] == [str(t.schedule.last_epoch)]
+    folder = t.engine._folder.path
+    assert [path.name for path in folder.glob("*/")] == ["4"]
     t.engine.close()
     assert not folder.exists()
 
@@ -164,7 +169,7 @@ def test_a_server_that_cannot_be_used_is_named_before_the_run_begins(start, tmp_
     flags = [*TINY, "--output_dir", tmp_path, "--rollout_engine", "vllm", "--run_name", "r"]
 
     def folders():
-        return sorted(Path("/dev/shm").glob(f"{rollout_engine.PREFIX}{os.getpid()}-*"))
+        return sorted(Path("/dev/shm").glob(f"{weights_folder.PREFIX}*"))
 
     server, before = start(), folders()
     server.logprobs_mode = "raw_logprobs"
@@ -309,7 +314,9 @@ def own_server(tmp_path, monkeypatch):
     """Settings under which a run starts a fake server as if it were vLLM's."""
     python = tmp_path / "python"
     fake = ROOT / "tests" / "support" / "fake_vllm.py"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT}:{ROOT / "tests"} exec {sys.executable} {fake} "$@"\n')
+    python.write_text(
+        f'#!/bin/sh\nPYTHONPATH={ROOT}:{ROOT / "tests"} exec {sys.executable} {fake} "$@" --for {tmp_path}\n'
+    )
     python.chmod(0o755)
     monkeypatch.setenv(vllm_process.PYTHON_VARIABLE, str(python))
     return ["--dtype", "float32", "--output_dir", tmp_path, "--rollout_engine", "vllm", "--batch_size", 2]
@@ -334,50 +341,90 @@ def ends_soon(text, seconds=15):
     return not processes_of(text)
 
 
-def test_a_run_starts_a_server_and_ends_it(own_server, tmp_path):
-    done = run(*TINY, *own_server, "--run_name", "r")
+def test_a_fork_of_the_trainer_does_not_keep_its_server_alive(tmp_path):
+    """It holds the pipe to the guard open."""
+    code = (
+        "import os, subprocess, sys, time\n"
+        f"guard = [sys.executable, {vllm_guard.__file__!r}, {str(tmp_path)!r}]\n"
+        f"subprocess.Popen([*guard, 'sleep', '600.{os.getpid()}'], stdin=subprocess.PIPE)\n"
+        "time.sleep(1)\n"
+        "if os.fork() == 0: time.sleep(20)\n"
+        "else: os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    assert ends_soon(f"sleep 600.{os.getpid()}", seconds=5) and not tmp_path.exists()
+
+
+def test_weights_of_a_run_that_is_gone_are_removed(start, monkeypatch, tmp_path):
+    monkeypatch.setattr(weights_folder, "SHARED_MEMORY", tmp_path)
+    gone = tmp_path / f"{weights_folder.PREFIX}1"
+    gone.mkdir()
+    (gone / weights_folder.LOCK).touch()
+    server = start()
+    first = with_servers(server)
+    assert not gone.exists()
+    second = with_servers(start())
+    assert first.engine._folder.path.exists() and first.engine._folder.path.parent == tmp_path
+    shutil.rmtree(first.engine._folder.path)  # as some systems do when a user logs out
+    first.train_step(problems(2))
+    first.engine.close()
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [second.engine._folder.path]
+
+
+def test_a_run_may_go_on_without_its_servers(start, tmp_path):
+    server = start()
+    flags = [*TINY, "--output_dir", tmp_path, "--run_name", "r", "--rollout_engine", "vllm"]
+    assert run_here(*flags, "--vllm_url", server.url).returncode == 0
+    done = run_here("--resume", tmp_path / "r", "--num_epochs", 2, "--rollout_engine", "transformers")
     assert done.returncode == 0, done.stderr
-    assert all(line["sampler_gap"] < EXACT for line in lines_of(tmp_path / "r" / "metrics.jsonl"))
-    assert ends_soon("fake_vllm.py")
+    lines = lines_of(tmp_path / "r" / "metrics.jsonl")
+    assert "masked_fraction" in lines[0] or lines[0]["zero_variance_groups"] == 1
+    assert not any("masked_fraction" in line for line in lines[2:])
 
 
-@pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGTERM))
+@contextmanager
+def going(tmp_path, *flags):
+    """A run in a process of its own, once it has trained on a rollout batch; and its output so far."""
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(command(*flags), env=environment(), stdout=file, stderr=file)
+    try:
+        metrics = tmp_path / flags[flags.index("--run_name") + 1] / "metrics.jsonl"
+        deadline = time.monotonic() + 200
+        while not (metrics.exists() and metrics.read_bytes()):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        yield process, log
+    finally:
+        process.kill()
+        for left in processes_of(f"--for {tmp_path}"):
+            os.kill(left, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", (signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)))
 def test_no_server_is_left_whatever_ends_the_run(own_server, tmp_path, number):
-    flags = [*TINY, *own_server, "--run_name", "r", "--num_epochs", 500]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command(*flags), env=environment(), stdout=log, stderr=log)
-    metrics = tmp_path / "r" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_bytes()):
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-        time.sleep(0.1)
-    weights = f"{rollout_engine.PREFIX}{process.pid}-"
-    assert processes_of(weights)
-    process.send_signal(number)
-    assert process.wait(60) == (130 if number == signal.SIGTERM else -number)
-    assert ends_soon(weights)
+    with going(tmp_path, *TINY, *own_server, "--run_name", "r", "--num_epochs", 500) as (process, _):
+        assert processes_of(f"--for {tmp_path}") and processes_of(f"{tmp_path}/python")
+        process.send_signal(number)
+        assert process.wait(60) == (130 if number == signal.SIGTERM else -number)
+        assert ends_soon(f"--for {tmp_path}") and ends_soon(f"{tmp_path}/python")
 
 
+@pytest.mark.slow
 def test_a_server_killed_in_a_request_ends_the_run_and_resume_loses_nothing(own_server, tmp_path):
     whole = run(*TINY, *own_server, "--run_name", "whole")
     assert whole.returncode == 0, whole.stderr
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            command(*TINY, *own_server, "--run_name", "killed"), env=environment(), stdout=log, stderr=log
-        )
+    assert all(line["sampler_gap"] < EXACT for line in lines_of(tmp_path / "whole" / "metrics.jsonl"))
+    assert ends_soon(f"--for {tmp_path}") and ends_soon(f"{tmp_path}/python")
     folder = tmp_path / "killed"
-    deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists():
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-        time.sleep(0.02)
-    for server in processes_of(f"fake_vllm.py -m vllm.entrypoints.openai.api_server --model "
-                               f"/dev/shm/{rollout_engine.PREFIX}{process.pid}-"):  # fmt: skip
+    with going(tmp_path, *TINY, *own_server, "--run_name", "killed") as (process, log):
+        (server,) = processes_of(f"--for {tmp_path}")
         os.kill(server, signal.SIGKILL)
-    assert process.wait(60) == 1
-    printed = (tmp_path / "log").read_text()
-    assert "it has ended with code 137" in printed and f"--resume {folder}" in printed
-    assert "Traceback" not in printed
-    assert ends_soon(f"{rollout_engine.PREFIX}{process.pid}-")
+        assert process.wait(60) == 1
+        printed = log.read_text()
+        assert "it has ended with code 137" in printed and f"--resume {folder}" in printed
+        assert "Traceback" not in printed
+        assert ends_soon(f"{tmp_path}/python")
     done = run("--resume", folder)
     assert done.returncode == 0, done.stderr
     for stream in ("metrics", "eval", "samples"):
@@ -388,13 +435,14 @@ def test_a_server_killed_in_a_request_ends_the_run_and_resume_loses_nothing(own_
 def test_a_server_that_does_not_start_is_named_with_its_first_error(tmp_path, monkeypatch):
     python = tmp_path / "python"
     python.write_text(
-        "#!/bin/sh\necho '(Worker) ValueError: no such head_dim'; echo 'RuntimeError: x'; exit 3\n"
+        "#!/bin/sh\necho '1 WARNING OSError: y'\necho '(W) ValueError: no such head_dim'\n"
+        "echo 'RuntimeError: x'\nexit 3\n"
     )
     python.chmod(0o755)
     monkeypatch.setenv(vllm_process.PYTHON_VARIABLE, str(python))
     with pytest.raises(EngineError, match="ended with code 3: ValueError: no such head_dim") as caught:
         trainer(rollout_engine="vllm")
-    log = Path(str(caught.value).partition("(")[2].rpartition(")")[0])
+    log = Path(str(caught.value).partition("its log: ")[2].rpartition(")")[0])
     assert "RuntimeError: x" in log.read_text()
     log.unlink()
 
@@ -422,9 +470,24 @@ def test_the_command_of_a_server_on_a_gpu():
 
 def test_the_memory_of_a_server_beside_the_trainer():
     # 7B in bfloat16 with 8-bit moments: 15 GB of weights are there, 16 GB of moments are to come.
-    assert rollout_engine.server_share(64e9, 80e9, 16e9) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="start one on another GPU"):
-        rollout_engine.server_share(20e9, 80e9, 16e9)
+    needed = vllm_process.server_bytes(7_600_000_000, "bfloat16")
+    assert rollout_engine.server_share(64e9, 80e9, 16e9, needed) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="leaves 5.0 GB .* takes 17.2 GB at least: start one on another GPU"):
+        rollout_engine.server_share(7.4e9, 24e9, 0.0, needed)
+
+
+def test_a_plan_counts_the_server_on_the_same_gpu():
+    def peak(**settings):
+        config = with_method(GSPOConfig(dtype="bfloat16", max_new_tokens=64, **settings), "lora")
+        plan = plan_training(known_config(EMBEDDED_NAME), config, ALGORITHMS["gspo"].loss, machine)
+        return plan and sum(plan.memory.sampling.values())
+
+    machine = machine_for("24", "cuda")
+    beside = peak(rollout_engine="vllm")
+    elsewhere = peak(rollout_engine="vllm", vllm_url="http://127.0.0.1:1")
+    assert beside - elsewhere == vllm_process.server_bytes(134_515_008, "bfloat16")
+    machine = machine_for("2", "cuda")
+    assert elsewhere < machine.usable_bytes < beside and peak(rollout_engine="vllm") is None
 
 
 def test_settings_that_do_not_belong_together():
