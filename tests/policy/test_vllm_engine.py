@@ -337,7 +337,7 @@ def test_weights_that_were_not_loaded_are_noticed(tiny, start_vllm, prompts, tmp
 def test_what_is_no_vllm_is_named(tiny, start_vllm):
     server = start_vllm()
     server.answer = lambda path, body: (404, "a page")
-    with pytest.raises(EngineError, match="does not answer as vLLM does.*HTTP Error 404"):
+    with pytest.raises(EngineError, match="does not answer as vLLM .* does.*HTTP Error 404"):
         engine_of(tiny, server)
 
 

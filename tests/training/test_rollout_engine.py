@@ -476,6 +476,7 @@ def test_the_memory_of_a_server_beside_the_trainer():
         rollout_engine.server_share(7.4e9, 24e9, 0.0, needed)
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_server_on_the_same_gpu():
     def peak(**settings):
         config = with_method(GSPOConfig(dtype="bfloat16", max_new_tokens=64, **settings), "lora")
