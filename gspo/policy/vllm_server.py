@@ -50,7 +50,7 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class Expected:
-    """What every server of an engine must be like.
+    """Properties that an engine expects of each of its servers, and how long it waits for them.
 
     shape: the settings in vllm_extension.SHAPE that its model must have.
     sample: the token ids that its tokenizer must make of TOKENIZER_SAMPLE.
@@ -163,7 +163,7 @@ class VLLMServer:
             raise self.error("it has another tokenizer than the trainer")
 
     def _describe(self) -> dict:
-        """What its worker says of itself (vllm_extension.describe_policy)."""
+        """Ask the server's worker for its model and settings (vllm_extension.describe_policy)."""
         try:
             return self._ask_workers("describe_policy")
         except urllib.error.HTTPError as error:
@@ -286,7 +286,7 @@ class VLLMServer:
 
 
 def _message_in(text: str) -> str:
-    """What the server says about an error, in vLLM's form or in any other."""
+    """Return the message in the body of an error: vLLM sends JSON, other programs send anything."""
     try:
         return json.loads(text)["error"]["message"]
     except (ValueError, KeyError, TypeError):

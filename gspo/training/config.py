@@ -322,13 +322,12 @@ class GSPOConfig:
     @property
     def vllm_urls(self) -> list[str]:
         """The servers that --vllm_url gives."""
-        return [url.strip() for url in (self.vllm_url or "").split(",") if url.strip()]
+        return _listed(self.vllm_url)
 
     @property
     def trackers(self) -> tuple[str, ...]:
         """The names that --log_to and --use_wandb give, each once."""
-        names = [name.strip() for name in (self.log_to or "").split(",")]
-        return tuple(dict.fromkeys([*["wandb"] * self.use_wandb, *filter(None, names)]))
+        return tuple(dict.fromkeys([*["wandb"] * self.use_wandb, *_listed(self.log_to)]))
 
     def updates_for(self, num_queries: int) -> int:
         """Optimizer updates of a rollout batch of so many queries, but at most those of batch_size."""
@@ -343,6 +342,11 @@ class GSPOConfig:
         num_batches = whole_batches + (remaining > 0)
         num_updates = whole_batches * self.updates_for(self.batch_size) + self.updates_for(remaining)
         return self.num_epochs * num_batches, self.num_epochs * num_updates
+
+
+def _listed(text: str | None) -> list[str]:
+    """The parts of a text between commas, without blanks; those that are empty are left out."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def _is_installed(package: str) -> bool:

@@ -15,7 +15,7 @@ from gspo.training.whole_folders import CannotSave
 # Hours that the processes wait for one of them, longer than a vLLM server may take to answer. If one dies,
 # the launcher ends the others.
 PATIENCE_H = 2
-# What ends a run with a line that says what to do. It is raised in all processes alike.
+# Errors that end a run with one line that says what to do. All processes raise the same one.
 REFUSALS = (ValueError, CannotSave, OSError, EngineError)
 
 

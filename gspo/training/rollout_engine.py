@@ -16,7 +16,7 @@ from gspo.policy.log_probs import TokenRows, token_log_probs
 from gspo.policy.rollout import MAX_ROWS, Rollout, Sampling, TransformersEngine
 from gspo.policy.saved_model import save_tokenizer
 from gspo.policy.vllm_engine import VLLMEngine, compare
-from gspo.policy.vllm_process import ServerSettings, VLLMProcess, server_bytes
+from gspo.policy.vllm_process import ServerSettings, VLLMProcess, server_bytes, weight_bytes
 from gspo.training.config import GSPOConfig
 from gspo.training.forward_passes import compute_type
 from gspo.training.hardware import USABLE_SHARE, gigabytes, num_cores
@@ -153,7 +153,7 @@ class ServerRollouts:
                 expected += sample.old_log_probs.tolist()
         if not compared:
             return {}
-        _, cause = compare(sampled, expected, expected, self.engine.tolerance)
+        _, cause = compare(sampled, expected, self.engine.tolerance)
         if cause:
             raise self.engine.servers[0].error(cause)
         return mismatch(compared, self.config.mismatch_mask)
@@ -165,7 +165,7 @@ class ServerRollouts:
     # ---- on the main process
 
     def _make_folder(self, parts: list) -> str:
-        num_bytes = self._num_parameters * getattr(torch, str(self.config.dtype)).itemsize
+        num_bytes = weight_bytes(self._num_parameters, str(self.config.dtype))
         self._folder = WeightsFolder(self.config.vllm_urls, self.config.output_dir, num_bytes)
         parts.append(self._folder.close)
         return self._folder.path.name

@@ -358,7 +358,7 @@ FAULTS = {
     ),
     "end tokens of the generation config ignored": Fault(
         "gspo.policy.rollout",
-        "_end_token_ids",
+        "end_token_ids",
         "(tokenizer.eos_token_id, *configured)",
         "(tokenizer.eos_token_id,)",
         "endings",
@@ -366,7 +366,7 @@ FAULTS = {
     ),
     "budget off by one": Fault(
         "gspo.policy.rollout",
-        "_response_budget",
+        "response_budget",
         "budget = min(budget, sampling.max_length - len(prompt))",
         "budget = min(budget, sampling.max_length - len(prompt) + 1)",
         "endings",
