@@ -539,6 +539,7 @@ def test_a_learning_rate_of_zero_is_a_control(tmp_path):
 
 def test_prompts_that_the_tokenizer_cannot_read_are_warned_of(capsys):
     tokenizer = load_model("tiny")[1]
+    capsys.readouterr()  # a progress bar, unless another test has turned them off
 
     def warning(model_name, dataset, *prompts):
         config = GSPOConfig(model_name=model_name, dataset=dataset)
