@@ -124,6 +124,16 @@ def test_a_wrong_engine_makes_no_update(start, fault, message):
     assert torch.equal(weights_of(t.model), before)
 
 
+def test_weights_that_stay_behind_are_noticed_by_the_growth_of_the_gap(start, monkeypatch):
+    server = start()
+    monkeypatch.setitem(rollout_engine.compare.__globals__["TOLERANCE"], "float32", 10.0)
+    t = with_servers(server, batch_size=2, learning_rate=3e-3)
+    t.train_step(problems(2))
+    server.loads = False
+    with pytest.raises(EngineError, match="with the first weights .*: its weights stay behind"):
+        t.train_step(problems(2, seed=1))
+
+
 def test_weights_that_go_astray_between_checks_make_no_update(start):
     server = start()
     t = with_servers(server, batch_size=2)
