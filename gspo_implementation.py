@@ -497,18 +497,19 @@ class GSPOTrainer:
         stream + i seeds problem i, so that the samples do not depend on the number of processes.
         """
         config = self.config
-        self._tell_engine("sync", str(self.schedule.last_epoch))  # updates made so far
+
+        def prepare() -> None:
+            self._tell_engine("sync", str(self.schedule.last_epoch))  # updates made so far
 
         def generate(own: Sequence, first: int) -> list[Rollout]:
             assert config.max_new_tokens is not None  # resolve() has decided it
             prompts = [self.encode(problem) for problem in own]
-            seed = stream + first
-            sampling = Sampling(config.max_new_tokens, temperature, config.max_length, seed)
+            sampling = Sampling(config.max_new_tokens, temperature, config.max_length, stream + first)
             with self.forward.compute_type():
                 return self.engine.generate(prompts, num_samples, sampling)
 
         return sample_and_reward(
-            problems, num_samples, generate, self.reward_fn, self.processes, config.pass_threshold
+            problems, num_samples, generate, self.reward_fn, self.processes, config.pass_threshold, prepare
         )
 
     def _tell_engine(self, what: str, *arguments: str) -> None:

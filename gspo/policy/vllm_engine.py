@@ -39,9 +39,18 @@ from gspo.policy.vllm_server import (
 GROUPS_AT_A_TIME = 256
 # The check of a server samples at this temperature, at which log-probabilities without temperature show.
 CHECK_TEMPERATURE = 0.7
-CHECK_TOKENS = 24
+CHECK_TOKENS = 12
 # It continues these, which any model has an idea of.
-CHECK_TEXTS = ("What is 12 + 345?", "Once upon a time", "def main():", "The capital of France is")
+CHECK_TEXTS = (
+    "What is 12 + 345?",
+    "Once upon a time",
+    "def main():",
+    "The capital of France is",
+    "import numpy as",
+    "Dear Sir or Madam,",
+    "1, 2, 3, 4,",
+    "The opposite of hot is",
+)
 # The mean distance, in nats per token, of a server's log-probabilities from the trainer's that rounding
 # explains, by the type that one of them computes in. Measured on SmolLM2-135M: 0.00001 in float32, 0.04 in
 # bfloat16.

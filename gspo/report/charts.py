@@ -19,7 +19,7 @@ LEAST_TO_SMOOTH = 30
 # A line with more points is thinned: only every n-th point is drawn.
 MOST_POINTS = 1000
 # Settings in which runs may differ and still differ in nothing but the seed.
-BESIDE_THE_POINT = {*FREE_ON_RESUME, "environment", "reward_function"} - {"num_epochs"}
+BESIDE_THE_POINT = {*FREE_ON_RESUME, "environment", "reward_function"} - {"num_epochs", "rollout_engine"}
 Values = dict[int, float]  # step to value
 
 
@@ -40,7 +40,7 @@ CLIPPING = Panel(
 RATIO = Panel(
     "Importance ratio",
     {"importance_ratio_mean": "mean; area: smallest to largest"},
-    ("ratio", "sequence ratio", "ratio spread", "stale sampler", "mismatch"),
+    ("ratio", "sequence ratio", "ratio spread", "stale sampler"),
 )
 TIES = {"zero_variance_groups": "tied", "groups_all_wrong": "all wrong", "groups_all_right": "all right"}
 SECONDS = {
@@ -60,6 +60,12 @@ PANELS = (
         "Tied groups; responses cut off", TIES | {"truncated_fraction": "cut off"}, ("no signal",), top=1.0
     ),
     Panel("Seconds per rollout batch", SECONDS, top=0.1),
+    Panel(  # of runs that sample with vLLM
+        "Sampler against trainer",
+        {"masked_fraction": "masked", "sampler_ess": "effective sample size"},
+        ("mismatch",),
+        top=1.0,
+    ),
 )
 
 
@@ -157,7 +163,7 @@ def _line(label: str, colour: int, kind: str, values: Values) -> Line:
 
 
 def _values(lines: Sequence[dict], name: str) -> dict:
-    return {line["step"]: line[name] for line in lines}
+    return {line["step"]: line[name] for line in lines if name in line}
 
 
 def _smooth(values: Values) -> Values:

@@ -1,6 +1,7 @@
 """training_curves.png: a run at a glance, readable at half its size."""
 
 import io
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from gspo.report.verdict import verdict
 from gspo.training.whole_folders import write_whole
 
 ALARM = "#dc2626"
+# Inches: of a row of two charts, of all above the first row, and below the last one.
+ROW_HEIGHT, HEADING, MARGIN = 3.5, 1.54, 0.42
 STYLES: dict[str, dict] = {
     "line": {"lw": 2.2},
     "points": {"lw": 1.8, "ls": "--", "marker": "o"},
@@ -24,14 +27,18 @@ def draw_curves(run: RunRecord, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 14), dpi=90)
+    drawn = charts([run])
+    num_rows = math.ceil(len(drawn) / 2)
+    height = ROW_HEIGHT * max(num_rows, 1)
+    figure = Figure(figsize=(13, height), dpi=90)
     FigureCanvasAgg(figure)
     # An automatic layout takes seconds.
-    figure.subplots_adjust(left=0.07, right=0.98, top=0.89, bottom=0.03, wspace=0.15, hspace=0.5)
+    top, bottom = 1 - HEADING / height, MARGIN / height
+    figure.subplots_adjust(left=0.07, right=0.98, top=top, bottom=bottom, wspace=0.15, hspace=0.5)
     outcome = textwrap.fill(f"{run.name}: {verdict(run)[0]}", 90)
     figure.suptitle(outcome, x=0.01, ha="left", fontsize=17, parse_math=False)
-    for number, chart in enumerate(charts([run]), start=1):
-        _draw(chart, figure.add_subplot(4, 2, number))
+    for number, chart in enumerate(drawn, start=1):
+        _draw(chart, figure.add_subplot(num_rows, 2, number))
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     write_whole(path, picture.getvalue())

@@ -94,7 +94,7 @@ GLOSSARY = {
     "kl": ("nats per token", "estimated KL to the starting model; logged with a kl_coef"),
     "grad_norm": ("-", "gradient norm before clipping, mean over the updates that had a group with a signal"),
     "learning_rate": ("-", "learning rate of the batch's last optimizer update"),
-    "generation_s": ("s", "time to sample the responses"),
+    "generation_s": ("s", "time to sample the responses; with vLLM servers, also to give them new weights"),
     "reward_s": ("s", "time to reward them"),
     "log_prob_s": (
         "s",

@@ -39,10 +39,13 @@ def sample_and_reward(
     reward_fn: RewardFn,
     processes: Processes,
     pass_threshold: float = 1.0,
+    prepare: Callable[[], None] = lambda: None,
 ) -> tuple[list[Sample], dict]:
     """Samples of each problem, groups contiguous; how long it took; and the sums in reward_fn.metrics.
 
-    pass_threshold: the reward from which on a response has passed.
+    Args:
+        pass_threshold: the reward from which on a response has passed.
+        prepare: gives new weights to an engine that has its own. Collective; its time counts as sampling.
 
     Raises:
         EmergencyStop: a log-probability or a reward is not finite.
@@ -53,6 +56,7 @@ def sample_and_reward(
     own = [problems[i] for i in share]
     asked = [problem for problem in own for _ in range(group_size)]
     started = time.perf_counter()
+    prepare()
     rollouts = processes.together(lambda: generate(own, share.start) if own else [])
     generated = time.perf_counter()
     rewards = reward_fn(asked, [rollout.text for rollout in rollouts]) if own else []

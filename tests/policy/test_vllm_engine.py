@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from gspo.policy import vllm_process
 from gspo.policy.log_probs import token_log_probs
 from gspo.policy.lora import adapter_weights, add_adapters, save_adapters
 from gspo.policy.model_loader import load_model
@@ -19,7 +20,8 @@ from gspo.policy.rollout import Sampling
 from gspo.policy.saved_model import save_model, save_tokenizer
 from gspo.policy.tiny_models import tiny_config, tiny_tokenizer
 from gspo.policy.vllm_engine import EngineError, VLLMEngine, _seed_of, compare
-from gspo.policy.vllm_process import ServerSettings, VLLMProcess, vllm_python
+from gspo.policy.vllm_process import ServerSettings, VLLMProcess, server_command, vllm_python
+from gspo.policy.vllm_server import VLLMServer
 
 RESET = "/reset_prefix_cache?reset_running_requests=true"
 TEXTS = ["sort 31", "sort 5204", "what"]
@@ -376,7 +378,7 @@ def served():
 
 
 @pytest.fixture
-def real_server(served, tmp_path):
+def real_server(served, tmp_path, monkeypatch):
     """Returns a function that starts a real server in float32, as a run starts it."""
     try:
         vllm_python()
@@ -386,7 +388,8 @@ def real_server(served, tmp_path):
     save_tokenizer(served[1], tmp_path / "served")
     processes = []
 
-    def start(lora_rank=0):
+    def start(lora_rank=0, edit=lambda command: command):
+        monkeypatch.setattr(vllm_process, "server_command", lambda *given: edit(server_command(*given)))
         settings = ServerSettings(tmp_path / "served", "float32", max_length=256, lora_rank=lora_rank)
         processes.append(VLLMProcess(settings, tmp_path / "served"))
         return processes[-1]
@@ -397,7 +400,7 @@ def real_server(served, tmp_path):
 
 
 @pytest.mark.vllm
-def test_a_real_server(served, real_server, prompts, tmp_path):
+def test_a_real_server(served, real_server, prompts, tmp_path, monkeypatch):
     process = real_server()
     engine = VLLMEngine([process.url], *served, process=process)
     engine.check(log_probs_of(served[0]))
@@ -425,6 +428,50 @@ def test_a_real_server(served, real_server, prompts, tmp_path):
     with pytest.raises(EngineError, match="finds no weights in"):
         engine.sync(tmp_path / "2", "2")
     assert engine.check(log_probs_of(policy)) < 1e-4, "it must go on with the weights that it has"
+    monkeypatch.setattr(VLLMServer, "generate", with_top_p(VLLMServer.generate))
+    with pytest.raises(EngineError, match="it samples with top-p, top-k or min-p"):
+        engine.check(log_probs_of(policy))
+
+
+def with_top_p(generate):
+    def generate_with_top_p(server, body):
+        return generate(server, body | {"sampling_params": body["sampling_params"] | {"top_p": 0.7}})
+
+    return generate_with_top_p
+
+
+def largest_mass_above(rollout, model):
+    """The largest probability that all more probable tokens have together, over the sampled tokens."""
+    ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+    with torch.no_grad():
+        probs = model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1].softmax(-1)  # (|y|, V)
+    own = probs.gather(1, torch.tensor(rollout.response_ids)[:, None])
+    return torch.where(probs > own, probs, 0.0).sum(1).max().item()
+
+
+@pytest.mark.vllm
+def test_a_real_server_with_its_own_defaults(served, real_server, prompts, tmp_path, monkeypatch):
+    """Log-probabilities without temperature, and a top-p in the model's own generation config."""
+    served[0].generation_config.update(do_sample=True, top_p=0.5)
+
+    def with_defaults(command):
+        for flag in ("--logprobs-mode", "--generation-config"):
+            place = command.index(flag)
+            command = command[:place] + command[place + 2 :]
+        return command
+
+    process = real_server(edit=with_defaults)
+    with pytest.raises(EngineError, match="raw_logprobs, those without temperature: start it with"):
+        VLLMEngine([process.url], *served, process=process)
+    # As if it had named the other kind.
+    monkeypatch.setattr(VLLMServer, "_refuse_other_settings", lambda server: None)
+    monkeypatch.setattr(VLLMEngine, "tolerance", 1e-3)
+    engine = VLLMEngine([process.url], *served, process=process)
+    with pytest.raises(EngineError, match="its log-probabilities are those without temperature"):
+        engine.check(log_probs_of(served[0]))
+    rollouts = engine.generate(prompts, 8, Sampling(12))
+    assert gap(rollouts, served[0], 1.0) < 1e-4
+    assert max(largest_mass_above(r, served[0]) for r in rollouts) > 0.6, "top-p must not apply"
 
 
 @pytest.mark.vllm

@@ -102,10 +102,32 @@ def test_a_chart_of_one_run_has_its_evaluations_with_intervals():
     assert (lines["low"][at], lines["points"][at], lines["high"][at]) == (low, last["pass_at_1"], high)
 
 
-def test_the_picture_is_drawn(tmp_path):
-    draw_curves(read_run(RECORDS / "gibberish"), tmp_path / "training_curves.png")
+def with_vllm(run):
+    """The run as one of vLLM, whose rollout batches but the first have responses to compare."""
+    compared = {"masked_fraction": 0.2, "sampler_ess": 0.7}
+    metrics = [run.metrics[0], *(batch | compared for batch in run.metrics[1:])]
+    return replace(run, metrics=metrics, config=run.config | {"rollout_engine": "vllm"})
+
+
+def test_sampler_and_trainer_have_a_chart_where_they_are_two():
+    run = read_run(RECORDS / "healthy")
+    assert not any("Sampler against" in chart.title for chart in charts([run]))
+    last = charts([with_vllm(run)])[-1]
+    assert last.title == "Sampler against trainer ! mismatch"
+    steps = [batch["step"] for batch in run.metrics[1:]]
+    assert [(line.x, line.y) for line in last.lines] == [
+        (steps, [share] * len(steps)) for share in (0.2, 0.7)
+    ]
+    # Beside a run that samples by itself.
+    titles = [chart.title for chart in charts([run, with_vllm(run)])]
+    assert titles[-1] == "Sampler against trainer: masked"
+
+
+@pytest.mark.parametrize(("edit", "height"), ((replace, 1260), (with_vllm, 1575)))
+def test_the_picture_is_drawn(tmp_path, edit, height):
+    draw_curves(edit(read_run(RECORDS / "gibberish")), tmp_path / "training_curves.png")
     with Image.open(tmp_path / "training_curves.png") as image:
-        assert image.size == (1170, 1260)
+        assert image.size == (1170, height)
         assert len(image.convert("RGB").getcolors(1 << 20)) > 100
     assert [path.name for path in tmp_path.iterdir()] == ["training_curves.png"]
 
