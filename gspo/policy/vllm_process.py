@@ -6,6 +6,7 @@ vLLM's pinned packages and the toolkit's exclude each other, so it has an enviro
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -116,6 +117,8 @@ class VLLMProcess:
         code = self._process.poll()
         if code is None:
             return None
+        if code == 128 + signal.SIGKILL:
+            return "it was killed (signal 9), perhaps by the system, because memory had run out"
         return f"it has ended with code {code}: {_first_error(self.log)}"
 
     def kept_log(self) -> Path:

@@ -432,7 +432,7 @@ def test_a_server_killed_in_a_request_ends_the_run_and_resume_loses_nothing(own_
         os.kill(server, signal.SIGKILL)
         assert process.wait(60) == 1
         printed = log.read_text()
-        assert "it has ended with code 137" in printed and f"--resume {folder}" in printed
+        assert "it was killed (signal 9)" in printed and f"--resume {folder}" in printed
         assert "Traceback" not in printed
         assert ends_soon(f"{tmp_path}/python")
     done = run("--resume", folder)
