@@ -344,6 +344,7 @@ def resolve(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
         dtype=choose_dtype(config, device, num_parameters)[0],
         optimizer="adamw" if config.optimizer == "auto" else config.optimizer,
         lora_rank=lora_rank,
+        shard="none" if config.shard == "auto" else config.shard,
         micro_batch_tokens=config.micro_batch_tokens or PASS_TOKENS,
         gradient_checkpointing=bool(config.gradient_checkpointing),
     )
@@ -388,7 +389,8 @@ class GSPOTrainer:
         self.forward = ForwardPasses(config, self.processes)
         if config.device == "cpu":
             prepare_cpu()
-        self.weights = trained_weights(model, config, self.processes.device)
+        sharding = self.processes.sharding() if config.shard == "full" else None
+        self.weights = trained_weights(model, config, self.processes.device, sharding)
         self.model, self.optimizer = self.weights.model, self.weights.optimizer
         self.tokenizer = tokenizer
         self.reward_fn = reward_fn
@@ -561,7 +563,8 @@ class GSPOTrainer:
             torch.nn.utils.clip_grads_with_norm_(trained, max_grad_norm, grad_norm)
         parts = self.processes.gather(parts)
         if can_clip:
-            self._note_ratios(samples, self.processes.gather(log_probs))
+            for row, values in self.processes.gather(log_probs):
+                samples[row].note_ratio(values, self.config.mean_clip_range, self.clips_per_token)
         else:
             parts = [none_eligible(part) for part in parts]
         metrics = pool_metrics(parts, len(samples), sum(sample.num_tokens for sample in samples))
@@ -579,14 +582,6 @@ class GSPOTrainer:
         batch.updates.append(metrics | {"seconds": time.perf_counter() - started})
         self._in_optimizer_step = False
 
-    def _note_ratios(self, samples: Sequence[Sample], log_probs: Sequence[tuple[int, torch.Tensor]]) -> None:
-        """Set ratio_spread of the samples with an advantage from their present log-probabilities."""
-        config = self.config
-        assert config.left_clip_range is not None and config.right_clip_range is not None
-        mean_range = (config.left_clip_range + config.right_clip_range) / 2
-        for row, values in log_probs:
-            samples[row].note_ratio(values, mean_range, self.clips_per_token)
-
     def _backward(self, samples: Sequence[Sample]) -> tuple[list[dict], list[tuple[int, torch.Tensor]]]:
         """Gradients of the loss of this process's share of the samples.
 
@@ -596,6 +591,9 @@ class GSPOTrainer:
         self.optimizer.zero_grad()  # here, so that an update that was given up leaves nothing behind
         passes = []
         for rows in self.forward.micro_batches(self.model, samples):
+            if not rows:
+                self.forward.empty_pass(self.model).backward()
+                continue
             chosen = [samples[row] for row in rows]
             log_probs = self.forward.log_probs(self.model, chosen)
             with unread_metrics():
@@ -683,7 +681,7 @@ class GSPOTrainer:
             "step": self.step,
             "halvings": self.forward.halvings,
             "signal_share": self.query_draw.signal_share,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict() | {"state": {}},  # its moments are saved by the weights
             "schedule": self.schedule.state_dict(),
         }
 

@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from gspo.policy.sharded_model import copy_whole, is_first_process, plain_class, whole_tensor
+
 # With alpha / r as the factor, one learning rate suits all ranks ("LoRA Without Regret").
 ALPHA = 32
 # Linear layers that choose the experts of a token, by the last part of their names.
@@ -101,8 +103,15 @@ def adapter_weights(model: Any) -> dict[str, nn.Parameter]:
 
 
 def save_adapters(model: Any, config: LoraConfig, folder: Path) -> None:
-    """Write the adapters into a folder as peft's PeftModel.from_pretrained loads them."""
-    weights = {name: parameter.detach().cpu() for name, parameter in adapter_weights(model).items()}
+    """Write the adapters into a folder as peft's PeftModel.from_pretrained loads them.
+
+    Of several processes, the first one writes. If the model is sharded, all of them call this together.
+    """
+    weights = {
+        name: whole_tensor(parameter.detach()).cpu() for name, parameter in adapter_weights(model).items()
+    }
+    if not is_first_process():
+        return
     folder.mkdir(exist_ok=True)
     save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config.target_modules = sorted(
@@ -115,19 +124,18 @@ def load_adapters(model: Any, folder: Path) -> None:
     """Take the values that save_adapters() wrote, bit for bit."""
     saved, own = load_file(folder / ADAPTER_WEIGHTS), adapter_weights(model)
     assert saved.keys() == own.keys()
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(saved[name])
+    for name, parameter in own.items():
+        copy_whole(parameter, saved[name])
 
 
 def merged_model(model: Any, dtype: torch.dtype) -> Any:
     """A model on the CPU, without adapters, whose weights have them added; for saving.
 
     The sums are made in float32 and rounded once to dtype, one tensor at a time. The model stays as it is.
-    The result may share memory with it.
+    The result may share memory with it. If the model is sharded, all processes call this together.
     """
     with torch.device("meta"):
-        merged = type(model)(deepcopy(model.config))
+        merged = plain_class(model)(deepcopy(model.config))
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     state = {}
@@ -137,8 +145,9 @@ def merged_model(model: Any, dtype: torch.dtype) -> Any:
                 continue
             owner, _, last = name.rpartition(".")
             layer = layers.get(owner.removesuffix(".base_layer"))
+            values = whole_tensor(values)
             if layer is not None and last == "weight":
-                values = values.float() + layer.get_delta_weight(ADAPTER)
+                values = values.float() + _product(layer)
             if name in parameters:
                 values = values.to(dtype)
             state[name.replace(".base_layer.", ".")] = values.cpu()
@@ -146,6 +155,13 @@ def merged_model(model: Any, dtype: torch.dtype) -> Any:
     merged.tie_weights()
     merged.generation_config = model.generation_config
     return merged
+
+
+def _product(layer: LoraLayer) -> torch.Tensor:
+    """(alpha / r) B A of a layer, in the shape of its weight."""
+    up, down = (whole_tensor(part[ADAPTER].weight) for part in (layer.lora_B, layer.lora_A))
+    product = up @ down
+    return (product.T if layer.fan_in_fan_out else product) * layer.scaling[ADAPTER]
 
 
 def _adapted(model: Any) -> list[LoraLayer]:

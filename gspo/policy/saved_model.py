@@ -14,10 +14,21 @@ from typing import Any
 
 import torch
 
+from gspo.policy.sharded_model import copy_whole, is_first_process, is_sharded, plain_class, whole_tensor
+
 
 def save_model(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write the weights, in this type (None: as they are), and the configuration."""
-    weights = None if dtype is None else _cast(model.state_dict(), dtype)
+    """Write the weights, in this type (None: as they are), and the configuration.
+
+    Of several processes, the first one writes. If the model is sharded, all of them call this together.
+    """
+    weights = None
+    if is_sharded(model):
+        weights = _gathered(model, dtype)
+    elif dtype is not None and is_first_process():
+        weights = _cast(model.state_dict(), dtype)
+    if not is_first_process():
+        return
     model.save_pretrained(folder, state_dict=weights)
     with _edited(folder / "config.json") as saved:
         if dtype is not None:
@@ -46,8 +57,14 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 def load_weights(model: Any, folder: Path) -> None:
     """Give the model the weights of save_model(). They keep the model's type and device.
 
-    The present ones are given up first, so that two models are never in memory.
+    Of a sharded model, each process takes its part. Otherwise the present weights are given up first, so that
+    two models are never in memory.
     """
+    if is_sharded(model):
+        saved = plain_class(model).from_pretrained(folder, dtype=next(model.parameters()).dtype)
+        for parameter, source in zip(model.parameters(), saved.parameters(), strict=True):
+            copy_whole(parameter, source.data)
+        return
     shapes = [parameter.shape for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.data = parameter.data.new_empty(0)
@@ -69,6 +86,19 @@ def _cast(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, 
         if storage not in cast:
             cast[storage] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
         result[name] = cast[storage]
+    return result
+
+
+def _gathered(model: Any, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The weights of a sharded model as _cast() has them, in the first process; in the others no values."""
+    gathered: dict[int, torch.Tensor] = {}
+    result = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in gathered:
+            whole = whole_tensor(tensor.detach())
+            kept = whole if is_first_process() else whole.new_empty(0)
+            gathered[id(tensor)] = kept.to("cpu", dtype if whole.is_floating_point() else None)
+        result[name] = gathered[id(tensor)]
     return result
 
 

@@ -82,12 +82,14 @@ def stop_if(reason: str | None, metrics: dict | None = None) -> None:
 
 
 def non_finite_weights(model: "torch.nn.Module") -> str | None:
-    """Name the weights that are not finite, or return None."""
+    """Name the weights that are not finite, or return None. Collective if they are sharded."""
     import torch  # here, since gspo.report reads these rules without it
+
+    from gspo.policy.sharded_model import whole_tensor
 
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     # The norm is fast, since no mask of all weights is made.
-    if torch.nn.utils.get_total_norm(parameters.values()).isfinite():
+    if whole_tensor(torch.nn.utils.get_total_norm(parameters.values())).isfinite():
         return None
     broken = [name for name, parameter in parameters.items() if not parameter.isfinite().all()]
     return f"{len(broken)} weight tensors are not finite, such as {broken[0]}" if broken else None

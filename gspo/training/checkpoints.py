@@ -1,7 +1,7 @@
 """A run's checkpoints: which there are, which is whole, and what they hold besides the weights.
 
 checkpoints/step-N/ holds the model and the tokenizer as from_pretrained loads them, and STATE_FILE. The
-newest checkpoint also has MOMENTS_FILE.
+newest checkpoint also has MOMENTS_FILE. With sharded weights there are WEIGHTS and MOMENTS instead.
 """
 
 import random
@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gspo.training.whole_folders import damage, drop_file, lists
+from gspo.training.whole_folders import damage, drop_file, listed
 
 STATE_FILE = "training_state.pt"
 # The optimizer's moments: with AdamW twice the size of the weights. An older checkpoint has them no more.
 MOMENTS_FILE = "optimizer_moments.pt"
+# Folders with the parts that each process has, if the weights are sharded (sharded_checkpoint.py).
+WEIGHTS, MOMENTS = "sharded_weights", "sharded_moments"
 # The version of what STATE_FILE holds. A checkpoint of another version is refused, not misread.
 STATE_FORMAT = 4
 
@@ -43,28 +45,34 @@ def newest_whole(candidates: list[Path]) -> Path | None:
 
 
 def write_state(checkpoint: Path, state: dict) -> None:
-    """Write the training state, which has the optimizer's state_dict(), into a new checkpoint."""
-    optimizer = state["optimizer"]
-    torch.save(optimizer["state"], checkpoint / MOMENTS_FILE)
-    without_moments = {"format": STATE_FORMAT, **state, "optimizer": optimizer | {"state": {}}}
-    torch.save(without_moments, checkpoint / STATE_FILE)
+    """Write the training state into a new checkpoint."""
+    torch.save({"format": STATE_FORMAT, **state}, checkpoint / STATE_FILE)
+
+
+def write_moments(checkpoint: Path, moments: dict) -> None:
+    """Write the optimizer's moments, the "state" of its state_dict(), into a new checkpoint."""
+    torch.save(moments, checkpoint / MOMENTS_FILE)
+
+
+def read_moments(checkpoint: Path, lazily: bool) -> dict:
+    """The moments of write_moments(), on the CPU.
+
+    Args:
+        lazily: read them from the file only when they are used, for weights that are elsewhere.
+    """
+    return torch.load(checkpoint / MOMENTS_FILE, map_location="cpu", weights_only=True, mmap=lazily)
 
 
 def drop_moments(checkpoint: Path) -> None:
     """Free the room that the optimizer's moments take. A link to a folder elsewhere is left alone."""
     if not checkpoint.is_symlink():
-        drop_file(checkpoint, MOMENTS_FILE)
+        for name in moment_files(checkpoint):
+            drop_file(checkpoint, name)
 
 
-def read_moments(checkpoint: Path, lazily: bool) -> dict | None:
-    """The optimizer's moments on the CPU: the "state" of its state_dict(). None in an older checkpoint.
-
-    Args:
-        lazily: read them from the file only when they are used, for weights that are elsewhere.
-    """
-    if not lists(checkpoint, MOMENTS_FILE):
-        return None
-    return torch.load(checkpoint / MOMENTS_FILE, map_location="cpu", weights_only=True, mmap=lazily)
+def moment_files(checkpoint: Path) -> list[str]:
+    """The files of the optimizer's moments; an older checkpoint has none."""
+    return [name for name in listed(checkpoint) if name == MOMENTS_FILE or name.startswith(f"{MOMENTS}/")]
 
 
 def read_state(checkpoint: Path) -> dict:

@@ -175,6 +175,13 @@ class GSPOConfig:
         "moments; auto: adamw, or what fits the GPU",
         ("auto", "adamw", "adamw_8bit"),
     )
+    shard: str = flag(
+        "auto",
+        "training",
+        "weights over several processes: none: each has all of them; full: each has a part; auto: full where "
+        "a GPU cannot hold them",
+        ("auto", "none", "full"),
+    )
     micro_batch_tokens: int | None = flag(
         None,
         "training",
@@ -318,6 +325,12 @@ class GSPOConfig:
     def method(self) -> str:
         """The way of training, once it is decided: "adamw", "adamw_8bit" or "lora"."""
         return "lora" if self.lora_rank else self.optimizer
+
+    @property
+    def mean_clip_range(self) -> float:
+        """The mean of the left and the right clip range, once they are decided."""
+        assert self.left_clip_range is not None and self.right_clip_range is not None
+        return (self.left_clip_range + self.right_clip_range) / 2
 
     @property
     def vllm_urls(self) -> list[str]:

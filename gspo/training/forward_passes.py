@@ -8,6 +8,7 @@ import torch
 
 from gspo.policy.log_probs import micro_batches, token_log_probs
 from gspo.policy.out_of_memory import is_out_of_memory
+from gspo.policy.sharded_model import call, is_sharded
 from gspo.printing import say
 from gspo.training.config import GSPOConfig
 from gspo.training.processes import Processes
@@ -38,22 +39,36 @@ class ForwardPasses:
     def micro_batches(self, model: Any, samples: Sequence[Sample]) -> list[list[int]]:
         """The rows of this process's share of the samples with a signal, by forward pass.
 
+        A pass without rows is one of empty_pass(). Whole groups are dealt to the processes, since each part
+        of a group would need a pass over its prompt.
+
         A sample without an advantage has a gradient of exactly 0. On problems much too easy or too hard for
         the model, which half of all groups often are, leaving them out halves the work.
         """
-        with_signal = [row for row, sample in enumerate(samples) if sample.has_signal]
-        own = with_signal[self.processes.rank :: self.processes.count]
-        prompts = [samples[row].rollout.prompt_ids for row in own]
-        responses = [samples[row].rollout.response_ids for row in own]
+        shares = deal_groups(samples, self.config.group_size, self.processes.count)
+        split = [self._split(model, samples, share) for share in shares]
+        own = split[self.processes.rank]
+        if is_sharded(model):  # a pass waits for all processes: each makes as many
+            own += [[]] * (max(map(len, split)) - len(own))
+        return own
+
+    def _split(self, model: Any, samples: Sequence[Sample], share: Sequence[int]) -> list[list[int]]:
+        prompts = [samples[row].rollout.prompt_ids for row in share]
+        responses = [samples[row].rollout.response_ids for row in share]
         split = micro_batches(model, prompts, responses, self.max_tokens)
-        return [[own[i] for i in indices] for indices in split]
+        return [[share[i] for i in indices] for indices in split]
 
     def log_probs(self, model: Any, samples: Sequence[Sample]) -> list[torch.Tensor]:
         """One forward pass: log-probabilities (|y|,) of each sample's response, differentiable."""
         prompts = [sample.rollout.prompt_ids for sample in samples]
         responses = [sample.rollout.response_ids for sample in samples]
         with self.compute_type():
-            return token_log_probs(model, prompts, responses, self.config.temperature)
+            return call(model, token_log_probs, prompts, responses, self.config.temperature)
+
+    def empty_pass(self, model: Any) -> torch.Tensor:
+        """One forward pass of nothing, as others make one. Returns 0, differentiable."""
+        with self.compute_type():
+            return 0.0 * call(model, token_log_probs, [[0]], [[0]])[0].sum()
 
     def all_log_probs(
         self, model: Any, minibatches: Sequence[Sequence[Sample]]
@@ -68,6 +83,9 @@ class ForwardPasses:
             with torch.no_grad(), self.compute_type():  # entered once, so that the weights are cast once
                 for number, samples in enumerate(minibatches):
                     for rows in self.micro_batches(model, samples):
+                        if not rows:
+                            self.empty_pass(model)
+                            continue
                         log_probs = to_cpu(self.log_probs(model, [samples[row] for row in rows]))
                         computed += [(number, row, x) for row, x in zip(rows, log_probs, strict=True)]
             return computed
@@ -104,6 +122,26 @@ class ForwardPasses:
                 "(--micro_batch_tokens)",
                 sys.stderr,
             )
+
+
+def deal_groups(samples: Sequence[Sample], group_size: int, num_shares: int) -> list[list[int]]:
+    """Deal the rows of samples with a signal into shares of about as many tokens, whole groups each.
+
+    samples: whole groups, contiguous.
+    """
+    groups: list[tuple[int, list[int]]] = []  # tokens, rows
+    for start in range(0, len(samples), group_size):
+        rows = [i for i in range(start, min(start + group_size, len(samples))) if samples[i].has_signal]
+        if rows:
+            tokens = len(samples[start].rollout.prompt_ids) + sum(samples[row].num_tokens for row in rows)
+            groups.append((tokens, rows))
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    loads = [0] * num_shares
+    for tokens, rows in sorted(groups, key=lambda group: -group[0]):
+        lightest = loads.index(min(loads))
+        loads[lightest] += tokens
+        shares[lightest] += rows
+    return [sorted(share) for share in shares]
 
 
 def compute_type(config: GSPOConfig, device_type: str) -> torch.autocast:

@@ -72,6 +72,11 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def num_machines() -> int:
+    """The number of machines that they are on."""
+    return num_processes() // int(os.environ.get("LOCAL_WORLD_SIZE", num_processes()))
+
+
 def host_memory() -> float:
     """Bytes of main memory that this process may use: the machine's, or a container's if that is less."""
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

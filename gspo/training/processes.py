@@ -1,20 +1,29 @@
 """The processes that train together. The main process, rank 0, has the record and the checkpoints."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from copy import copy
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
+from gspo.policy.sharded_model import Sharding
 from gspo.policy.vllm_server import EngineError
+from gspo.training.hardware import num_machines
 from gspo.training.whole_folders import CannotSave
 
-# Hours that the processes wait for one of them, longer than a vLLM server may take to answer. If one dies,
-# the launcher ends the others.
+# Hours that the processes wait for one of them, longer than a vLLM server may take to answer, or a model to
+# be written. If one dies, the launcher ends the others.
 PATIENCE_H = 2
+# Minutes that a process waits in the middle of a computation, which all of them enter together.
+COMPUTING_PATIENCE_MIN = 10.0
 # Errors that end a run with one line that says what to do. All processes raise the same one.
 REFUSALS = (ValueError, CannotSave, OSError, EngineError)
 
@@ -22,14 +31,14 @@ REFUSALS = (ValueError, CannotSave, OSError, EngineError)
 class Processes:
     """This process among those that torchrun or accelerate's launcher has started; alone without a launcher.
 
-    The methods but contiguous_share() are collective: all processes call them, in the same order.
+    The methods but alone() and contiguous_share() are collective: all processes call them, in the same order.
 
     Raises:
         ValueError: accelerate does not use the device ("cpu" or "cuda").
     """
 
     def __init__(self, device: str):
-        patience = InitProcessGroupKwargs(timeout=timedelta(hours=PATIENCE_H))
+        patience = InitProcessGroupKwargs(timeout=timedelta(minutes=COMPUTING_PATIENCE_MIN))
         self._accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
         self.device: torch.device = self._accelerator.device
         # Left to itself, accelerate takes whatever accelerator it finds, such as an Apple GPU.
@@ -41,6 +50,17 @@ class Processes:
         self.rank: int = self._accelerator.process_index
         self.count: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
+        # Objects travel in a group of their own, on the CPU: in it, all wait for what one alone does.
+        self._objects = None
+        if self.count > 1:
+            patience = timedelta(hours=PATIENCE_H)
+            self._objects = distributed.new_group(backend="gloo", timeout=patience)
+
+    def alone(self) -> "Processes":
+        """The main process without the others, which may have failed: for its last work."""
+        alone = copy(self)
+        alone.count, alone.is_main = 1, True
+        return alone
 
     def contiguous_share(self, count: int) -> range:
         """The part of range(count) that belongs to this process; the parts are in the order of the ranks."""
@@ -49,7 +69,11 @@ class Processes:
 
     def gather(self, items: Sequence) -> list:
         """The items of all processes, in the order of the ranks."""
-        return gather_object(list(items))
+        if self.count == 1:
+            return list(items)
+        parts: list[Any] = [None] * self.count
+        distributed.all_gather_object(parts, list(items), self._objects)
+        return [item for part in parts for item in part]
 
     def any(self, flag: bool) -> bool:
         """True if the flag is set in at least one process."""
@@ -66,10 +90,35 @@ class Processes:
                 result = work(*arguments)
             except REFUSALS as refusal:
                 error = refusal
-        result, error = broadcast_object_list([result, error])
+        if self.count > 1:
+            outcome = [result, error]
+            distributed.broadcast_object_list(outcome, 0, self._objects)
+            result, error = outcome
         if error is not None:
             raise error
         return result
+
+    @contextmanager
+    def around_main(self, make: Callable[[], AbstractContextManager]) -> Iterator[Any]:
+        """Be in the context make() on the main process, and yield its value in all processes.
+
+        If the body ends with one of REFUSALS anywhere, the context does too, and it is raised in all of them.
+        """
+        with ExitStack() as stack:
+            value = self.on_main(lambda: stack.enter_context(make()))
+            errors = []
+            try:
+                yield value
+            except REFUSALS as refusal:
+                errors = [refusal]
+            errors = self.gather(errors)
+
+            def leave() -> None:
+                with stack:
+                    if errors:
+                        raise errors[0]
+
+            self.on_main(leave)
 
     def together(self, work: Callable, *arguments: Any) -> Any:
         """Do work(*arguments) in each process, and return its own result.
@@ -87,9 +136,22 @@ class Processes:
         return result
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Replace every gradient by its sum over the processes."""
+        """Replace every gradient by its sum over the processes. One of a sharded weight is that already."""
         for parameter in parameters:
             if parameter.grad is None:  # no row of this process reached it
                 parameter.grad = torch.zeros_like(parameter)
-            if self.count > 1:  # accelerate copies the gradient even if there is one process
-                parameter.grad = self._accelerator.reduce(parameter.grad, reduction="sum")
+            if self.count > 1 and not isinstance(parameter, DTensor):
+                distributed.all_reduce(parameter.grad)
+
+    def sharding(self) -> Sharding:
+        """All processes, with a copy of the model on each machine.
+
+        Raises:
+            ValueError: there is one process.
+        """
+        if self.count == 1:
+            raise ValueError("--shard full takes several processes: start them with torchrun")
+        copies = num_machines()
+        shape = (copies, self.count // copies) if copies > 1 else (self.count,)
+        names = ("copies", "shards")[-len(shape) :]
+        return Sharding(init_device_mesh(self.device.type, shape, mesh_dim_names=names), self._objects)

@@ -5,7 +5,8 @@ A new version of the weights is loaded before anything is sampled from it, and c
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from gspo.policy.log_probs import TokenRows, token_log_probs
 from gspo.policy.rollout import MAX_ROWS, Rollout, Sampling, TransformersEngine
 from gspo.policy.saved_model import save_tokenizer
+from gspo.policy.sharded_model import gather_weights, is_sharded, release_weights
 from gspo.policy.vllm_engine import VLLMEngine, compare
 from gspo.policy.vllm_process import ServerSettings, VLLMProcess, server_bytes, weight_bytes
 from gspo.training.config import GSPOConfig
@@ -47,7 +49,23 @@ def rollout_engine(
     """
     if config.rollout_engine == "vllm":
         return ServerRollouts(config, weights, tokenizer, processes)
-    return TransformersEngine(weights.model, tokenizer, config.rollout_rows or MAX_ROWS)
+    engine = ShardedEngine if is_sharded(weights.model) else TransformersEngine
+    return engine(weights.model, tokenizer, config.rollout_rows or MAX_ROWS)
+
+
+class ShardedEngine(TransformersEngine):
+    """Samples with a sharded model, whose weights are gathered once for all responses.
+
+    The processes then sample numbers of prompts and tokens of their own. sync() and rest() are collective.
+    """
+
+    def sync(self, version: str) -> None:
+        """Gather the policy's present weights."""
+        gather_weights(self.model)
+
+    def rest(self) -> None:
+        """Give them up, until the next sync()."""
+        release_weights(self.model)
 
 
 class ServerRollouts:
@@ -74,7 +92,7 @@ class ServerRollouts:
             self.run = processes.on_main(self._make_folder, parts)  # other runs may use the servers, too
             urls = config.vllm_urls
             if not urls:
-                model = processes.on_main(self._write_model, tokenizer)
+                model = self._write_model(tokenizer)
                 settings = self._server_settings(model)
                 self._process = processes.together(VLLMProcess, settings, model.parent)
                 parts.insert(0, self._process.stop)
@@ -119,7 +137,8 @@ class ServerRollouts:
         if not self.processes.any(identity != self._loaded):
             return
         self._count += 1
-        folder = self.processes.on_main(self._write_update, str(self._count))
+        with self._written(str(self._count)) as folder:
+            self.weights.save_update(folder, self.engine.dtype)
         name = f"{self.run}-{self._count}"
         if self._loads:
             self.processes.together(self._load, folder, name)
@@ -170,21 +189,24 @@ class ServerRollouts:
         parts.append(self._folder.close)
         return self._folder.path.name
 
-    def _write_model(self, tokenizer: Any) -> Path:
-        """Write what a server is started with: the model as it is now, and the tokenizer."""
+    @contextmanager
+    def _new_folder(self, name: str) -> Iterator[Path]:
         with saving(self._folder.path):
-            folder = self._folder.new("model")
-            self.weights.save_model(folder, getattr(torch, str(self.config.dtype)))
-            save_tokenizer(tokenizer, folder)
-        return folder
-
-    def _write_update(self, name: str) -> Path:
-        with saving(self._folder.path):
-            folder = self._folder.new(name)
-            self.weights.save_update(folder, self.engine.dtype)
-        return folder
+            yield self._folder.new(name)
 
     # ---- in each process
+
+    def _written(self, name: str) -> AbstractContextManager[Path]:
+        """A new folder, which all processes fill together."""
+        return self.processes.around_main(lambda: self._new_folder(name))
+
+    def _write_model(self, tokenizer: Any) -> Path:
+        """Write what a server is started with: the model as it is now, and the tokenizer."""
+        with self._written("model") as folder:
+            self.weights.save_model(folder, getattr(torch, str(self.config.dtype)))
+            if self.processes.is_main:
+                save_tokenizer(tokenizer, folder)
+        return folder
 
     def _load(self, folder: Path, name: str) -> None:
         self.engine.sync(folder, name)

@@ -15,12 +15,23 @@ from torch import nn
 
 from gspo.policy.gradient_checkpointing import enable_gradient_checkpointing
 from gspo.policy.saved_model import load_weights, save_model
+from gspo.policy.sharded_model import Sharding, is_first_process, shard_model, whole_tensor
 from gspo.training.adamw_8bit import AdamW8bit
+from gspo.training.checkpoints import MOMENTS, WEIGHTS, read_moments, write_moments
 from gspo.training.config import GSPOConfig
+from gspo.training.sharded_checkpoint import (
+    by_index,
+    by_name,
+    empty_like_part,
+    load_parts,
+    save_parts,
+    sharded_like,
+    whole_moments,
+)
 
 
 class TrainedWeights(Protocol):
-    """The policy, and what of it is trained.
+    """The policy, and what of it is trained. All processes call its methods together; the first one writes.
 
     Attributes:
         model: the policy, on the device, in evaluation mode.
@@ -36,10 +47,13 @@ class TrainedWeights(Protocol):
         """The model as it was before training, for the KL term; without gradients."""
 
     def save_checkpoint(self, folder: Path) -> None:
-        """Write into a folder what load_checkpoint() reads: the trained weights exactly."""
+        """Write into a folder the trained weights exactly, and the optimizer's moments."""
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Take the trained weights of save_checkpoint()."""
+        """Take the trained weights of save_checkpoint(), by any number of processes."""
+
+    def load_moments(self, folder: Path) -> dict:
+        """The moments of save_checkpoint(), as the "state" of the optimizer's state_dict()."""
 
     def save_model(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write the trained model into a folder that from_pretrained loads, in the type that it came in."""
@@ -48,8 +62,12 @@ class TrainedWeights(Protocol):
         """Write into a folder what training changes, for a server that has the rest: weights in this type."""
 
 
-def trained_weights(model: Any, config: GSPOConfig, device: torch.device) -> TrainedWeights:
+def trained_weights(
+    model: Any, config: GSPOConfig, device: torch.device, sharding: Sharding | None = None
+) -> TrainedWeights:
     """Prepare a model for training on a device as the resolved configuration says. The model is changed.
+
+    sharding: how its weights are sharded over processes; None: all are on this device.
 
     Raises:
         ValueError: the model has LoRA adapters already, or peft is not installed.
@@ -59,28 +77,32 @@ def trained_weights(model: Any, config: GSPOConfig, device: torch.device) -> Tra
     if any(".lora_A." in name for name, _ in model.named_parameters()):
         raise ValueError("the model has LoRA adapters already, perhaps from an earlier trainer: load it anew")
     if config.lora_rank:
-        return Adapters(model, config, device)
-    return AllWeights(model, config, device)
+        return Adapters(model, config, device, sharding)
+    return AllWeights(model, config, device, sharding)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """The norm of all gradients together, in float32 whatever their type."""
+    """The norm of all gradients together, in float32 whatever their type. Collective if they are sharded."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    return whole_tensor(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 class AllWeights:
     """All weights: in float32, trained by AdamW, or in bfloat16, trained by AdamW8bit."""
 
-    def __init__(self, model: Any, config: GSPOConfig, device: torch.device):
+    def __init__(self, model: Any, config: GSPOConfig, device: torch.device, sharding: Sharding | None):
+        self._sharding = sharding
         self.saved_dtype: torch.dtype = model.dtype
         in_8_bits = config.optimizer == "adamw_8bit"
         self.model = _prepare(model, device, torch.bfloat16 if in_8_bits else torch.float32)
-        self.parameters = list(self.model.parameters())
         self._start = deepcopy(self.model).requires_grad_(False) if config.kl_coef else None
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(self.model)
+        for sharded in (self.model, self._start):
+            if sharding is not None and sharded is not None:
+                shard_model(sharded, sharding.mesh, getattr(torch, str(config.dtype)))
+        self.parameters = list(self.model.parameters())
         if in_8_bits:
             self.optimizer: torch.optim.Optimizer = AdamW8bit(
                 self.parameters, config.learning_rate, weight_decay=config.weight_decay, seed=config.seed
@@ -94,10 +116,38 @@ class AllWeights:
         yield self._start
 
     def save_checkpoint(self, folder: Path) -> None:
-        save_model(self.model, folder)
+        moments = self.optimizer.state_dict()["state"]
+        if self._sharding is None:
+            save_model(self.model, folder)
+            if is_first_process():
+                write_moments(folder, moments)
+            return
+        save_parts(dict(self.model.named_parameters()), folder / WEIGHTS, self._sharding.objects)
+        save_parts(by_name(moments), folder / MOMENTS, self._sharding.objects)
+        if is_first_process():
+            self.model.config.save_pretrained(folder)
 
     def load_checkpoint(self, folder: Path) -> None:
-        load_weights(self.model, folder)
+        if not (folder / WEIGHTS).is_dir():
+            load_weights(self.model, folder)
+            return
+        own = dict(self.model.named_parameters())
+        with torch.no_grad():
+            load_parts(folder / WEIGHTS, lambda name, *_: own[name], self._waiting_group)
+
+    def load_moments(self, folder: Path) -> dict:
+        if not (folder / MOMENTS).is_dir():
+            moments = read_moments(folder, lazily=self.parameters[0].device.type != "cpu")
+            return sharded_like(moments, self.parameters)
+
+        def target(name: str, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+            return empty_like_part(self.parameters[int(name.partition(".")[0])], size, dtype)
+
+        return by_index(load_parts(folder / MOMENTS, target, self._waiting_group))
+
+    @property
+    def _waiting_group(self) -> Any:
+        return None if self._sharding is None else self._sharding.objects
 
     def save_model(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         save_model(self.model, folder, dtype or self.saved_dtype)
@@ -114,7 +164,7 @@ class Adapters:
     save_model() writes the sum of both, and the adapters beside it in adapter/.
     """
 
-    def __init__(self, model: Any, config: GSPOConfig, device: torch.device):
+    def __init__(self, model: Any, config: GSPOConfig, device: torch.device, sharding: Sharding | None):
         from gspo.policy import lora  # here, since peft takes seconds to import
 
         self._lora = lora
@@ -125,6 +175,8 @@ class Adapters:
         self._adapter_config = lora.add_adapters(self.model, config.lora_rank, config.seed, config.model_name)
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(self.model)
+        if sharding is not None:
+            shard_model(self.model, sharding.mesh)  # its weights are in the compute type
         self.parameters = list(lora.adapter_weights(self.model).values())
         self.optimizer: torch.optim.Optimizer = _adamw(self.parameters, config)
 
@@ -133,12 +185,20 @@ class Adapters:
 
     def save_checkpoint(self, folder: Path) -> None:
         self._lora.save_adapters(self.model, self._adapter_config, folder)
+        moments = whole_moments(self.optimizer.state_dict()["state"])
+        if is_first_process():
+            write_moments(folder, moments)
 
     def load_checkpoint(self, folder: Path) -> None:
         self._lora.load_adapters(self.model, folder)
 
+    def load_moments(self, folder: Path) -> dict:
+        return sharded_like(read_moments(folder, lazily=False), self.parameters)
+
     def save_model(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        save_model(self._lora.merged_model(self.model, dtype or self.saved_dtype), folder)
+        merged = self._lora.merged_model(self.model, dtype or self.saved_dtype)
+        if is_first_process():
+            save_model(merged, folder)
         self._lora.save_adapters(self.model, self._adapter_config, folder / "adapter")
 
     def save_update(self, folder: Path, dtype: torch.dtype) -> None:

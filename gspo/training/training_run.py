@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from gspo.policy.saved_model import save_tokenizer
+from gspo.policy.sharded_model import is_sharded
 from gspo.policy.vllm_server import EngineError
 from gspo.printing import say
 from gspo.training.alarms import (
@@ -34,8 +35,8 @@ from gspo.training.alarms import (
 )
 from gspo.training.checkpoints import (
     drop_moments,
+    moment_files,
     random_states,
-    read_moments,
     read_state,
     set_random_states,
     write_state,
@@ -175,13 +176,13 @@ class TrainingRun:
             except CannotSave:
                 raise
             except BaseException:  # perhaps in this process alone
-                if self.processes.is_main:
-                    self._save_if_whole()
+                if not is_sharded(self.trainer.model) and self.processes.is_main:
+                    self._save_if_whole(self.processes.alone())
                 raise
             if isinstance(end, EmergencyStop):
                 self.processes.on_main(self._keep_evidence, end)
             # No process may end before this is done: its launcher would kill the one that writes.
-            self.processes.on_main(self._save_if_whole)
+            self._save_if_whole(self.processes)
             recorded = self._evaluations()
             folder = self.processes.on_main(lambda: self.folder.path)
         if isinstance(end, EmergencyStop | EngineError):
@@ -208,11 +209,11 @@ class TrainingRun:
                 with line.time.apart("evaluation"):
                     self._evaluate(line)
             if finished:
-                self.processes.on_main(self._save_model, "final_model", self._evaluations())
+                self._save_model("final_model", self._evaluations())
                 return
             if is_due(trainer.step, config.save_frequency):
                 with line.time.apart("checkpoint"):
-                    self.processes.on_main(self.save_checkpoint)
+                    self.save_checkpoint(self.processes)
             self._collect_window()
             batch = self.pending[0]
             stop_if(self.processes.on_main(self._gibberish_reason), batch.metrics)
@@ -310,41 +311,58 @@ class TrainingRun:
         evaluations = [*recorded, {"step": step, **metrics}]
         if all(standing(metrics) > standing(earlier) for earlier in recorded):
             with line.time.apart("model"):
-                self.processes.on_main(self._save_model, "best_model", evaluations)
+                self._save_model("best_model", evaluations)
         self.processes.on_main(self._record_evaluation, evaluations)
 
     def _evaluations(self) -> list[dict]:
         """The evaluations on record, oldest first, for all processes."""
         return self.processes.on_main(lambda: self.record.evaluations())
 
-    # ---- saving; on the main process
+    # ---- saving
 
-    def _save_if_whole(self) -> None:
+    def _save_if_whole(self, processes: Processes) -> None:
         """Save a checkpoint, unless the weights are spoilt."""
         if self.trainer.is_whole():
-            self.save_checkpoint()
+            self.save_checkpoint(processes)
 
-    def save_checkpoint(self) -> None:
-        """Write checkpoints/step-N: model, tokenizer, and all else that the run's future depends on."""
-        if self._saved_progress == self._progress():
-            return
+    def save_checkpoint(self, processes: Processes) -> None:
+        """Write checkpoints/step-N: model, tokenizer, and all else that the run's future depends on.
+
+        If the weights are sharded, each process writes its part.
+        """
         name = f"step-{self.trainer.step}"
-        # The oldest goes first: a disk that holds CHECKPOINTS_KEPT is enough, and one is whole at any time.
+        if not processes.on_main(self._make_room, name):
+            return
+        with processes.around_main(lambda: self.folder.writing(f"checkpoints/{name}")) as folder:
+            self.trainer.weights.save_checkpoint(folder)
+            processes.on_main(self._write_state, folder)
+        processes.on_main(self._drop_older_moments, name)
+
+    def _make_room(self, name: str) -> bool:
+        """Remove checkpoints, so that there is room for one of this name. False: it is there already.
+
+        The oldest goes first: a disk that holds CHECKPOINTS_KEPT is enough, and one is whole at any time.
+        """
+        if self._saved_progress == self._progress():
+            return False
         others = [path for path in self.folder.checkpoints() if path.name != name]
         for path in others[: max(0, len(others) - CHECKPOINTS_KEPT + 1)]:
             remove(path)
-        with self.folder.writing(f"checkpoints/{name}") as folder:
-            self.trainer.weights.save_checkpoint(folder)
-            save_tokenizer(self.trainer.tokenizer, folder)
-            state = {
-                **self.trainer.state_dict(),
-                "pending": [batch.state_dict() for batch in self.pending],
-                "sampled": self._sampled(),
-                "settings": asdict(self.config),
-                "lines": self.record.line_counts(self.trainer.step),
-                "random": random_states(),
-            }
-            write_state(folder, state)
+        return True
+
+    def _write_state(self, folder: Path) -> None:
+        save_tokenizer(self.trainer.tokenizer, folder)
+        state = {
+            **self.trainer.state_dict(),
+            "pending": [batch.state_dict() for batch in self.pending],
+            "sampled": self._sampled(),
+            "settings": asdict(self.config),
+            "lines": self.record.line_counts(self.trainer.step),
+            "random": random_states(),
+        }
+        write_state(folder, state)
+
+    def _drop_older_moments(self, name: str) -> None:
         for path in self.folder.checkpoints():
             if path.name != name:
                 drop_moments(path)
@@ -359,10 +377,11 @@ class TrainingRun:
         """Write the model with its card. The last of the evaluations so far is its own."""
         counts = len(self.train_problems), len(self.eval_problems)
         card = model_card(self.config, self.source, *counts, evaluations)
-        with self.folder.writing(name) as folder:
+        with self.processes.around_main(lambda: self.folder.writing(name)) as folder:
             self.trainer.weights.save_model(folder)
-            save_tokenizer(self.trainer.tokenizer, folder)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            if self.processes.is_main:
+                save_tokenizer(self.trainer.tokenizer, folder)
+                (folder / "README.md").write_text(card, encoding="utf-8")
 
     # ---- beginning and resuming
 
@@ -393,14 +412,14 @@ class TrainingRun:
         trainer = self.trainer
         state = read_state(checkpoint)
         trainer.weights.load_checkpoint(checkpoint)
-        moments = read_moments(checkpoint, lazily=self.processes.device.type != "cpu")
-        if moments is None and self.processes.is_main:
+        has_moments = bool(moment_files(checkpoint))
+        if not has_moments and self.processes.is_main:
             print(
                 f"warning: {checkpoint} is an older checkpoint, whose optimizer state was dropped to save "
                 "room: training goes on from its weights with fresh moments, so not exactly as before",
                 file=sys.stderr,
             )
-        state["optimizer"]["state"] = moments or {}
+        state["optimizer"]["state"] = trainer.weights.load_moments(checkpoint) if has_moments else {}
         trainer.load_state_dict(state)
         counts = [len(batch["samples"]) // batch["group_size"] for batch in state["pending"]]
         self.drawn = state["sampled"] - sum(counts)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-from gspo.training.hardware import num_processes
+from gspo.training.hardware import num_machines
 from gspo.training.whole_folders import saving
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -39,7 +39,7 @@ class WeightsFolder:
 
     def __init__(self, urls: Sequence[str], output_dir: str, num_bytes: int) -> None:
         parents = [Path(output_dir).absolute()]
-        on_one_machine = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes())) == num_processes()
+        on_one_machine = num_machines() == 1
         if on_one_machine and all(map(_is_local, urls)) and os.access(SHARED_MEMORY, os.W_OK):
             parents.insert(0, SHARED_MEMORY)
         for parent in parents:

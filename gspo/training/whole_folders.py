@@ -126,9 +126,9 @@ def damage(folder: Path, needed: str) -> str | None:
     return None
 
 
-def lists(folder: Path, name: str) -> bool:
-    """True if a file belongs to a whole folder."""
-    return name in _read_checksums(folder)[0]
+def listed(folder: Path) -> list[str]:
+    """The files that belong to a whole folder, by their names in it."""
+    return list(_read_checksums(folder)[0])
 
 
 def drop_file(folder: Path, name: str) -> None:

@@ -15,7 +15,7 @@ from gspo.training.whole_folders import (
     CannotSave,
     damage,
     drop_file,
-    lists,
+    listed,
     recover,
     remove,
     whole_folder,
@@ -171,7 +171,7 @@ def test_a_file_is_dropped_and_the_folder_stays_whole(tmp_path, monkeypatch):
         patch.setattr("pathlib.Path.unlink", lambda *_, **__: 1 / 0)
         drop_file(folder, "tokenizer.json")
     for left in (True, False):
-        assert (folder / "tokenizer.json").exists() == left and not lists(folder, "tokenizer.json")
+        assert (folder / "tokenizer.json").exists() == left and "tokenizer.json" not in listed(folder)
         assert damage(folder, "model.safetensors") is None
         drop_file(folder, "tokenizer.json")
 

@@ -1,0 +1,140 @@
+"""Shard a model's weights over processes (FSDP2), and compute with it as with any other model.
+
+Each process keeps a part of every weight. A layer's weights are gathered when it is computed and given up
+after it, and its gradients are summed over the processes, each of which keeps its part. The weights outside
+of the layers (embedding, last norm, output layer) are one more unit, which stays whole in a forward pass, and
+again in the backward pass.
+
+The unit of the whole model is entered by call(), since log-probabilities do not go through the model's own
+forward(). All processes must enter it equally often: each gathering waits for all of them.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """The processes over which a model's weights are sharded.
+
+    mesh: (shards,), or (copies, shards) of them.
+    objects: the group in which they wait for one another, however long one of them takes.
+    """
+
+    mesh: DeviceMesh
+    objects: Any
+
+
+def shard_model(model: Any, mesh: DeviceMesh, compute_dtype: torch.dtype | None = None) -> None:
+    """Shard a model in place: every weight over the last dimension of the mesh, with copies over the first.
+
+    Args:
+        model: on the mesh's device. All processes have the same weights.
+        mesh: (shards,) or (copies, shards).
+        compute_dtype: that of the gathered weights; None: their own. Gradients are summed in float32.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for unit in units(model):
+        unit.set_gradient_divide_factor(1.0)  # a sum: the loss has the denominator of all processes
+        unit.set_force_sum_reduction_for_comms(True)
+    model.call_in_unit = MethodType(_call, model)
+    register_fsdp_forward_method(model, "call_in_unit")
+    model.weights_are_gathered = False
+    # The log-probabilities of rows are views of one tensor, and nothing is written into them.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")
+
+
+def call(model: Any, function: Callable[..., Result], *arguments: Any) -> Result:
+    """Return function(model, *arguments), which may compute with the model's weights.
+
+    Of a sharded model without gathered weights, all processes call this together.
+    """
+    if not is_sharded(model) or model.weights_are_gathered:
+        return function(model, *arguments)
+    return model.call_in_unit(function, *arguments)
+
+
+def _call(model: Any, function: Callable[..., Result], *arguments: Any) -> Result:
+    return function(model, *arguments)
+
+
+def is_sharded(model: Any) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def units(model: nn.Module) -> list[FSDPModule]:
+    """Return the units that are gathered one by one, the whole model's first."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """Return the layers that make up most of a model, in their order."""
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    if not layers:
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        layers = list(max(lists, key=len, default=()))
+    return layers
+
+
+def gather_weights(model: Any) -> None:
+    """Keep all weights whole in every process, until release_weights(). Collective.
+
+    The model then computes as any other, without gradients and without waiting for other processes.
+    """
+    for unit in units(model):
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    model.weights_are_gathered = True
+
+
+def release_weights(model: Any) -> None:
+    """Keep a part of the weights only, as training needs it."""
+    for unit in units(model):
+        unit.reshard()
+        if unit is not model:  # the whole model's is to stay through the backward pass
+            unit.set_reshard_after_forward(True, recurse=False)
+    model.weights_are_gathered = False
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return all of a tensor. Of a sharded one, all processes call this together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def copy_whole(target: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy values into a tensor of the same shape; into a sharded one, the part that this process keeps."""
+    if isinstance(target, DTensor):
+        placed = distribute_tensor(values, target.device_mesh, target.placements, src_data_rank=None)
+        target, values = target.to_local(), placed.to_local()
+    with torch.no_grad():
+        target.copy_(values)
+
+
+def plain_class(model: nn.Module) -> Any:
+    """Return the class that a model had before it was sharded."""
+    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def is_first_process() -> bool:
+    """Return whether this process is the one that writes what all have, or the only one."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
