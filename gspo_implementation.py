@@ -50,7 +50,7 @@ from gspo.training.loss_metrics import (
     without_sums,
 )
 from gspo.training.plan import fit_to_gpu, refuse_long_rows
-from gspo.training.processes import Processes
+from gspo.training.processes import Processes, refuse_idle_processes
 from gspo.training.rollout_batch import RolloutBatch, Sample, lacks_pi_old
 from gspo.training.rollout_engine import rollout_engine
 from gspo.training.sampling import encode_problem, evaluation_metrics, evaluation_texts, sample_and_reward
@@ -69,7 +69,7 @@ EVALUATION_STREAM = 1 << 100
 SMALL_MODEL = 0.5e9
 # LoRA's adapters learn at ten times the rate of the weights ("LoRA Without Regret").
 LORA_RATE_FACTOR = 10
-# Problems per step of an evaluation and of its progress bar.
+# Problems of each process per step of an evaluation and of its progress bar.
 EVALUATION_CHUNK = 16
 
 
@@ -385,6 +385,7 @@ class GSPOTrainer:
         self.config = config = resolved
         self.algorithm = ALGORITHMS[config.algorithm]
         self.processes = Processes(str(config.device))
+        refuse_idle_processes(config, self.processes.count)
         self.stop = StopRequest(self.processes)
         self.forward = ForwardPasses(config, self.processes)
         if config.device == "cpu":
@@ -659,9 +660,10 @@ class GSPOTrainer:
         assert num_samples is not None  # resolve() has decided it
         samples: list[Sample] = []
         with Bar(len(problems), "evaluating", "problems") as bar:
-            for start in range(0, len(problems), EVALUATION_CHUNK):
+            size = EVALUATION_CHUNK * self.processes.count
+            for start in range(0, len(problems), size):
                 self.stop.check()
-                chunk = problems[start : start + EVALUATION_CHUNK]
+                chunk = problems[start : start + size]
                 stream = EVALUATION_STREAM + start
                 samples += self._sample_and_reward(chunk, stream, num_samples, temperature)[0]
                 bar.update(len(chunk))

@@ -205,6 +205,7 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
         refuse_long_rows,
         require_plan,
     )
+    from gspo.training.processes import refuse_idle_processes
     from gspo_implementation import ALGORITHMS, resolve
 
     if config.algorithm not in ALGORITHMS:
@@ -212,6 +213,7 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     loss = ALGORITHMS[config.algorithm].loss
     device = "cuda" if config.plan_for else choose_device(config.device)
     machine = machine_for(config.plan_for, device)
+    refuse_idle_processes(config, machine.processes)
 
     def for_model(name: str, num_parameters: int) -> GSPOConfig:
         dtype = choose_dtype(config, device, num_parameters)[0]

@@ -10,7 +10,8 @@ forward(). All processes must enter it equally often: each gathering waits for a
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar
@@ -116,9 +117,38 @@ def release_weights(model: Any) -> None:
     model.weights_are_gathered = False
 
 
+@contextmanager
+def gathered_weights(model: Any) -> Iterator[None]:
+    """gather_weights() for a while, if the model is sharded."""
+    if not is_sharded(model):
+        yield
+        return
+    gather_weights(model)
+    try:
+        yield
+    finally:
+        release_weights(model)
+
+
+@torch.no_grad()
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of a tensor that this process keeps: all of it, if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """Return all of a tensor. Of a sharded one, all processes call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def first_row(tensor: torch.Tensor) -> int:
+    """Return the place of this process's first row among all rows of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    mesh = tensor.device_mesh
+    dimension = mesh.ndim - 1
+    rows_each = -(-len(tensor) // mesh.size(dimension))
+    return min(len(tensor), rows_each * mesh.get_local_rank(dimension))
 
 
 def copy_whole(target: torch.Tensor, values: torch.Tensor) -> None:

@@ -21,11 +21,15 @@ run round alike.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from random import Random
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, zeros
 from torch.nn import functional as F
+
+from gspo.policy.sharded_model import copy_whole, first_row, local_part, whole_tensor
 
 BLOCK = 256
 # Values updated at a time, a multiple of BLOCK. Their temporary tensors take about 50 bytes a value.
@@ -36,6 +40,7 @@ CODE_DROPS, BFLOAT16_DROPS = 20, 16
 ONE = 127 << 3
 FIRST_MOMENT_ZERO, SECOND_MOMENT_LOWEST = ONE - 127, ONE - 255
 # Of one parameter: codes (blocks, BLOCK), the last block padded, and scales (blocks, 1) of the two moments.
+# If each row has whole blocks, they are (rows, blocks of a row, ...), which can be sharded as the rows are.
 MOMENT_TENSORS = ("codes_1", "scales_1", "codes_2", "scales_2")
 SMALLEST_SCALE = 2.0**-126  # below it, float32 loses precision
 MAGNITUDE, EXPONENT = 0x7FFFFFFF, 0x7F800000  # bits of a float32
@@ -83,14 +88,30 @@ class AdamW8bit(torch.optim.Optimizer):
     ) -> None:
         state = self.state[parameter]
         state["step"] += 1
-        weights, gradients = parameter.view(-1), parameter.grad.reshape(-1)
-        for start in range(0, len(weights), CHUNK):
-            blocks = slice(start // BLOCK, (start + CHUNK) // BLOCK)
-            parts = {name: state[name][blocks] for name in MOMENT_TENSORS}
+        in_parts = not _has_whole_moments(parameter)
+        part_of = local_part if in_parts else whole_tensor
+        weights, gradients = part_of(parameter).view(-1), part_of(parameter.grad).reshape(-1)
+        moments = {name: local_part(state[name]).flatten(0, -2) for name in MOMENT_TENSORS}
+        # The place of these weights among all of the parameter.
+        first = first_row(parameter) * parameter.shape[1:].numel() if in_parts else 0
+        last = first + len(weights)
+        for start in range(0, parameter.numel(), CHUNK):
             # All chunks share the noise. With keys of its own, a chunk's noise is independent of any other's.
-            own_noise = [part[: len(parts["codes_1"])] ^ random.getrandbits(CODE_DROPS) for part in noise]
-            end = start + CHUNK
-            _update_chunk(weights[start:end], gradients[start:end], parts, own_noise, group, state["step"])
+            keys = [random.getrandbits(CODE_DROPS) for _ in noise]
+            low, high = max(start, first), min(start + CHUNK, last)
+            if low >= high:  # in another process's part
+                continue
+            blocks = slice((low - first) // BLOCK, -(-(high - first) // BLOCK))
+            parts = {name: moment[blocks] for name, moment in moments.items()}
+            place = (low - start) // BLOCK
+            own_noise = [
+                part[place : place + len(parts["codes_1"])] ^ key
+                for part, key in zip(noise, keys, strict=True)
+            ]
+            own = slice(low - first, high - first)
+            _update_chunk(weights[own], gradients[own], parts, own_noise, group, state["step"])
+        if isinstance(parameter, DTensor) and not in_parts:
+            copy_whole(parameter, weights.view(parameter.shape))
 
     def _forget(self) -> None:
         """Set all moments to 0."""
@@ -105,24 +126,43 @@ class AdamW8bit(torch.optim.Optimizer):
         self._forget()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, saved in state_dict["state"].items():
-            device = parameters[index].device
-            self.state[parameters[index]] = {
-                name: value.to(device, copy=True) if isinstance(value, torch.Tensor) else value
-                for name, value in saved.items()
-            }
+            state = self.state[parameters[index]]
+            for name, value in saved.items():
+                if isinstance(value, torch.Tensor):
+                    state[name].copy_(value.view(state[name].shape))
+                else:
+                    state[name] = value
 
 
 def _new_state(parameter: torch.Tensor) -> dict[str, Any]:
     """The state before the first step: moments of 0."""
-    blocks = -(-parameter.numel() // BLOCK)
-    device = parameter.device
+    blocks: tuple[int, ...] = (-(-parameter.numel() // BLOCK),)
+    if _rows_are_blocks(parameter):
+        blocks = (len(parameter), blocks[0] // len(parameter))
+    make: Callable[..., torch.Tensor] = partial(torch.zeros, device=parameter.device)
+    if isinstance(parameter, DTensor) and not _has_whole_moments(parameter):
+        make = partial(zeros, device_mesh=parameter.device_mesh, placements=parameter.placements)
     return {
         "step": 0,
-        "codes_1": torch.zeros(blocks, BLOCK, dtype=torch.int8, device=device),
-        "scales_1": torch.zeros(blocks, 1, device=device),
-        "codes_2": torch.zeros(blocks, BLOCK, dtype=torch.uint8, device=device),
-        "scales_2": torch.zeros(blocks, 1, device=device),
+        "codes_1": make((*blocks, BLOCK), dtype=torch.int8),
+        "scales_1": make((*blocks, 1), dtype=torch.float32),
+        "codes_2": make((*blocks, BLOCK), dtype=torch.uint8),
+        "scales_2": make((*blocks, 1), dtype=torch.float32),
     }
+
+
+def _rows_are_blocks(parameter: torch.Tensor) -> bool:
+    """True if each row has whole blocks, so that the rows can be dealt to processes."""
+    return parameter.shape[1:].numel() % BLOCK == 0
+
+
+def _has_whole_moments(parameter: torch.Tensor) -> bool:
+    """True if this process has all moments of the parameter and makes all of its update.
+
+    That is so without shards. It is also so for the few sharded parameters whose blocks reach across rows,
+    such as the weights of a norm: every process makes the same update, and keeps its part of the weights.
+    """
+    return not (isinstance(parameter, DTensor) and _rows_are_blocks(parameter))
 
 
 def _draw_noise(random: Random, count: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 FREE_ON_RESUME = (
     "resume", "run_name", "output_dir", "num_epochs", "eval_frequency", "save_frequency", "use_wandb",
     "log_to", "wandb_project", "dry_run", "plan_for", "probe", "device", "micro_batch_tokens",
-    "gradient_checkpointing", "rollout_rows", "rollout_engine", "vllm_url", "mismatch_mask",
+    "gradient_checkpointing", "shard", "rollout_rows", "rollout_engine", "vllm_url", "mismatch_mask",
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from gspo.policy.log_probs import micro_batches, token_log_probs
+from gspo.policy.log_probs import MAX_FORWARD_TOKENS, micro_batches, token_log_probs
 from gspo.policy.out_of_memory import is_out_of_memory
 from gspo.policy.sharded_model import call, is_sharded
 from gspo.printing import say
@@ -33,8 +33,11 @@ class ForwardPasses:
     @property
     def max_tokens(self) -> int:
         """Tokens per forward pass."""
-        assert self.config.micro_batch_tokens is not None  # resolve() has decided it
-        return self.config.micro_batch_tokens >> self.halvings
+        tokens = self.config.micro_batch_tokens
+        assert tokens is not None  # resolve() has decided it
+        if self.processes.count > 1:  # token_log_probs() must not cut a pass, of which processes wait for all
+            tokens = min(tokens, MAX_FORWARD_TOKENS)
+        return tokens >> self.halvings
 
     def micro_batches(self, model: Any, samples: Sequence[Sample]) -> list[list[int]]:
         """The rows of this process's share of the samples with a signal, by forward pass.
@@ -100,6 +103,9 @@ class ForwardPasses:
     def retry(self, work: Callable[[], Result], samples: Sequence[Sample]) -> Result:
         """Return work(); repeat it with half the tokens per pass as long as it runs out of memory.
 
+        Collective: all processes repeat it if one has to. With sharded weights they wait for one another
+        within it, so that one process that has run out of memory ends them all.
+
         The gradient stays the same but for rounding. In bfloat16 that rounding adds noise to the ratios of
         the rollout batch in progress, whose log pi_old was computed in other shapes.
 
@@ -109,19 +115,28 @@ class ForwardPasses:
         """
         longest = max((len(s.rollout.prompt_ids) + s.num_tokens for s in samples), default=0)
         while True:
+            result = None
             try:
-                return work()
+                result = work()
             except RuntimeError as error:
                 if not is_out_of_memory(error) or self.max_tokens <= longest:
                     raise
+                if self.config.shard == "full":
+                    tokens = self.max_tokens // 2
+                    say(f"out of memory: --resume with --micro_batch_tokens {tokens}", sys.stderr)
+                    raise
             # After the handler, which holds the failed attempt's tensors.
+            if not self.processes.any(result is None):
+                assert result is not None
+                return result
             self.halvings += 1
             torch.cuda.empty_cache()
-            say(
-                f"out of memory: from now on {self.max_tokens} tokens per forward pass "
-                "(--micro_batch_tokens)",
-                sys.stderr,
-            )
+            if self.processes.is_main:
+                say(
+                    f"out of memory: from now on {self.max_tokens} tokens per forward pass "
+                    "(--micro_batch_tokens)",
+                    sys.stderr,
+                )
 
 
 def deal_groups(samples: Sequence[Sample], group_size: int, num_shares: int) -> list[list[int]]:

@@ -1,5 +1,6 @@
 """The processes that train together. The main process, rank 0, has the record and the checkpoints."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from gspo.policy.sharded_model import Sharding
 from gspo.policy.vllm_server import EngineError
+from gspo.training.config import GSPOConfig
 from gspo.training.hardware import num_machines
 from gspo.training.whole_folders import CannotSave
 
@@ -24,8 +26,25 @@ from gspo.training.whole_folders import CannotSave
 PATIENCE_H = 2
 # Minutes that a process waits in the middle of a computation, which all of them enter together.
 COMPUTING_PATIENCE_MIN = 10.0
+# What a launcher is told to do with the model, by the variable that tells it. The toolkit shards by itself.
+LAUNCHER_SETTINGS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
 # Errors that end a run with one line that says what to do. All processes raise the same one.
 REFUSALS = (ValueError, CannotSave, OSError, EngineError)
+
+
+def refuse_idle_processes(config: GSPOConfig, count: int) -> None:
+    """Raise a ValueError if an optimizer update has fewer queries than there are processes."""
+    if config.mini_batch_size < count:
+        batch_size = -(-config.batch_size // count) * count
+        raise ValueError(
+            f"--mini_batch_size {config.mini_batch_size}: an optimizer update has fewer queries than the "
+            f"{count} processes that share them; give --mini_batch_size {count} --batch_size {batch_size}"
+        )
 
 
 class Processes:
@@ -34,10 +53,17 @@ class Processes:
     The methods but alone() and contiguous_share() are collective: all processes call them, in the same order.
 
     Raises:
-        ValueError: accelerate does not use the device ("cpu" or "cuda").
+        ValueError: accelerate does not use the device ("cpu" or "cuda"), or was launched with settings that
+            would be ignored.
     """
 
     def __init__(self, device: str):
+        for variable, name in LAUNCHER_SETTINGS.items():
+            if os.environ.get(variable, "false").lower() == "true":
+                raise ValueError(
+                    f"accelerate was launched with {name} ({variable}), which is not used here: launch "
+                    "without it, and give --shard full to train_gspo.py"
+                )
         patience = InitProcessGroupKwargs(timeout=timedelta(minutes=COMPUTING_PATIENCE_MIN))
         self._accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
         self.device: torch.device = self._accelerator.device
@@ -143,14 +169,10 @@ class Processes:
             if self.count > 1 and not isinstance(parameter, DTensor):
                 distributed.all_reduce(parameter.grad)
 
-    def sharding(self) -> Sharding:
-        """All processes, with a copy of the model on each machine.
-
-        Raises:
-            ValueError: there is one process.
-        """
+    def sharding(self) -> Sharding | None:
+        """All processes, with a copy of the model on each machine. None: there is one process."""
         if self.count == 1:
-            raise ValueError("--shard full takes several processes: start them with torchrun")
+            return None
         copies = num_machines()
         shape = (copies, self.count // copies) if copies > 1 else (self.count,)
         names = ("copies", "shards")[-len(shape) :]

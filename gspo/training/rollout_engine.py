@@ -16,7 +16,13 @@ import torch
 from gspo.policy.log_probs import TokenRows, token_log_probs
 from gspo.policy.rollout import MAX_ROWS, Rollout, Sampling, TransformersEngine
 from gspo.policy.saved_model import save_tokenizer
-from gspo.policy.sharded_model import gather_weights, is_sharded, release_weights
+from gspo.policy.sharded_model import (
+    gather_weights,
+    gathered_weights,
+    is_sharded,
+    local_part,
+    release_weights,
+)
 from gspo.policy.vllm_engine import VLLMEngine, compare
 from gspo.policy.vllm_process import ServerSettings, VLLMProcess, server_bytes, weight_bytes
 from gspo.training.config import GSPOConfig
@@ -140,10 +146,8 @@ class ServerRollouts:
         with self._written(str(self._count)) as folder:
             self.weights.save_update(folder, self.engine.dtype)
         name = f"{self.run}-{self._count}"
-        if self._loads:
-            self.processes.together(self._load, folder, name)
-        else:
-            self.processes.together(self.engine.expect, folder, name)
+        with gathered_weights(self.weights.model):  # one process may check them alone
+            self.processes.together(self._load if self._loads else self.engine.expect, folder, name)
         self._loaded = identity
 
     def rest(self) -> None:
@@ -179,7 +183,8 @@ class ServerRollouts:
 
     def _identity(self, version: str) -> tuple:
         """Something that differs if the weights do, also if they were changed without an update."""
-        return version, [(weight.data_ptr(), weight._version) for weight in self.weights.parameters]
+        parts = [local_part(weight) for weight in self.weights.parameters]
+        return version, [(part.data_ptr(), part._version) for part in parts]
 
     # ---- on the main process
 

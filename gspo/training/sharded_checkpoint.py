@@ -3,6 +3,7 @@
 torch.distributed.checkpoint writes a file for each process, and .metadata, which says what is where.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,8 @@ def load_parts(folder: Path, target: Target, group: Any) -> dict[str, torch.Tens
     Raises:
         OSError: they cannot be read.
     """
-    with _plain_errors(folder):
+    with _plain_errors(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is to be
         saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         tensors = {name: target(name, about.size, about.properties.dtype) for name, about in saved.items()}
         dcp.load(tensors, checkpoint_id=folder, process_group=group, no_dist=group is None)

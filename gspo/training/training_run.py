@@ -356,6 +356,7 @@ class TrainingRun:
             **self.trainer.state_dict(),
             "pending": [batch.state_dict() for batch in self.pending],
             "sampled": self._sampled(),
+            "processes": self.processes.count,
             "settings": asdict(self.config),
             "lines": self.record.line_counts(self.trainer.step),
             "random": random_states(),
@@ -411,6 +412,10 @@ class TrainingRun:
         """Take up the state of a checkpoint, in every process."""
         trainer = self.trainer
         state = read_state(checkpoint)
+        count = self.processes.count
+        saved_by = state.get("processes", count)
+        if saved_by != count and self.processes.is_main:
+            say(f"resumed by {count} processes instead of {saved_by}: equal but for rounding")
         trainer.weights.load_checkpoint(checkpoint)
         has_moments = bool(moment_files(checkpoint))
         if not has_moments and self.processes.is_main:

@@ -2,17 +2,13 @@
 
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 
-from support import ROOT
-from support.commands import TINY, environment, run_here
+from support.commands import TINY, run_here
+from support.on_ranks import exit_codes, finish, start, wait_for_line
 from support.records import record_of, weights_of_run
 
 FLAGS = [*TINY, "--num_train_samples", "8", "--mini_batch_size", "2", "--learning_rate", "1e-4"]
@@ -21,37 +17,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def start(folder, *flags):
-    """Two ranks, in a process group of their own with their launcher."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(ROOT / "train_gspo.py"), *map(str, flags)]
-    with open(folder / "log", "a") as log:
-        return subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment(), cwd=folder, start_new_session=True
-        )
-
-
-def finish(process, folder):
-    """The launcher's exit code, and all that was said."""
-    code = process.wait(timeout=300)
-    return code, (folder / "log").read_text()
-
-
-def exit_codes(said):
-    """The exit codes that the launcher reports; its own is 1. -15 is a process that it ended itself."""
-    return set(re.findall(r"exitcode  : (-?\d+)", said))
-
-
-def wait_for_line(metrics, count, process):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= count:
-            return
-        time.sleep(0.02)
-    pytest.fail("no rollout batch was trained on")
-
-
-DYNAMIC = ["--dynamic_sampling", "--batch_size", "2", "--mini_batch_size", "1", "--group_size", "2"]
+DYNAMIC = ["--dynamic_sampling", "--batch_size", "2", "--mini_batch_size", "2", "--group_size", "2"]
+SHARDS = ["--shard", "full"]
 
 
 @pytest.mark.parametrize(
@@ -77,9 +44,10 @@ def test_two_processes_train_as_one_does(tmp_path, more):
 
 
 @pytest.mark.slow
-def test_two_processes_sample_from_one_vllm_server(tmp_path, start_vllm):
+@pytest.mark.parametrize("more", [[], SHARDS], ids=["copies", "shards"])
+def test_two_processes_sample_from_one_vllm_server(tmp_path, start_vllm, more):
     server = start_vllm()
-    flags = [*FLAGS, "--dtype", "float32", "--rollout_engine", "vllm", "--vllm_url", server.url,
+    flags = [*FLAGS, *more, "--dtype", "float32", "--rollout_engine", "vllm", "--vllm_url", server.url,
              "--output_dir", tmp_path, "--run_name"]  # fmt: skip
     code, said = finish(start(tmp_path, *flags, "two"), tmp_path)
     assert code == 0, said
@@ -97,9 +65,11 @@ def test_two_processes_sample_from_one_vllm_server(tmp_path, start_vllm):
 
 
 @pytest.mark.slow
-def test_a_run_of_two_that_is_killed_and_stopped_goes_on_exactly(tmp_path):
+@pytest.mark.parametrize("more", [[], SHARDS], ids=["copies", "shards"])
+def test_a_run_of_two_that_is_killed_and_stopped_goes_on_exactly(tmp_path, more):
     longer = [
         *FLAGS,
+        *more,
         "--num_epochs",
         4,
         "--update_frequency",
@@ -128,7 +98,7 @@ def test_a_run_of_two_that_is_killed_and_stopped_goes_on_exactly(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_probe_as_one_does(tmp_path):
-    flags = [*TINY, "--probe", "--num_train_samples", 16, "--max_new_tokens", 2]
+    flags = [*TINY, "--mini_batch_size", 2, "--probe", "--num_train_samples", 16, "--max_new_tokens", 2]
     code, said = finish(start(tmp_path, *flags), tmp_path)
     alone = run_here(*flags)
     assert code == alone.returncode == 1 and exit_codes(said) <= {"1", "130", "-15"}
