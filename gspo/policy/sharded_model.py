@@ -60,6 +60,10 @@ def shard_model(model: Any, mesh: DeviceMesh, compute_dtype: torch.dtype | None 
     model.call_in_unit = MethodType(_call, model)
     register_fsdp_forward_method(model, "call_in_unit")
     model.weights_are_gathered = False
+    # The first forward pass makes a unit of the module that it enters: it must be the whole model.
+    with torch.no_grad():
+        call(model, lambda _: None)
+    model.reshard()
     # The log-probabilities of rows are views of one tensor, and nothing is written into them.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
 
