@@ -298,7 +298,7 @@ def print_plan(config: GSPOConfig, prompt_tokens: int | None) -> None:
     shapes = model_config(config.model_name, config.trust_remote_code)
     plan = require_plan(shapes, config, loss, machine)
     print("\n".join(["plan:", *describe_plan(plan, machine), *describe_others(plan, shapes, loss, machine)]))
-    print(describe_disk(plan, shapes))
+    print(describe_disk(plan, shapes, machine))
     num_batches, num_updates = config.count_updates(config.num_train_samples)
     responses = config.num_epochs * config.num_train_samples * config.group_size
     print(

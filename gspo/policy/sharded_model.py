@@ -27,6 +27,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from gspo.policy.fewer_layers import decoder_layers
+
 Result = TypeVar("Result")
 
 
@@ -51,7 +53,9 @@ def shard_model(model: Any, mesh: DeviceMesh, compute_dtype: torch.dtype | None 
         compute_dtype: that of the gathered weights; None: their own. Gradients are summed in float32.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    for layer in decoder_layers(model):
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    for layer in layers or decoder_layers(model) or ():
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for unit in units(model):
@@ -89,16 +93,6 @@ def is_sharded(model: Any) -> bool:
 def units(model: nn.Module) -> list[FSDPModule]:
     """Return the units that are gathered one by one, the whole model's first."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """Return the layers that make up most of a model, in their order."""
-    names = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
-    if not layers:
-        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        layers = list(max(lists, key=len, default=()))
-    return layers
 
 
 def gather_weights(model: Any) -> None:

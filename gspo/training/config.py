@@ -255,7 +255,7 @@ class GSPOConfig:
     plan_for: str | None = flag(
         None,
         "run",
-        "with --dry_run: plan for other GPUs, by GB each, such as 80 or 8x80 (default: this machine)",
+        "with --dry_run: plan for other GPUs, by GB each, such as 80, 8x80 or 2x8x80 (default: this machine)",
     )
     probe: bool = flag(
         False,
@@ -299,8 +299,11 @@ class GSPOConfig:
         if not isinstance(template_kwargs, dict):
             raise ValueError(f"--chat_template_kwargs must be a JSON object, got {self.chat_template_kwargs}")
         if self.plan_for is not None:
-            if not re.fullmatch(r"([1-9]\d{0,5}x)?[1-9]\d{0,5}", self.plan_for):
-                raise ValueError(f"--plan_for {self.plan_for}: give GB, or GPUs x GB, such as 80 or 8x80")
+            if not re.fullmatch(r"([1-9]\d{0,5}x){0,2}[1-9]\d{0,5}", self.plan_for):
+                raise ValueError(
+                    f"--plan_for {self.plan_for}: give GB, GPUs x GB or machines x GPUs x GB, such as 80, "
+                    "8x80 or 2x8x80"
+                )
             if self.device == "cpu":
                 raise ValueError("--plan_for plans for GPUs: leave out --device cpu")
             if not self.dry_run:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 
 import torch
@@ -91,31 +92,40 @@ class Machine:
     """What a plan is made for.
 
     name: in words. total_bytes: the memory of a GPU, or of the machine if training is on the CPU.
-    processes: how many such GPUs train together, with all weights on each.
+    processes: how many such GPUs train together. machines: how many machines they are in.
     """
 
     name: str
     total_bytes: float
     processes: int = 1
+    machines: int = 1
 
     @property
     def usable_bytes(self) -> float:
         return USABLE_SHARE * self.total_bytes
 
+    @property
+    def shards(self) -> int:
+        """The parts of sharded weights: each machine has all of them."""
+        return self.processes // self.machines
+
 
 def machine_for(plan_for: str | None, device: str) -> Machine:
-    """The machine that --plan_for names, such as "80" or "8x80" (GPUs x GB); without it, this one."""
+    """The machine that --plan_for names, without it this one.
+
+    plan_for: GB, GPUs x GB or machines x GPUs x GB, such as "80", "8x80" or "2x8x80".
+    """
     if plan_for:
-        count, _, size = plan_for.rpartition("x")
-        processes = int(count or num_processes())
+        *counts, size = plan_for.split("x")
+        processes = prod(map(int, counts)) if counts else num_processes()
         name = f"a GPU of {size} GB" if processes == 1 else f"each of {processes} GPUs of {size} GB"
-        return Machine(name, float(size) * 1e9, processes)
+        return Machine(name, float(size) * 1e9, processes, int(counts[0]) if len(counts) == 2 else 1)
     if device == "cuda":
         total_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         name = f"{torch.cuda.get_device_name()} with {gigabytes(total_bytes)}"
-        return Machine(name, total_bytes, num_processes())
+        return Machine(name, total_bytes, num_processes(), num_machines())
     total_bytes = host_memory()
-    return Machine(f"this machine's {gigabytes(total_bytes)}", total_bytes, num_processes())
+    return Machine(f"this machine's {gigabytes(total_bytes)}", total_bytes, num_processes(), num_machines())
 
 
 def gigabytes(num_bytes: float) -> str:

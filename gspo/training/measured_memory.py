@@ -24,12 +24,14 @@ from gspo.policy.model_loader import count_parameters
 from gspo.policy.planned_device import planned_device
 from gspo.policy.prompt_cache import decode, prefill
 from gspo.policy.rollout import MAX_ROWS, draw_tokens, evaluation_mode
+from gspo.policy.sharded_model import call
 from gspo.policy.vllm_process import server_bytes
 from gspo.training.config import GSPOConfig
 from gspo.training.forward_passes import compute_type
 from gspo.training.hardware import Machine
 from gspo.training.living_memory import LivingMemory
 from gspo.training.loss_metrics import unread_metrics
+from gspo.training.sharded_memory import UnitSizes, sharded_parts, with_masters
 from gspo.training.trained_weights import TrainedWeights, gradient_norm, trained_weights
 
 # The CUDA context with the libraries' workspaces: 0.5 to 1 GB, depending on the GPU.
@@ -73,7 +75,7 @@ def measure_update(
         update(weights, config, loss, machine.processes)
         return {"gradients": [p.grad for p in weights.parameters if p.grad is not None]}
 
-    return _measured(model_config, config, machine, passes, work)
+    return _measured(model_config, config, machine, passes, work, trains=True)
 
 
 def measure_sampling(
@@ -84,7 +86,7 @@ def measure_sampling(
     def work(weights: TrainedWeights) -> dict[str, list[torch.Tensor]]:
         return {"cache": sample(weights, config)}
 
-    return _measured(model_config, config, machine, ("sampling", config.rollout_rows), work)
+    return _measured(model_config, config, machine, ("sampling", config.rollout_rows), work, trains=False)
 
 
 def memory_while_serving(
@@ -107,22 +109,38 @@ def _measured(
     machine: Machine,
     of_work: tuple,
     work: Callable[[TrainedWeights], dict[str, list[torch.Tensor]]],
+    trains: bool,
 ) -> dict[str, float]:
     """Bytes by part at the peak of some work; what was measured in this process is not measured again.
 
     of_work: the settings that the work depends on. work: returns tensors that are parts of their own.
+    trains: it is an update.
     """
+    shards = machine.shards if config.shard == "full" else 1
+    # Shards keep no copies of gathered weights, in which autocast would keep those of float32 weights.
+    measured = config
+    if shards > 1 and config.method == "adamw" and config.dtype == "bfloat16":
+        measured = replace(config, optimizer="adamw_8bit")
     vocabulary = model_config.get_text_config(decoder=True).vocab_size
     # The one thing by which a GPU's size changes a pass.
     chunk = logit_tokens(vocabulary, machine.total_bytes) if config.device == "cuda" else None
     key = (
-        model_config.to_json_string(use_diff=False), config.optimizer, config.lora_rank, config.dtype,
+        model_config.to_json_string(use_diff=False), measured.optimizer, config.lora_rank, config.dtype,
         config.device, config.max_length, config.max_new_tokens, config.group_size, chunk, of_work,
     )  # fmt: skip
     if key not in _MEASURED:
         with planned_device(str(config.device), machine.total_bytes):
-            _MEASURED[key] = max(_sections(model_config, config, work), key=_total)
-    parts = dict(_MEASURED[key])
+            _MEASURED[key] = _sections(model_config, measured, work)
+    sections: list[dict[str, float]] = _MEASURED[key]
+    if shards > 1:
+        sizes = UnitSizes.of(model_config, config.trust_remote_code)
+        if measured is not config:
+            sections = [with_masters(section, sizes) for section in sections]
+        sections = [
+            moment for section in sections for moment in sharded_parts(section, sizes, config, shards, trains)
+        ]
+    totals = [sum(section.values()) for section in sections]
+    parts = dict(sections[totals.index(max(totals))])
     if config.device == "cuda":
         parts["CUDA context"] = CONTEXT_BYTES
     # LoRA switches its adapters off instead. This is not measured: torch cannot copy a model without memory.
@@ -131,11 +149,7 @@ def _measured(
     return parts
 
 
-_MEASURED: dict[tuple, dict[str, float]] = {}
-
-
-def _total(parts: dict[str, float]) -> float:
-    return sum(parts.values())
+_MEASURED: dict[tuple, list[dict[str, float]]] = {}  # sections
 
 
 def _sections(
@@ -261,7 +275,7 @@ def make_optimizer_state(weights: TrainedWeights) -> None:
 def longest_rows(config: GSPOConfig, processes: int) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and responses of an optimizer update, as long as the configuration lets them be."""
     longest = min(config.max_new_tokens or config.max_length, config.max_length - 1)
-    rows = -(-config.mini_batch_size * config.group_size // processes)
+    rows = -(-config.mini_batch_size // processes) * config.group_size  # whole groups
     prompts = [[row // config.group_size] * (config.max_length - longest) for row in range(rows)]
     return prompts, [[0] * longest for _ in range(rows)]
 
@@ -305,7 +319,7 @@ def backward(
 ) -> None:
     """A forward and a backward pass over these rows."""
     with compute_type(config, weights.parameters[0].device.type):
-        log_probs = token_log_probs(weights.model, prompts, responses, config.temperature)
+        log_probs = call(weights.model, token_log_probs, prompts, responses, config.temperature)
     values = pad_sequence(log_probs, batch_first=True)  # (B, T)
     mask = torch.ones_like(values, dtype=torch.bool)
     advantages = torch.ones_like(values[:, 0])

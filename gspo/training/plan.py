@@ -61,12 +61,22 @@ def plan_training(
     """
     parameters = count_parameters(model_config, config.trust_remote_code)
     for method in methods_for(config):
-        if LEAST_BYTES[method] * parameters > machine.usable_bytes:
-            continue
-        plan = _first_fitting(model_config, _passes(with_method(config, method)), loss, machine)
-        if plan is not None:
-            return plan
+        for shard in shards_for(config, machine):
+            shards = machine.shards if shard == "full" else 1
+            if LEAST_BYTES[method] * parameters / shards > machine.usable_bytes:
+                continue
+            decided = replace(with_method(config, method), shard=shard)
+            plan = _first_fitting(model_config, _passes(decided), loss, machine)
+            if plan is not None:
+                return plan
     return None
+
+
+def shards_for(config: GSPOConfig, machine: Machine) -> list[str]:
+    """The values of --shard that a configuration allows on a machine, in the order of preference."""
+    if config.shard != "auto":
+        return [config.shard]
+    return ["none", "full"] if machine.shards > 1 else ["none"]
 
 
 def _first_fitting(
@@ -189,7 +199,8 @@ def require_plan(
     if plan is not None:
         return plan
     print(f"{config.model_name} does not fit {machine.name}; looking for flags that would make it fit ...")
-    least = _passes(with_method(config, methods_for(config)[-1]))[-1]
+    smallest = replace(with_method(config, methods_for(config)[-1]), shard=shards_for(config, machine)[-1])
+    least = _passes(smallest)[-1]
     parts = measure_update(model_config, least, loss, machine)
     advice = remedy(model_config, config, loss, machine)
     raise ValueError(
@@ -221,7 +232,7 @@ def remedy(
     passes: dict[str, Any] = rows | {"micro_batch_tokens": None}
     if config.gradient_checkpointing is False:
         passes["gradient_checkpointing"] = None
-    method: dict[str, Any] = {"lora_rank": None, "optimizer": "auto"}
+    method: dict[str, Any] = {"shard": "auto", "lora_rank": None, "optimizer": "auto"}
     for opened in (rows, passes, method, passes | method):
         plan = plan_training(model_config, replace(config, **opened), loss, machine)
         if plan is not None:
@@ -249,7 +260,7 @@ def _as_flags(decided: GSPOConfig, config: GSPOConfig, names: Iterable[str]) -> 
     flags = []
     for name in names:
         value, given = getattr(decided, name), getattr(config, name)
-        if value != given and (given is not None or name == "lora_rank"):
+        if value != given and (given not in (None, "auto") or name == "lora_rank"):
             flags.append(f"--{name}" if value is True else f"--{name} {value}")
     return " ".join(flags)
 
@@ -281,8 +292,13 @@ def describe_plan(plan: Plan, machine: Machine) -> list[str]:
     sampling = f"sampling {config.rollout_rows} responses at a time"
     if config.rollout_engine == "vllm":
         sampling = "while vLLM samples"
+    shards = []
+    if machine.processes > 1:
+        words = {"none": "each GPU has all weights", "full": f"weights over {machine.shards} GPUs"}
+        shards = [f"shards: {words[config.shard]} (--shard {config.shard})"]
     return [
         f"trained: {describe_method(config)}",
+        *shards,
         f"memory at its peak: {gigabytes(memory.peak)} of {machine.name}",
         f"  an update, {config.micro_batch_tokens} tokens per pass{checkpointing}: "
         f"{gigabytes(sum(memory.update.values()))} ({list_parts(memory.update)})",
@@ -290,11 +306,12 @@ def describe_plan(plan: Plan, machine: Machine) -> list[str]:
     ]
 
 
-def describe_disk(plan: Plan, model_config: PreTrainedConfig) -> str:
+def describe_disk(plan: Plan, model_config: PreTrainedConfig, machine: Machine) -> str:
     """A line on the room that a run takes on the disk."""
     config = plan.config
     parameters = count_parameters(model_config, config.trust_remote_code)
-    moments = int(plan.memory.update["optimizer"])
+    shards = machine.shards if config.shard == "full" else 1
+    moments = int(plan.memory.update["optimizer"]) * shards
     saved = getattr(model_config, "dtype", None) or torch.float32
     if config.method == "lora":  # a float32 adapter weight has two float32 moments
         parts = disk_bytes(moments // 8, torch.float32, torch.bfloat16, moments)
@@ -318,7 +335,7 @@ def describe_others(
         other = _passes(with_method(all_open, method))[-1]
         if method == plan.config.method:
             continue
-        least = float(LEAST_BYTES[method] * parameters)
+        least = LEAST_BYTES[method] * parameters / (machine.shards if other.shard == "full" else 1)
         if least <= machine.usable_bytes:
             least = sum(measure_update(model_config, other, loss, machine).values())
         fits = "would fit too" if least <= machine.usable_bytes else "would not fit"

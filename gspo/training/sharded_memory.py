@@ -1,0 +1,75 @@
+"""The memory of a process with sharded weights, from what all of them take in one process.
+
+Weights, gradients and moments are divided by the shards. What a forward or backward pass keeps for its rows
+is the same. Besides, weights are gathered in the compute type: those outside of the layers, and those of a
+layer and of the next one, which is gathered ahead. Their gradients are whole until they are summed, which
+takes a copy in float32.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from gspo.policy.fewer_layers import num_layers, with_layers
+from gspo.policy.model_loader import count_parameters
+from gspo.training.config import GSPOConfig
+
+GATHERED = "gathered weights"
+DIVIDED = ("weights", "gradients", "optimizer", "starting model")
+
+
+@dataclass(frozen=True)
+class UnitSizes:
+    """Parameters of a model: all of them, those outside of its layers, and those of a layer on average."""
+
+    total: int
+    outside: int
+    layer: float
+
+    @classmethod
+    def of(cls, model_config: PreTrainedConfig, trust_remote_code: bool = False) -> "UnitSizes":
+        """Count them without memory. Layers that differ count as their mean."""
+        layers = num_layers(model_config)
+        total = count_parameters(model_config, trust_remote_code)
+        if layers < 2:
+            return cls(total, 0, total)
+        of_one = count_parameters(with_layers(model_config, 1), trust_remote_code)
+        layer = (total - of_one) / (layers - 1)
+        return cls(total, max(0, round(total - layers * layer)), layer)
+
+
+def sharded_parts(
+    parts: Mapping[str, float], sizes: UnitSizes, config: GSPOConfig, shards: int, trains: bool
+) -> list[dict[str, float]]:
+    """Bytes by part in one of so many processes, at the moments of which one is the peak.
+
+    Args:
+        parts: those of one process that has all weights.
+        trains: in an update, and not in sampling, where all weights are gathered.
+    """
+    divided = {
+        name: num_bytes / shards if name in DIVIDED else num_bytes for name, num_bytes in parts.items()
+    }
+    bytes_each = 4 if config.dtype == "float32" else 2
+    if not trains:
+        return [divided | {GATHERED: float(bytes_each * sizes.total)}]
+    in_layers = bytes_each * (sizes.outside + 2 * sizes.layer)
+    if config.method == "lora":
+        return [divided | {GATHERED: in_layers}]
+    in_layers += bytes_each * (sizes.outside + sizes.layer) + 4 * sizes.layer
+    # When the gradients of the weights outside of the layers are summed, no activations are left.
+    at_end = {name: num_bytes for name, num_bytes in divided.items() if name not in ("activations", "logits")}
+    return [
+        divided | {GATHERED: in_layers},
+        at_end | {GATHERED: float((2 * bytes_each + 4) * sizes.outside)},
+    ]
+
+
+def with_masters(parts: Mapping[str, float], sizes: UnitSizes) -> dict[str, float]:
+    """Parts of weights in bfloat16 with moments in 8 bits, as they are with float32 weights and AdamW."""
+    float32 = 4.0 * sizes.total
+    scaled = {"weights": float32, "optimizer": 2 * float32}
+    if "gradients" in parts:
+        scaled["gradients"] = 2 * parts["gradients"]
+    return {**parts, **scaled}
