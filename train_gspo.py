@@ -213,7 +213,12 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     loss = ALGORITHMS[config.algorithm].loss
     device = "cuda" if config.plan_for else choose_device(config.device)
     machine = machine_for(config.plan_for, device)
-    refuse_idle_processes(config, machine.processes)
+    try:
+        refuse_idle_processes(config, machine.processes)
+    except ValueError as error:
+        if not config.plan_for:
+            raise
+        print(f"note: {error}")
 
     def for_model(name: str, num_parameters: int) -> GSPOConfig:
         dtype = choose_dtype(config, device, num_parameters)[0]
@@ -243,6 +248,11 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     if device == "cpu" and torch.backends.mps.is_available():
         print("device: cpu (Apple GPUs are not supported)")
     print(f"processes: {machine.processes}")
+    if resolved.mini_batch_size < machine.processes:
+        print(
+            f"--mini_batch_size {resolved.mini_batch_size}: an update keeps so many of them busy, since each "
+            "takes whole groups"
+        )
     if config.dtype == "auto":
         print(f"dtype: {resolved.dtype} ({choose_dtype(config, device, num_parameters)[1]})")
     return resolved

@@ -1,4 +1,4 @@
-"""The configurations of the models that `auto` chooses from: it needs no hub and no weights to choose."""
+"""The configurations of models that are planned without the hub: `auto` chooses among some of them."""
 
 from typing import Any
 
@@ -29,7 +29,11 @@ AUTO_MODELS = {
     "Qwen/Qwen2.5-1.5B-Instruct": _qwen(1536, 8960, 28, 12, 2),
     "Qwen/Qwen2.5-0.5B-Instruct": _qwen(896, 4864, 24, 14, 2),
 }
-
+# With these, a plan for many GPUs needs no hub either.
+LARGER_MODELS = {
+    "Qwen/Qwen2.5-32B-Instruct": _qwen(5120, 27648, 64, 40, 8, vocab_size=152_064, tie_word_embeddings=False),
+    "Qwen/Qwen2.5-14B-Instruct": _qwen(5120, 13824, 48, 40, 8, vocab_size=152_064, tie_word_embeddings=False),
+}
 
 # The embedded model's own configuration is in the GGUF file, which is slow to open.
 EMBEDDED: dict[str, Any] = {
@@ -44,6 +48,13 @@ EMBEDDED: dict[str, Any] = {
 }
 
 
+def is_known(name: str) -> bool:
+    """Return whether known_config() has this model, the embedded one left out."""
+    return name in LARGER_MODELS or name in AUTO_MODELS
+
+
 def known_config(name: str) -> PreTrainedConfig:
-    """The configuration of one of AUTO_MODELS or of the embedded model, as far as shapes depend on it."""
-    return LlamaConfig(**EMBEDDED) if name == EMBEDDED_NAME else Qwen2Config(**AUTO_MODELS[name])
+    """The configuration of such a model or of the embedded one, as far as shapes depend on it."""
+    if name == EMBEDDED_NAME:
+        return LlamaConfig(**EMBEDDED)
+    return Qwen2Config(**(LARGER_MODELS | AUTO_MODELS)[name])

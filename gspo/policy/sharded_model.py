@@ -53,9 +53,7 @@ def shard_model(model: Any, mesh: DeviceMesh, compute_dtype: torch.dtype | None 
         compute_dtype: that of the gathered weights; None: their own. Gradients are summed in float32.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    names = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in names]
-    for layer in layers or decoder_layers(model) or ():
+    for layer in layers_of(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for unit in units(model):
@@ -88,6 +86,13 @@ def _call(model: Any, function: Callable[..., Result], *arguments: Any) -> Resul
 
 def is_sharded(model: Any) -> bool:
     return isinstance(model, FSDPModule)
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    """Return the layers of a model that is not sharded, which are gathered one by one."""
+    names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    return layers or list(decoder_layers(model) or ())
 
 
 def units(model: nn.Module) -> list[FSDPModule]:

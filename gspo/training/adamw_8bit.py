@@ -137,7 +137,7 @@ class AdamW8bit(torch.optim.Optimizer):
 def _new_state(parameter: torch.Tensor) -> dict[str, Any]:
     """The state before the first step: moments of 0."""
     blocks: tuple[int, ...] = (-(-parameter.numel() // BLOCK),)
-    if _rows_are_blocks(parameter):
+    if rows_are_blocks(parameter):
         blocks = (len(parameter), blocks[0] // len(parameter))
     make: Callable[..., torch.Tensor] = partial(torch.zeros, device=parameter.device)
     if isinstance(parameter, DTensor) and not _has_whole_moments(parameter):
@@ -151,7 +151,7 @@ def _new_state(parameter: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _rows_are_blocks(parameter: torch.Tensor) -> bool:
+def rows_are_blocks(parameter: torch.Tensor) -> bool:
     """True if each row has whole blocks, so that the rows can be dealt to processes."""
     return parameter.shape[1:].numel() % BLOCK == 0
 
@@ -162,7 +162,7 @@ def _has_whole_moments(parameter: torch.Tensor) -> bool:
     That is so without shards. It is also so for the few sharded parameters whose blocks reach across rows,
     such as the weights of a norm: every process makes the same update, and keeps its part of the weights.
     """
-    return not (isinstance(parameter, DTensor) and _rows_are_blocks(parameter))
+    return not (isinstance(parameter, DTensor) and rows_are_blocks(parameter))
 
 
 def _draw_noise(random: Random, count: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ A mistake is one line on standard error and exit code 2; an interrupt is exit co
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import warnings
@@ -17,11 +18,19 @@ MAX_MESSAGE = 1000  # characters
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose error message is one line, without the usage."""
+    """An ArgumentParser whose error message is one line, without the usage.
+
+    @FILE among the arguments stands for the flags in a file, in which # begins a comment.
+    """
 
     def __init__(self, description: str):
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=raw, allow_abbrev=False)
+        super().__init__(
+            description=description, formatter_class=raw, allow_abbrev=False, fromfile_prefix_chars="@"
+        )
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        return shlex.split(line, comments=True)
 
     def error(self, message: str) -> NoReturn:
         complain(self.prog, f"{message}; see --help")

@@ -38,12 +38,11 @@ REFUSALS = (ValueError, CannotSave, OSError, EngineError)
 
 
 def refuse_idle_processes(config: GSPOConfig, count: int) -> None:
-    """Raise a ValueError if an optimizer update has fewer queries than there are processes."""
-    if config.mini_batch_size < count:
-        batch_size = -(-config.batch_size // count) * count
+    """Raise a ValueError if a rollout batch has fewer queries than there are processes."""
+    if config.batch_size < count:
         raise ValueError(
-            f"--mini_batch_size {config.mini_batch_size}: an optimizer update has fewer queries than the "
-            f"{count} processes that share them; give --mini_batch_size {count} --batch_size {batch_size}"
+            f"--batch_size {config.batch_size}: a rollout batch has fewer queries than the {count} processes "
+            f"that share them; give --batch_size {count}, and --mini_batch_size {count} or a part of it"
         )
 
 

@@ -237,10 +237,12 @@ class ServerRollouts:
         if device.type == "cuda":
             torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info(device)
-            trained = sum(parameter.numel() for parameter in self.weights.parameters)
+            trained = sum(local_part(parameter).numel() for parameter in self.weights.parameters)
             least = server_bytes(self._num_parameters, str(config.dtype))
             to_come = MOMENT_BYTES[config.method] * trained
-            if config.method == "adamw" and config.dtype == "bfloat16":
+            if is_sharded(self.weights.model):
+                to_come += weight_bytes(self._num_parameters, str(config.dtype))  # while the check runs
+            elif config.method == "adamw" and config.dtype == "bfloat16":
                 to_come += 2 * trained  # autocast's copies, while the check runs
             share = server_share(free, total, to_come, least)
         return ServerSettings(

@@ -9,10 +9,11 @@ takes a copy in float32.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from transformers import PreTrainedConfig
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from gspo.policy.fewer_layers import num_layers, with_layers
-from gspo.policy.model_loader import count_parameters
+from gspo.policy.sharded_model import layers_of
+from gspo.training.adamw_8bit import rows_are_blocks
 from gspo.training.config import GSPOConfig
 
 GATHERED = "gathered weights"
@@ -21,22 +22,27 @@ DIVIDED = ("weights", "gradients", "optimizer", "starting model")
 
 @dataclass(frozen=True)
 class UnitSizes:
-    """Parameters of a model: all of them, those outside of its layers, and those of a layer on average."""
+    """Parameters of a model: all of them, those outside of its layers, and those of a layer on average.
+
+    divisible: the share of all whose 8-bit moments are divided, too (adamw_8bit.rows_are_blocks).
+    """
 
     total: int
     outside: int
     layer: float
+    divisible: float
 
     @classmethod
     def of(cls, model_config: PreTrainedConfig, trust_remote_code: bool = False) -> "UnitSizes":
-        """Count them without memory. Layers that differ count as their mean."""
-        layers = num_layers(model_config)
-        total = count_parameters(model_config, trust_remote_code)
-        if layers < 2:
-            return cls(total, 0, total)
-        of_one = count_parameters(with_layers(model_config, 1), trust_remote_code)
-        layer = (total - of_one) / (layers - 1)
-        return cls(total, max(0, round(total - layers * layer)), layer)
+        """Count them without memory."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+        parameters = list(model.parameters())
+        total = sum(parameter.numel() for parameter in parameters)
+        divisible = sum(parameter.numel() for parameter in parameters if rows_are_blocks(parameter))
+        layers = layers_of(model)
+        in_layers = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+        return cls(total, total - in_layers, in_layers / max(1, len(layers)), divisible / total)
 
 
 def sharded_parts(
@@ -51,6 +57,8 @@ def sharded_parts(
     divided = {
         name: num_bytes / shards if name in DIVIDED else num_bytes for name, num_bytes in parts.items()
     }
+    if config.method == "adamw_8bit":
+        divided["optimizer"] = parts["optimizer"] * (1 - sizes.divisible * (1 - 1 / shards))
     bytes_each = 4 if config.dtype == "float32" else 2
     if not trains:
         return [divided | {GATHERED: float(bytes_each * sizes.total)}]

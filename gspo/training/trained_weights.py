@@ -122,6 +122,7 @@ class AllWeights:
             if is_first_process():
                 write_moments(folder, moments)
             return
+        assert not self.model.weights_are_gathered, "they are in the compute type"
         save_parts(dict(self.model.named_parameters()), folder / WEIGHTS, self._sharding.objects)
         save_parts(by_name(moments), folder / MOMENTS, self._sharding.objects)
         if is_first_process():

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from gspo.policy.saved_model import save_tokenizer
-from gspo.policy.sharded_model import is_sharded
+from gspo.policy.sharded_model import is_sharded, release_weights
 from gspo.policy.vllm_server import EngineError
 from gspo.printing import say
 from gspo.training.alarms import (
@@ -179,6 +179,8 @@ class TrainingRun:
                 if not is_sharded(self.trainer.model) and self.processes.is_main:
                     self._save_if_whole(self.processes.alone())
                 raise
+            if is_sharded(self.trainer.model):  # a stop in the middle of sampling has left them gathered
+                release_weights(self.trainer.model)
             if isinstance(end, EmergencyStop):
                 self.processes.on_main(self._keep_evidence, end)
             # No process may end before this is done: its launcher would kill the one that writes.

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -204,16 +205,56 @@ def test_a_refusal_names_what_fits():
     assert "\n" not in said and said.endswith("it fits with --lora_rank 32")
 
 
-@pytest.mark.parametrize("given, machine", [("80", (80e9, 1)), ("8x80", (80e9, 8)), ("2x141", (141e9, 2))])
+@pytest.mark.parametrize(
+    "given, machine",
+    [("80", (80e9, 1, 1)), ("8x80", (80e9, 8, 8)), ("2x141", (141e9, 2, 2)), ("2x8x80", (80e9, 16, 8))],
+)
 def test_plan_for(given, machine):
     planned = machine_for(given, "cuda")
-    assert (planned.total_bytes, planned.processes) == machine
+    assert (planned.total_bytes, planned.processes, planned.shards) == machine
 
 
-@pytest.mark.parametrize("wrong", ["0", "80GB", "x80", "8x", "-1", "8x80x2", "1e3", ""])
+@pytest.mark.parametrize("wrong", ["0", "80GB", "x80", "8x", "-1", "8x80x2x2", "1e3", ""])
 def test_a_wrong_plan_for_is_refused(wrong):
     with pytest.raises(ValueError, match="--plan_for"):
         GSPOConfig(dry_run=True, plan_for=wrong)
+
+
+def test_shards_divide_what_training_keeps():
+    whole = measure_update(SMALL, settings("adamw_8bit"), gspo_loss, machine(1e10, 4))
+    part = measure_update(SMALL, settings("adamw_8bit", shard="full"), gspo_loss, machine(1e10, 4))
+    masters = measure_update(SMALL, settings("adamw", shard="full"), gspo_loss, machine(1e10, 4))
+    assert part["activations"] == masters["activations"] == whole["activations"]
+    for name in ("weights", "optimizer"):
+        assert part[name] == whole[name] / 4
+    parameters = count_parameters(SMALL)
+    assert masters["weights"] == parameters and masters["optimizer"] == pytest.approx(
+        2 * parameters, rel=1e-3
+    )
+    assert part["gathered weights"] == masters["gathered weights"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_shards_come_before_a_way_of_training_with_less_memory(method):
+    """Where all weights do not fit a GPU, parts of them do."""
+    config = replace(settings(method), micro_batch_tokens=512, gradient_checkpointing=True, rollout_rows=4)
+    whole = require_plan(WIDE, replace(config, shard="none"), gspo_loss, machine(1e12, 8)).memory.peak
+    plan = plan_training(WIDE, replace(config, shard="auto"), gspo_loss, machine(0.98 * whole, 8))
+    assert plan.config.method == method and plan.config.shard == "full"
+    assert (
+        plan_training(WIDE, replace(config, shard="auto"), gspo_loss, machine(1.02 * whole, 8)).config.shard
+        == "none"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("1x80", "8x80", "2x8x80", "8x24"))
+def test_presets_fit_what_they_are_named_after(name, capsys):
+    flags = [f"@{ROOT / 'configs' / name}.txt", "--dataset", "math", "--dry_run", "--plan_for", name]
+    assert train_gspo.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "memory at its peak: " in said and "note:" not in said
 
 
 def test_plan_for_goes_with_dry_run():

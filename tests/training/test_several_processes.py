@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-DYNAMIC = ["--dynamic_sampling", "--batch_size", "2", "--mini_batch_size", "2", "--group_size", "2"]
+DYNAMIC = ["--dynamic_sampling", "--batch_size", "2", "--mini_batch_size", "1", "--group_size", "2"]
 SHARDS = ["--shard", "full"]
 
 

@@ -1,0 +1,74 @@
+"""What several processes agree on. test_several_processes.py and test_shards.py start real ones."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from gspo.policy.log_probs import MAX_FORWARD_TOKENS
+from gspo.training.config import GSPOConfig
+from gspo.training.forward_passes import ForwardPasses, deal_groups
+from gspo.training.processes import LAUNCHER_SETTINGS, Processes, refuse_idle_processes
+
+
+def samples(*groups):
+    """Samples of groups of two: the tokens of the prompt, and of each response with its signal."""
+    return [
+        SimpleNamespace(
+            rollout=SimpleNamespace(prompt_ids=[0] * prompt), num_tokens=tokens, has_signal=has_signal
+        )
+        for prompt, *responses in groups
+        for tokens, has_signal in responses
+    ]
+
+
+def test_whole_groups_are_dealt_by_their_tokens():
+    dealt = samples(
+        (1, (2, True), (2, True)),  # 5 tokens
+        (9, (1, True), (50, False)),  # 10, the response without a signal left out
+        (1, (1, False), (1, False)),
+        (2, (1, True), (1, True)),  # 4
+        (3, (1, True), (4, True)),  # 8
+    )
+    assert deal_groups(dealt, 2, 1) == [[0, 1, 2, 6, 7, 8, 9]]
+    assert deal_groups(dealt, 2, 2) == [[2, 6, 7], [0, 1, 8, 9]]
+    assert deal_groups(dealt, 2, 5) == [[2], [8, 9], [0, 1], [6, 7], []]
+
+
+def test_a_pass_is_never_cut_where_all_processes_wait_for_it():
+    for count, expected in ((1, 10 * MAX_FORWARD_TOKENS), (2, MAX_FORWARD_TOKENS)):
+        config = GSPOConfig(micro_batch_tokens=10 * MAX_FORWARD_TOKENS)
+        assert ForwardPasses(config, SimpleNamespace(count=count)).max_tokens == expected
+
+
+def test_all_processes_halve_a_pass_if_one_has_to(capsys):
+    """The others come to the end of it, and then repeat it."""
+    lacking = iter((True, False))
+    others = SimpleNamespace(count=2, is_main=True, any=lambda flag: flag or next(lacking))
+    passes = ForwardPasses(GSPOConfig(micro_batch_tokens=64), others)
+    tokens = []
+    assert passes.retry(lambda: tokens.append(passes.max_tokens) or "result", []) == "result"
+    assert tokens == [64, 32] and "from now on 32 tokens per forward pass" in capsys.readouterr().err
+
+
+def test_with_shards_no_process_repeats_a_pass(capsys):
+    passes = ForwardPasses(GSPOConfig(micro_batch_tokens=64, shard="full"), SimpleNamespace(count=2))
+
+    def run_out_of_memory():
+        raise RuntimeError("CUDA out of memory.")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        passes.retry(run_out_of_memory, [])
+    assert "--resume with --micro_batch_tokens 32" in capsys.readouterr().err
+
+
+def test_fewer_queries_than_processes_are_refused():
+    refuse_idle_processes(GSPOConfig(batch_size=4), 4)
+    with pytest.raises(ValueError, match="--batch_size 4: .* the 6 processes .* give --batch_size 6, and"):
+        refuse_idle_processes(GSPOConfig(batch_size=4), 6)
+
+
+@pytest.mark.parametrize(("variable", "name"), LAUNCHER_SETTINGS.items())
+def test_a_launcher_that_would_shard_is_refused(monkeypatch, variable, name):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match=f"launched with {name} .*give --shard full"):
+        Processes("cpu")
