@@ -13,10 +13,12 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
 import gspo.training.adamw_8bit as adamw_8bit_module
+import gspo_implementation
 import train_gspo
 from gspo.policy.sharded_model import copy_whole, is_sharded, whole_tensor
 from gspo.training import processes, training_run
 from gspo.training.adamw_8bit import AdamW8bit
+from gspo.training.rollout_engine import ShardedEngine
 from gspo.training.sharded_checkpoint import whole_moments
 from support.runs import tied_by_problem
 from support.sorting import problems, shared_prefix, trainer
@@ -119,6 +121,22 @@ def killed_in_save(flags):
         save(tensors, **settings)
 
     dcp.save = save_or_die
+    return train_gspo.main(flags)
+
+
+def stopped_in_evaluation(flags):
+    """The main process is asked to stop in the middle of the second evaluation, with all weights gathered."""
+    gspo_implementation.EVALUATION_CHUNK = 1
+    generate, calls = ShardedEngine.generate, iter(range(1000))
+
+    def generate_and_stop(*arguments):
+        if (
+            os.environ["RANK"] == "0" and next(calls) == 4
+        ):  # after 2 in the first evaluation and 2 in training
+            os.kill(os.getpid(), signal.SIGTERM)
+        return generate(*arguments)
+
+    ShardedEngine.generate = generate_and_stop
     return train_gspo.main(flags)
 
 

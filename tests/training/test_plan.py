@@ -225,8 +225,8 @@ def test_shards_divide_what_training_keeps():
     part = measure_update(SMALL, settings("adamw_8bit", shard="full"), gspo_loss, machine(1e10, 4))
     masters = measure_update(SMALL, settings("adamw", shard="full"), gspo_loss, machine(1e10, 4))
     assert part["activations"] == masters["activations"] == whole["activations"]
-    for name in ("weights", "optimizer"):
-        assert part[name] == whole[name] / 4
+    assert part["weights"] == whole["weights"] / 4
+    assert whole["optimizer"] / 4 < part["optimizer"] < whole["optimizer"]  # blocks reach across rows of 96
     parameters = count_parameters(SMALL)
     assert masters["weights"] == parameters and masters["optimizer"] == pytest.approx(
         2 * parameters, rel=1e-3

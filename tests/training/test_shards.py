@@ -125,6 +125,22 @@ def test_a_rank_that_is_killed_while_it_saves_loses_nothing(tmp_path):
     assert record_of(tmp_path / "run") == record_of(tmp_path / "whole")
 
 
+def test_a_stop_in_the_middle_of_sampling_keeps_the_float32_weights(tmp_path):
+    flags = [*FLAGS, "--output_dir", tmp_path, "--shard", "full", "--num_epochs", 2, "--save_frequency", 0]
+    flags += ["--dtype", "bfloat16", "--eval_frequency", 2]
+    code, said = finish(start(tmp_path, *flags, "--run_name", "whole"), tmp_path)
+    assert code == 0, said
+    stopped = start(tmp_path, "stopped_in_evaluation", *flags, "--run_name", "run", script=sharded.__file__)
+    code, said = finish(stopped, tmp_path)
+    assert code == 1 and "exitcode  : 130" in said, said
+    assert [line["step"] for line in lines_of(tmp_path / "run" / "eval.jsonl")] == [0]
+    code, said = finish(start(tmp_path, *flags, "--resume", tmp_path / "run"), tmp_path)
+    assert code == 0, said
+    # In bfloat16 the evaluations differ, since the stopped run sampled its responses in smaller batches.
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert record_of(tmp_path / "run")[name] == record_of(tmp_path / "whole")[name]
+
+
 def test_others_wait_for_one_that_saves_for_long_and_end_with_one_that_dies(tmp_path):
     """The processes wait for 5 s in the middle of a computation; one save takes 8 s."""
     flags = [*FLAGS, "--output_dir", tmp_path, "--num_epochs", 30, "--shard", "full", "--run_name", "run"]
