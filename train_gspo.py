@@ -196,7 +196,7 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     import torch
 
     from gspo.policy.known_models import EMBEDDED_NAME
-    from gspo.policy.model_loader import count_parameters, model_config
+    from gspo.policy.model_loader import count_parameters
     from gspo.training.hardware import choose_device, choose_dtype, machine_for
     from gspo.training.plan import (
         auto_model,
@@ -232,7 +232,7 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     elif model_name == "auto":
         model_name = EMBEDDED_NAME
         print(f"model: {model_name} ({'the one for CPUs' if config.device == 'cpu' else 'no GPU found'})")
-    shapes = model_config(model_name, config.trust_remote_code)
+    shapes = config_of_model(replace(config, model_name=model_name))
     refuse_long_rows(shapes, config.max_length)
     num_parameters = count_parameters(shapes, config.trust_remote_code)
     chosen = for_model(model_name, num_parameters)
@@ -256,6 +256,16 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     if config.dtype == "auto":
         print(f"dtype: {resolved.dtype} ({choose_dtype(config, device, num_parameters)[1]})")
     return resolved
+
+
+def config_of_model(config: GSPOConfig) -> Any:
+    """The configuration of the model, which a plan for other GPUs knows of some models without the hub."""
+    from gspo.policy.known_models import is_known, known_config
+    from gspo.policy.model_loader import model_config
+
+    if config.plan_for and is_known(config.model_name):
+        return known_config(config.model_name)
+    return model_config(config.model_name, config.trust_remote_code)
 
 
 def with_defaults_of_model(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
@@ -297,7 +307,6 @@ def print_plan(config: GSPOConfig, prompt_tokens: int | None) -> None:
     """
     import torch
 
-    from gspo.policy.model_loader import model_config
     from gspo.training.hardware import machine_for
     from gspo.training.pace import estimate_pace, in_words
     from gspo.training.plan import describe_disk, describe_others, describe_plan, require_plan
@@ -305,7 +314,7 @@ def print_plan(config: GSPOConfig, prompt_tokens: int | None) -> None:
 
     loss = ALGORITHMS[config.algorithm].loss
     machine = machine_for(config.plan_for, str(config.device))
-    shapes = model_config(config.model_name, config.trust_remote_code)
+    shapes = config_of_model(config)
     plan = require_plan(shapes, config, loss, machine)
     print("\n".join(["plan:", *describe_plan(plan, machine), *describe_others(plan, shapes, loss, machine)]))
     print(describe_disk(plan, shapes, machine))

@@ -29,7 +29,7 @@ AUTO_MODELS = {
     "Qwen/Qwen2.5-1.5B-Instruct": _qwen(1536, 8960, 28, 12, 2),
     "Qwen/Qwen2.5-0.5B-Instruct": _qwen(896, 4864, 24, 14, 2),
 }
-# With these, a plan for many GPUs needs no hub either.
+# With these, a plan for GPUs that are elsewhere needs no hub either.
 LARGER_MODELS = {
     "Qwen/Qwen2.5-32B-Instruct": _qwen(5120, 27648, 64, 40, 8, vocab_size=152_064, tie_word_embeddings=False),
     "Qwen/Qwen2.5-14B-Instruct": _qwen(5120, 13824, 48, 40, 8, vocab_size=152_064, tie_word_embeddings=False),
@@ -49,8 +49,8 @@ EMBEDDED: dict[str, Any] = {
 
 
 def is_known(name: str) -> bool:
-    """Return whether known_config() has this model, the embedded one left out."""
-    return name in LARGER_MODELS or name in AUTO_MODELS
+    """Return whether known_config() has this model."""
+    return name in (EMBEDDED_NAME, *LARGER_MODELS, *AUTO_MODELS)
 
 
 def known_config(name: str) -> PreTrainedConfig:

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from gspo import HUB_TIMEOUT_S
-from gspo.policy.known_models import is_known, known_config
+from gspo.policy.known_models import AUTO_MODELS, known_config
 from gspo.policy.model_cache import EMBEDDED_NAME, converted_folder, gguf_path
 from gspo.policy.tiny_models import TINY_FOLDER, TINY_NAMES, new_tiny_model, tiny_config, tiny_tokenizer
 
@@ -128,7 +128,7 @@ def model_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig
     Raises:
         ValueError: the same as in load_model.
     """
-    if is_known(name):
+    if name in AUTO_MODELS:
         return known_config(name)
     if name in ("auto", EMBEDDED_NAME):
         return known_config(EMBEDDED_NAME)

@@ -91,7 +91,11 @@ def non_finite_weights(model: "torch.nn.Module") -> str | None:
     # The norm is fast, since no mask of all weights is made.
     if whole_tensor(torch.nn.utils.get_total_norm(parameters.values())).isfinite():
         return None
-    broken = [name for name, parameter in parameters.items() if not parameter.isfinite().all()]
+    broken = [
+        name
+        for name, parameter in parameters.items()
+        if not whole_tensor(torch.nn.utils.get_total_norm([parameter])).isfinite()
+    ]
     return f"{len(broken)} weight tensors are not finite, such as {broken[0]}" if broken else None
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from copy import copy
 from datetime import timedelta
 from typing import Any
@@ -44,6 +44,10 @@ def refuse_idle_processes(config: GSPOConfig, count: int) -> None:
             f"--batch_size {config.batch_size}: a rollout batch has fewer queries than the {count} processes "
             f"that share them; give --batch_size {count}, and --mini_batch_size {count} or a part of it"
         )
+
+
+class _Abandoned(Exception):
+    """Ends a context whose body has failed."""
 
 
 class Processes:
@@ -136,6 +140,10 @@ class Processes:
                 yield value
             except REFUSALS as refusal:
                 errors = [refusal]
+            except BaseException:  # not of the context's own making: it cleans up and adds nothing
+                with suppress(_Abandoned), stack:
+                    raise _Abandoned from None
+                raise
             errors = self.gather(errors)
 
             def leave() -> None:

@@ -325,8 +325,8 @@ FAULTS = {
     "trainer samples at another temperature": Fault(
         "gspo_implementation",
         "GSPOTrainer._sample_and_reward",
-        "Sampling(config.max_new_tokens, temperature, config.max_length, seed)",
-        "Sampling(config.max_new_tokens, 1.0, config.max_length, seed)",
+        "Sampling(config.max_new_tokens, temperature, config.max_length, stream + first)",
+        "Sampling(config.max_new_tokens, 1.0, config.max_length, stream + first)",
         "trainer_updates",
         "four updates",
     ),
