@@ -6,34 +6,43 @@ for instance. So these settings are written under both names. tests/policy/test_
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import distributed
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from gspo.policy.sharded_model import copy_whole, is_first_process, is_sharded, plain_class, whole_tensor
+from gspo.policy.sharded_model import (
+    Sharding,
+    copy_whole,
+    is_first_process,
+    is_sharded,
+    plain_class,
+    state_by_unit,
+    whole_tensor,
+)
 
 
 def save_model(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write the weights, in this type (None: as they are), and the configuration.
 
-    Of several processes, the first one writes. If the model is sharded, all of them call this together.
+    Of several processes, the first one writes. If the model is sharded, all of them call this together, and
+    no process has more than a layer of the whole weights.
+
+    Raises:
+        OSError: they cannot be written. Of a sharded model, all processes raise it.
     """
-    weights = None
     if is_sharded(model):
-        weights = _gathered(model, dtype)
-    elif dtype is not None and is_first_process():
-        weights = _cast(model.state_dict(), dtype)
-    if not is_first_process():
-        return
-    model.save_pretrained(folder, state_dict=weights)
-    with _edited(folder / "config.json") as saved:
-        if dtype is not None:
-            saved["dtype"] = str(dtype).removeprefix("torch.")
-        _add_older_names(saved, model.config)
+        _write_by_unit(model, folder, dtype)
+    elif is_first_process():
+        _write(model, folder, dtype, None if dtype is None else _cast(model.state_dict(), dtype))
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -89,16 +98,68 @@ def _cast(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, 
     return result
 
 
-def _gathered(model: Any, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """The weights of a sharded model as _cast() has them, in the first process; in the others no values."""
-    gathered: dict[int, torch.Tensor] = {}
+def _write(model: Any, folder: Path, dtype: torch.dtype | None, weights: dict[str, Any] | None) -> None:
+    """Write the configuration, and these weights; None: the model's own."""
+    model.save_pretrained(folder, state_dict=weights)
+    with _edited(folder / "config.json") as saved:
+        if dtype is not None:
+            saved["dtype"] = str(dtype).removeprefix("torch.")
+        _add_older_names(saved, model.config)
+
+
+def _write_by_unit(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write a sharded model, a file for each unit: gathered by all processes, written by the first one."""
+    _on_first_process(model.sharding, _write, model, folder, dtype, {})  # the configuration alone
+    files: dict[str, str] = {}
+    total_size = 0
+    units = state_by_unit(model)
+    for number, tensors in enumerate(units, 1):
+        name = f"model-{number:05d}-of-{len(units):05d}.safetensors"
+        weights = _gathered(tensors, dtype)
+        saved = _on_first_process(model.sharding, _write_file, model, folder / name, weights)
+        files |= dict.fromkeys(saved, name)
+        total_size += sum(saved.values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": files}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    _on_first_process(model.sharding, (folder / SAFE_WEIGHTS_INDEX_NAME).write_text, text)
+
+
+def _gathered(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The whole tensors as _cast() has them, in the first process; in the others nothing."""
     result = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in gathered:
-            whole = whole_tensor(tensor.detach())
-            kept = whole if is_first_process() else whole.new_empty(0)
-            gathered[id(tensor)] = kept.to("cpu", dtype if whole.is_floating_point() else None)
-        result[name] = gathered[id(tensor)]
+    for name, tensor in tensors.items():
+        whole = whole_tensor(tensor)
+        if is_first_process():
+            result[name] = whole.to("cpu", dtype if whole.is_floating_point() else None)
+    return result
+
+
+def _write_file(model: Any, path: Path, weights: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Write weights under the names and in the shapes that files have. Returns their sizes in bytes."""
+    for name in model._keys_to_ignore_on_save or ():
+        weights.pop(name, None)
+    # Of mixtures of experts, a layer's experts are one tensor here and many in the files.
+    saved = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, weights).items()}
+    save_file(saved, path, metadata={"format": "pt"})
+    return {name: tensor.nbytes for name, tensor in saved.items()}
+
+
+def _on_first_process(sharding: Sharding, write: Callable[..., Any], *arguments: Any) -> Any:
+    """Return write(*arguments) of the first process in all of them, or raise its OSError in all of them.
+
+    The others wait in a group that lets them wait for hours, which those of computations do not.
+    """
+    result = error = None
+    if is_first_process():
+        try:
+            result = write(*arguments)
+        except (OSError, SafetensorError) as failure:
+            error = OSError(str(failure))
+    outcome = [result, error]
+    distributed.broadcast_object_list(outcome, 0, sharding.objects)
+    result, error = outcome
+    if error is not None:
+        raise error
     return result
 
 

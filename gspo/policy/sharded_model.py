@@ -44,14 +44,14 @@ class Sharding:
     objects: Any
 
 
-def shard_model(model: Any, mesh: DeviceMesh, compute_dtype: torch.dtype | None = None) -> None:
+def shard_model(model: Any, sharding: Sharding, compute_dtype: torch.dtype | None = None) -> None:
     """Shard a model in place: every weight over the last dimension of the mesh, with copies over the first.
 
     Args:
         model: on the mesh's device. All processes have the same weights.
-        mesh: (shards,) or (copies, shards).
         compute_dtype: that of the gathered weights; None: their own. Gradients are summed in float32.
     """
+    mesh = sharding.mesh
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
@@ -62,6 +62,7 @@ def shard_model(model: Any, mesh: DeviceMesh, compute_dtype: torch.dtype | None 
     model.call_in_unit = MethodType(_call, model)
     register_fsdp_forward_method(model, "call_in_unit")
     model.weights_are_gathered = False
+    model.sharding = sharding
     # The first forward pass makes a unit of the module that it enters: it must be the whole model.
     with torch.no_grad():
         call(model, lambda _: None)
@@ -98,6 +99,20 @@ def layers_of(model: Any) -> list[nn.Module]:
 def units(model: nn.Module) -> list[FSDPModule]:
     """Return the units that are gathered one by one, the whole model's first."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def state_by_unit(model: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """Return what state_dict() has, in a dictionary for each unit. Of tied weights the first name alone."""
+    names = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    prefixes = ["", *(f"{name}." for name in names if name)]
+    state: dict[str, dict[str, torch.Tensor]] = {prefix: {} for prefix in prefixes}
+    seen = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            innermost = next(prefix for prefix in reversed(prefixes) if name.startswith(prefix))
+            state[innermost][name] = tensor.detach()
+    return [tensors for tensors in state.values() if tensors]
 
 
 def gather_weights(model: Any) -> None:

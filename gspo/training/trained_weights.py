@@ -101,7 +101,7 @@ class AllWeights:
             enable_gradient_checkpointing(self.model)
         for sharded in (self.model, self._start):
             if sharding is not None and sharded is not None:
-                shard_model(sharded, sharding.mesh, getattr(torch, str(config.dtype)))
+                shard_model(sharded, sharding, getattr(torch, str(config.dtype)))
         self.parameters = list(self.model.parameters())
         if in_8_bits:
             self.optimizer: torch.optim.Optimizer = AdamW8bit(
@@ -177,7 +177,7 @@ class Adapters:
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(self.model)
         if sharding is not None:
-            shard_model(self.model, sharding.mesh)  # its weights are in the compute type
+            shard_model(self.model, sharding)  # its weights are in the compute type
         self.parameters = list(lora.adapter_weights(self.model).values())
         self.optimizer: torch.optim.Optimizer = _adamw(self.parameters, config)
 
