@@ -6,21 +6,18 @@ for instance. So these settings are written under both names. tests/policy/test_
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import distributed
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from gspo.policy.sharded_model import (
-    Sharding,
     copy_whole,
     is_first_process,
     is_sharded,
@@ -109,19 +106,19 @@ def _write(model: Any, folder: Path, dtype: torch.dtype | None, weights: dict[st
 
 def _write_by_unit(model: Any, folder: Path, dtype: torch.dtype | None) -> None:
     """Write a sharded model, a file for each unit: gathered by all processes, written by the first one."""
-    _on_first_process(model.sharding, _write, model, folder, dtype, {})  # the configuration alone
+    model.sharding.on_first_process(_write, model, folder, dtype, {})  # the configuration alone
     files: dict[str, str] = {}
     total_size = 0
     units = state_by_unit(model)
     for number, tensors in enumerate(units, 1):
         name = f"model-{number:05d}-of-{len(units):05d}.safetensors"
         weights = _gathered(tensors, dtype)
-        saved = _on_first_process(model.sharding, _write_file, model, folder / name, weights)
+        saved = model.sharding.on_first_process(_write_file, model, folder / name, weights)
         files |= dict.fromkeys(saved, name)
         total_size += sum(saved.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": files}
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    _on_first_process(model.sharding, (folder / SAFE_WEIGHTS_INDEX_NAME).write_text, text)
+    model.sharding.on_first_process((folder / SAFE_WEIGHTS_INDEX_NAME).write_text, text)
 
 
 def _gathered(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
@@ -142,25 +139,6 @@ def _write_file(model: Any, path: Path, weights: dict[str, torch.Tensor]) -> dic
     saved = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, weights).items()}
     save_file(saved, path, metadata={"format": "pt"})
     return {name: tensor.nbytes for name, tensor in saved.items()}
-
-
-def _on_first_process(sharding: Sharding, write: Callable[..., Any], *arguments: Any) -> Any:
-    """Return write(*arguments) of the first process in all of them, or raise its OSError in all of them.
-
-    The others wait in a group that lets them wait for hours, which those of computations do not.
-    """
-    result = error = None
-    if is_first_process():
-        try:
-            result = write(*arguments)
-        except (OSError, SafetensorError) as failure:
-            error = OSError(str(failure))
-    outcome = [result, error]
-    distributed.broadcast_object_list(outcome, 0, sharding.objects)
-    result, error = outcome
-    if error is not None:
-        raise error
-    return result
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -42,6 +43,19 @@ class Sharding:
 
     mesh: DeviceMesh
     objects: Any
+
+    def on_first_process(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Return work(*arguments) of the first process in all processes, or raise its OSError in all."""
+        outcome: list[Any] = [None, None]
+        if is_first_process():
+            try:
+                outcome[0] = work(*arguments)
+            except (OSError, RuntimeError, SafetensorError) as failure:  # as libraries raise on a full disk
+                outcome[1] = OSError(str(failure))
+        distributed.broadcast_object_list(outcome, 0, self.objects)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
 
 def shard_model(model: Any, sharding: Sharding, compute_dtype: torch.dtype | None = None) -> None:

@@ -144,7 +144,7 @@ class ServerRollouts:
             return
         self._count += 1
         with self._written(str(self._count)) as folder:
-            self.weights.save_update(folder, self.engine.dtype)
+            self.processes.together(self.weights.save_update, folder, self.engine.dtype)
         name = f"{self.run}-{self._count}"
         with gathered_weights(self.weights.model):  # one process may check them alone
             self.processes.together(self._load if self._loads else self.engine.expect, folder, name)
@@ -208,9 +208,9 @@ class ServerRollouts:
     def _write_model(self, tokenizer: Any) -> Path:
         """Write what a server is started with: the model as it is now, and the tokenizer."""
         with self._written("model") as folder:
-            self.weights.save_model(folder, getattr(torch, str(self.config.dtype)))
-            if self.processes.is_main:
-                save_tokenizer(tokenizer, folder)
+            dtype = getattr(torch, str(self.config.dtype))
+            self.processes.together(self.weights.save_model, folder, dtype)
+            self.processes.on_main(save_tokenizer, tokenizer, folder)
         return folder
 
     def _load(self, folder: Path, name: str) -> None:

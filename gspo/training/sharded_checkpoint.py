@@ -15,34 +15,38 @@ from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, empty
 
-from gspo.policy.sharded_model import copy_whole, is_first_process, whole_tensor
+from gspo.policy.sharded_model import Sharding, copy_whole, whole_tensor
 
 Target = Callable[[str, torch.Size, torch.dtype], torch.Tensor]
 
 
-def save_parts(tensors: Mapping[str, torch.Tensor], folder: Path, group: Any) -> None:
+def save_parts(tensors: Mapping[str, torch.Tensor], folder: Path, sharding: Sharding) -> None:
     """Write this process's part of the tensors; collective.
 
     Args:
         tensors: sharded ones, and others that all processes have, under the same names everywhere.
-        group: the process group in which the processes wait for one another.
+        sharding: of all of them.
 
     Raises:
-        OSError: a process could not write its part.
+        OSError: in all processes, if one could not write its part.
     """
-    if is_first_process():
-        folder.mkdir()
-    distributed.barrier(group)
+    sharding.on_first_process(folder.mkdir)
+    seen = [None] * distributed.get_world_size()
+    distributed.all_gather_object(seen, folder.is_dir(), sharding.objects)
+    if not all(seen):  # the library would make one of this name on every machine
+        raise OSError(
+            f"not all processes see {folder}: --output_dir must be on a disk that all machines share"
+        )
     with _plain_errors(folder):
-        dcp.save(dict(tensors), checkpoint_id=folder, process_group=group)
+        dcp.save(dict(tensors), checkpoint_id=folder, process_group=sharding.objects)
 
 
-def load_parts(folder: Path, target: Target, group: Any) -> dict[str, torch.Tensor]:
-    """Read the tensors of save_parts(), by name; collective if `group` is given.
+def load_parts(folder: Path, target: Target, sharding: Sharding | None) -> dict[str, torch.Tensor]:
+    """Read the tensors of save_parts(), by name; collective if `sharding` is given.
 
     Args:
         target: gives the tensor to read one into, by its name, size and type; a sharded one takes its part.
-        group: as in save_parts(); None: this process reads alone.
+        sharding: of the tensors to read into; None: this process reads alone.
 
     Raises:
         OSError: they cannot be read.
@@ -51,6 +55,7 @@ def load_parts(folder: Path, target: Target, group: Any) -> dict[str, torch.Tens
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is to be
         saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         tensors = {name: target(name, about.size, about.properties.dtype) for name, about in saved.items()}
+        group = None if sharding is None else sharding.objects
         dcp.load(tensors, checkpoint_id=folder, process_group=group, no_dist=group is None)
     return tensors
 

@@ -123,10 +123,9 @@ class AllWeights:
                 write_moments(folder, moments)
             return
         assert not self.model.weights_are_gathered, "they are in the compute type"
-        save_parts(dict(self.model.named_parameters()), folder / WEIGHTS, self._sharding.objects)
-        save_parts(by_name(moments), folder / MOMENTS, self._sharding.objects)
-        if is_first_process():
-            self.model.config.save_pretrained(folder)
+        save_parts(dict(self.model.named_parameters()), folder / WEIGHTS, self._sharding)
+        save_parts(by_name(moments), folder / MOMENTS, self._sharding)
+        self._sharding.on_first_process(self.model.config.save_pretrained, folder)
 
     def load_checkpoint(self, folder: Path) -> None:
         if not (folder / WEIGHTS).is_dir():
@@ -134,7 +133,7 @@ class AllWeights:
             return
         own = dict(self.model.named_parameters())
         with torch.no_grad():
-            load_parts(folder / WEIGHTS, lambda name, *_: own[name], self._waiting_group)
+            load_parts(folder / WEIGHTS, lambda name, *_: own[name], self._sharding)
 
     def load_moments(self, folder: Path) -> dict:
         if not (folder / MOMENTS).is_dir():
@@ -144,11 +143,7 @@ class AllWeights:
         def target(name: str, size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
             return empty_like_part(self.parameters[int(name.partition(".")[0])], size, dtype)
 
-        return by_index(load_parts(folder / MOMENTS, target, self._waiting_group))
-
-    @property
-    def _waiting_group(self) -> Any:
-        return None if self._sharding is None else self._sharding.objects
+        return by_index(load_parts(folder / MOMENTS, target, self._sharding))
 
     def save_model(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         save_model(self.model, folder, dtype or self.saved_dtype)
@@ -185,8 +180,9 @@ class Adapters:
         return self._lora.adapters_off(self.model)
 
     def save_checkpoint(self, folder: Path) -> None:
-        self._lora.save_adapters(self.model, self._adapter_config, folder)
         moments = whole_moments(self.optimizer.state_dict()["state"])
+        # From here on, the first process writes, and no other one waits for it.
+        self._lora.save_adapters(self.model, self._adapter_config, folder)
         if is_first_process():
             write_moments(folder, moments)
 
@@ -198,9 +194,8 @@ class Adapters:
 
     def save_model(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         merged = self._lora.merged_model(self.model, dtype or self.saved_dtype)
-        if is_first_process():
-            save_model(merged, folder)
         self._lora.save_adapters(self.model, self._adapter_config, folder / "adapter")
+        save_model(merged, folder)
 
     def save_update(self, folder: Path, dtype: torch.dtype) -> None:
         self._lora.save_adapters(self.model, self._adapter_config, folder)

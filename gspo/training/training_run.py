@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,7 +55,7 @@ from gspo.training.run_folder import RunFolder, describe_function
 from gspo.training.sampling import standing
 from gspo.training.stopping import Interrupted, StopRequest
 from gspo.training.trained_weights import TrainedWeights
-from gspo.training.whole_folders import CannotSave, remove
+from gspo.training.whole_folders import CannotSave, remove, saving
 
 # Checkpoints kept on disk. The newest has the optimizer's moments, with AdamW twice the size of the weights.
 CHECKPOINTS_KEPT = 2
@@ -141,6 +141,8 @@ class TrainingRun:
             if checkpoint is not None:
                 self._load(checkpoint)
             self.processes.on_main(self._begin, checkpoint is not None)
+            if is_sharded(trainer.model):
+                self.processes.together(_refuse_own_folder, self.processes.on_main(lambda: self.folder.path))
         except BaseException:
             if self.processes.is_main:
                 self.close()
@@ -336,8 +338,8 @@ class TrainingRun:
         if not processes.on_main(self._make_room, name):
             return
         with processes.around_main(lambda: self.folder.writing(f"checkpoints/{name}")) as folder:
-            self.trainer.weights.save_checkpoint(folder)
-            processes.on_main(self._write_state, folder)
+            processes.together(_writing, folder, self.trainer.weights.save_checkpoint)
+            processes.on_main(_writing, folder, self._write_state)
         processes.on_main(self._drop_older_moments, name)
 
     def _make_room(self, name: str) -> bool:
@@ -381,10 +383,12 @@ class TrainingRun:
         counts = len(self.train_problems), len(self.eval_problems)
         card = model_card(self.config, self.source, *counts, evaluations)
         with self.processes.around_main(lambda: self.folder.writing(name)) as folder:
-            self.trainer.weights.save_model(folder)
-            if self.processes.is_main:
-                save_tokenizer(self.trainer.tokenizer, folder)
-                (folder / "README.md").write_text(card, encoding="utf-8")
+            self.processes.together(_writing, folder, self.trainer.weights.save_model)
+            self.processes.on_main(_writing, folder, partial(self._write_beside_model, card))
+
+    def _write_beside_model(self, card: str, folder: Path) -> None:
+        save_tokenizer(self.trainer.tokenizer, folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     # ---- beginning and resuming
 
@@ -434,6 +438,21 @@ class TrainingRun:
             problems = self._queries(self._sampled(), count)
             self.pending.append(RolloutBatch.from_state_dict(batch, problems))
         set_random_states(state["random"])
+
+
+def _refuse_own_folder(path: Path) -> None:
+    """Raise a ValueError if the main process's run folder is not there for this process."""
+    if not path.is_dir():
+        raise ValueError(
+            f"--output_dir: another machine does not see {path}: with --shard full, it must be a folder that "
+            "all machines share"
+        )
+
+
+def _writing(folder: Path, write: Callable[[Path], None]) -> None:
+    """Do write(folder); whatever a library raises on a full disk becomes a CannotSave."""
+    with saving(folder):
+        write(folder)
 
 
 @lru_cache(maxsize=2)
