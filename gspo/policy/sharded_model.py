@@ -64,10 +64,14 @@ def shard_model(model: Any, sharding: Sharding, compute_dtype: torch.dtype | Non
     Args:
         model: on the mesh's device. All processes have the same weights.
         compute_dtype: that of the gathered weights; None: their own. Gradients are summed in float32.
+
+    Raises:
+        ValueError: a layer has parts that a token may leave out.
     """
     mesh = sharding.mesh
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for layer in layers_of(model):
+        _refuse_parts_left_out(model, layer)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for unit in units(model):
@@ -83,6 +87,19 @@ def shard_model(model: Any, sharding: Sharding, compute_dtype: torch.dtype | Non
     model.reshard()
     # The log-probabilities of rows are views of one tensor, and nothing is written into them.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
+
+
+def _refuse_parts_left_out(model: Any, layer: nn.Module) -> None:
+    """Refuse experts that are modules of their own: those without a token have no gradient to be summed.
+
+    Which ones are without differs between processes. In transformers' models they are one tensor.
+    """
+    for module in layer.modules():
+        if isinstance(module, nn.ModuleList) and any(weight.requires_grad for weight in module.parameters()):
+            raise ValueError(
+                f"--shard full: the layers of {type(model).__name__} have lists of modules, perhaps experts, "
+                "of which a process may use some only: give --shard none"
+            )
 
 
 def call(model: Any, function: Callable[..., Result], *arguments: Any) -> Result:

@@ -8,6 +8,8 @@ import time
 import pytest
 import torch
 
+from gspo.policy.model_loader import load_model
+from gspo.policy.sharded_model import Sharding, shard_model
 from gspo.training.adamw_8bit import MOMENT_TENSORS
 from support import sharded
 from support.commands import TINY, run_here
@@ -63,6 +65,13 @@ def test_gradients_updates_and_samples_are_those_of_one_process(one, tmp_path, c
             assert a["clip_fraction_by_minibatch"] == pytest.approx(b["clip_fraction_by_minibatch"]), name
     empty = [sum(count for _, count in passes) for passes in several["tied"]["passes"]]
     assert max(empty) > 0, "a process must have had no response with a signal"
+
+
+def test_experts_that_are_modules_of_their_own_are_refused():
+    model = load_model("tiny", device="cpu")[0]
+    model.model.layers[0].mlp.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match="--shard full: the layers of Qwen3.* have lists .*--shard none"):
+        shard_model(model, Sharding(None, None))
 
 
 @pytest.mark.parametrize("count", (2, 3))
