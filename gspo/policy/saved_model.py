@@ -67,7 +67,8 @@ def load_weights(model: Any, folder: Path) -> None:
     two models are never in memory.
     """
     if is_sharded(model):
-        saved = plain_class(model).from_pretrained(folder, dtype=next(model.parameters()).dtype)
+        # In the type of the files, it takes no memory but the files' own pages, which processes share.
+        saved = plain_class(model).from_pretrained(folder, dtype="auto")
         for parameter, source in zip(model.parameters(), saved.parameters(), strict=True):
             copy_whole(parameter, source.data)
         return

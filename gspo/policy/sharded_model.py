@@ -58,22 +58,31 @@ class Sharding:
         return outcome[0]
 
 
-def shard_model(model: Any, sharding: Sharding, compute_dtype: torch.dtype | None = None) -> None:
+def shard_model(
+    model: Any,
+    sharding: Sharding,
+    compute_dtype: torch.dtype | None = None,
+    prepare: Callable[[nn.Module], None] = lambda unit: None,
+) -> None:
     """Shard a model in place: every weight over the last dimension of the mesh, with copies over the first.
 
     Args:
-        model: on the mesh's device. All processes have the same weights.
+        model: all processes have the same weights.
         compute_dtype: that of the gathered weights; None: their own. Gradients are summed in float32.
+        prepare: called with each unit before it is sharded. It puts the unit's weights on the mesh's device,
+            in the type in which they are kept, so that no process has more than a unit of them whole.
 
     Raises:
         ValueError: a layer has parts that a token may leave out.
     """
     mesh = sharding.mesh
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    for layer in layers_of(model):
+    layers = layers_of(model)
+    for layer in layers:
         _refuse_parts_left_out(model, layer)
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for unit in (*layers, model):
+        prepare(unit)
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
     for unit in units(model):
         unit.set_gradient_divide_factor(1.0)  # a sum: the loss has the denominator of all processes
         unit.set_force_sum_reduction_for_comms(True)

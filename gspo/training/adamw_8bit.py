@@ -159,8 +159,9 @@ def rows_are_blocks(parameter: torch.Tensor) -> bool:
 def _has_whole_moments(parameter: torch.Tensor) -> bool:
     """True if this process has all moments of the parameter and makes all of its update.
 
-    That is so without shards. It is also so for the few sharded parameters whose blocks reach across rows,
-    such as the weights of a norm: every process makes the same update, and keeps its part of the weights.
+    That is so without shards. It is also so for sharded parameters whose blocks reach across rows: those of
+    norms, and of a model whose width is no multiple of BLOCK nearly all. For these, every process makes the
+    same update, and keeps its part of the weights.
     """
     return not (isinstance(parameter, DTensor) and rows_are_blocks(parameter))
 

@@ -202,6 +202,10 @@ def require_plan(
     smallest = replace(with_method(config, methods_for(config)[-1]), shard=shards_for(config, machine)[-1])
     least = _passes(smallest)[-1]
     parts = measure_update(model_config, least, loss, machine)
+    if least.rollout_engine != "vllm":  # with shards, sampling often takes more
+        group_size = max(least.group_size, least.eval_samples or 0)
+        sampling = measure_sampling(model_config, replace(least, rollout_rows=group_size), machine)
+        parts = max(parts, sampling, key=lambda found: sum(found.values()))
     advice = remedy(model_config, config, loss, machine)
     raise ValueError(
         f"--model_name {config.model_name}: training needs {gigabytes(sum(parts.values()))} of memory "

@@ -4,14 +4,16 @@ A trainer and a run know only TrainedWeights. `trained_weights` makes it from th
 """
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from gspo.policy.gradient_checkpointing import enable_gradient_checkpointing
 from gspo.policy.saved_model import load_weights, save_model
@@ -95,13 +97,15 @@ class AllWeights:
         self._sharding = sharding
         self.saved_dtype: torch.dtype = model.dtype
         in_8_bits = config.optimizer == "adamw_8bit"
-        self.model = _prepare(model, device, torch.bfloat16 if in_8_bits else torch.float32)
+        weight_type = torch.bfloat16 if in_8_bits else torch.float32
+        self.model = _prepare(model, device, weight_type) if sharding is None else model.eval()
         self._start = deepcopy(self.model).requires_grad_(False) if config.kl_coef else None
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(self.model)
+        prepare = partial(_prepare_unit, device=device, dtype=weight_type)
         for sharded in (self.model, self._start):
             if sharding is not None and sharded is not None:
-                shard_model(sharded, sharding, getattr(torch, str(config.dtype)))
+                shard_model(sharded, sharding, getattr(torch, str(config.dtype)), prepare)
         self.parameters = list(self.model.parameters())
         if in_8_bits:
             self.optimizer: torch.optim.Optimizer = AdamW8bit(
@@ -166,13 +170,15 @@ class Adapters:
         self._lora = lora
         self.saved_dtype: torch.dtype = model.dtype
         weight_type = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        self.model = _prepare(model, device, weight_type)
+        self.model = _prepare(model, device, weight_type) if sharding is None else model.eval()
         assert config.lora_rank is not None
         self._adapter_config = lora.add_adapters(self.model, config.lora_rank, config.seed, config.model_name)
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(self.model)
         if sharding is not None:
-            shard_model(self.model, sharding)  # its weights are in the compute type
+            kept = set(lora.adapter_weights(self.model).values())
+            prepare = partial(_prepare_unit, device=device, dtype=weight_type, kept=kept)
+            shard_model(self.model, sharding, prepare=prepare)  # its weights are in the compute type
         self.parameters = list(lora.adapter_weights(self.model).values())
         self.optimizer: torch.optim.Optimizer = _adamw(self.parameters, config)
 
@@ -211,6 +217,20 @@ def _prepare(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     return model.to(device).eval()
+
+
+def _prepare_unit(
+    unit: nn.Module, device: torch.device, dtype: torch.dtype, kept: Collection[nn.Parameter] = ()
+) -> None:
+    """_prepare() of the weights in a unit that are not sharded yet. Those in `kept` keep their type."""
+    for module in unit.modules():
+        for parameter in module.parameters(recurse=False):
+            if not isinstance(parameter, DTensor):
+                moved = parameter.data.to(device)
+                parameter.data = moved if parameter in kept else moved.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            widens = dtype == torch.float32 and buffer.is_floating_point()
+            setattr(module, name, (buffer.float() if widens else buffer).to(device))
 
 
 def _adamw(parameters: list[nn.Parameter], config: GSPOConfig) -> torch.optim.AdamW:
