@@ -128,11 +128,12 @@ def load_adapters(model: Any, folder: Path) -> None:
         copy_whole(parameter, saved[name])
 
 
-def merged_model(model: Any, dtype: torch.dtype) -> Any:
+def merged_model(model: Any, dtype: torch.dtype) -> Any | None:
     """A model on the CPU, without adapters, whose weights have them added; for saving.
 
     The sums are made in float32 and rounded once to dtype, one tensor at a time. The model stays as it is.
-    The result may share memory with it. If the model is sharded, all processes call this together.
+    The result may share memory with it. If the model is sharded, all processes call this together, and all
+    but the first one get None.
     """
     with torch.device("meta"):
         merged = plain_class(model)(deepcopy(model.config))
@@ -150,7 +151,10 @@ def merged_model(model: Any, dtype: torch.dtype) -> Any:
                 values = values.float() + _product(layer)
             if name in parameters:
                 values = values.to(dtype)
-            state[name.replace(".base_layer.", ".")] = values.cpu()
+            if is_first_process():
+                state[name.replace(".base_layer.", ".")] = values.cpu()
+    if not is_first_process():
+        return None
     merged.load_state_dict(state, assign=True)
     merged.tie_weights()
     merged.generation_config = model.generation_config

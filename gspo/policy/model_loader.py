@@ -29,6 +29,7 @@ from transformers import (
 from gspo import HUB_TIMEOUT_S
 from gspo.policy.known_models import AUTO_MODELS, known_config
 from gspo.policy.model_cache import EMBEDDED_NAME, converted_folder, gguf_path
+from gspo.policy.saved_model import SHARDED_WEIGHTS
 from gspo.policy.tiny_models import TINY_FOLDER, TINY_NAMES, new_tiny_model, tiny_config, tiny_tokenizer
 
 BUILT_IN = ("auto", EMBEDDED_NAME, *TINY_NAMES)
@@ -85,6 +86,11 @@ def load_model(
         return model.to(device), tiny_tokenizer()
     source, local_only = _locate(name)
     _check_causal(name, _read_config(name, source, local_only, trust_remote_code))
+    if (Path(source) / SHARDED_WEIGHTS).is_dir():
+        raise ValueError(
+            f"{name!r} is a checkpoint of several processes, each of which wrote a part: name the run's "
+            "best_model or final_model, or give --resume"
+        )
     access = {"local_files_only": local_only, "trust_remote_code": trust_remote_code}
     tokenizer = _tokenizer(source, **access)
     try:

@@ -26,6 +26,9 @@ from gspo.policy.sharded_model import (
     whole_tensor,
 )
 
+# The folder, in a checkpoint of several processes, with the part that each of them has.
+SHARDED_WEIGHTS = "sharded_weights"
+
 
 def save_model(model: Any, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Write the weights, in this type (None: as they are), and the configuration.

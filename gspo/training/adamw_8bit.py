@@ -128,8 +128,10 @@ class AdamW8bit(torch.optim.Optimizer):
         for index, saved in state_dict["state"].items():
             state = self.state[parameters[index]]
             for name, value in saved.items():
-                if isinstance(value, torch.Tensor):
-                    state[name].copy_(value.view(state[name].shape))
+                if isinstance(value, DTensor):
+                    state[name].copy_(value)
+                elif isinstance(value, torch.Tensor):
+                    copy_whole(state[name], value.view(state[name].shape))
                 else:
                     state[name] = value
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gspo.training.whole_folders import damage, drop_file, listed
+from gspo.policy.saved_model import SHARDED_WEIGHTS
+from gspo.training.whole_folders import damage, drop_files, listed
 
 STATE_FILE = "training_state.pt"
 # The optimizer's moments: with AdamW twice the size of the weights. An older checkpoint has them no more.
 MOMENTS_FILE = "optimizer_moments.pt"
 # Folders with the parts that each process has, if the weights are sharded (sharded_checkpoint.py).
-WEIGHTS, MOMENTS = "sharded_weights", "sharded_moments"
+WEIGHTS, MOMENTS = SHARDED_WEIGHTS, "sharded_moments"
 # The version of what STATE_FILE holds. A checkpoint of another version is refused, not misread.
 STATE_FORMAT = 4
 
@@ -66,8 +67,8 @@ def read_moments(checkpoint: Path, lazily: bool) -> dict:
 def drop_moments(checkpoint: Path) -> None:
     """Free the room that the optimizer's moments take. A link to a folder elsewhere is left alone."""
     if not checkpoint.is_symlink():
-        for name in moment_files(checkpoint):
-            drop_file(checkpoint, name)
+        left_over = (path.name for path in (checkpoint / MOMENTS).glob("*"))  # of a kill in between
+        drop_files(checkpoint, [MOMENTS_FILE, *(f"{MOMENTS}/{name}" for name in left_over)])
 
 
 def moment_files(checkpoint: Path) -> list[str]:

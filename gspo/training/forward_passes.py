@@ -121,7 +121,7 @@ class ForwardPasses:
             except RuntimeError as error:
                 if not is_out_of_memory(error) or self.max_tokens <= longest:
                     raise
-                if self.config.shard == "full":
+                if self.config.shard == "full" and self.processes.count > 1:
                     tokens = self.max_tokens // 2
                     say(f"out of memory: --resume with --micro_batch_tokens {tokens}", sys.stderr)
                     raise

@@ -74,8 +74,13 @@ def num_processes() -> int:
 
 
 def num_machines() -> int:
-    """The number of machines that they are on."""
-    return num_processes() // int(os.environ.get("LOCAL_WORLD_SIZE", num_processes()))
+    """The number of machines that they are on, if each has as many."""
+    return -(-num_processes() // processes_here())
+
+
+def processes_here() -> int:
+    """The number of them that are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", num_processes()))
 
 
 def host_memory() -> float:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from gspo.policy.sharded_model import Sharding
 from gspo.policy.vllm_server import EngineError
 from gspo.training.config import GSPOConfig
-from gspo.training.hardware import num_machines
+from gspo.training.hardware import num_machines, processes_here
 from gspo.training.whole_folders import CannotSave
 
 # Hours that the processes wait for one of them, longer than a vLLM server may take to answer, or a model to
@@ -177,9 +177,15 @@ class Processes:
                 distributed.all_reduce(parameter.grad)
 
     def sharding(self) -> Sharding | None:
-        """All processes, with a copy of the model on each machine. None: there is one process."""
+        """All processes, with a copy of the model on each machine. None: there is one process.
+
+        Raises:
+            ValueError: the machines have different numbers of processes.
+        """
         if self.count == 1:
             return None
+        if len(set(self.gather([processes_here()]))) > 1:
+            raise ValueError("--shard full: start as many processes on each machine (--nproc_per_node)")
         copies = num_machines()
         shape = (copies, self.count // copies) if copies > 1 else (self.count,)
         names = ("copies", "shards")[-len(shape) :]

@@ -167,7 +167,7 @@ class Adapters:
     def __init__(self, model: Any, config: GSPOConfig, device: torch.device, sharding: Sharding | None):
         from gspo.policy import lora  # here, since peft takes seconds to import
 
-        self._lora = lora
+        self._lora, self._sharding = lora, sharding
         self.saved_dtype: torch.dtype = model.dtype
         weight_type = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         self.model = _prepare(model, device, weight_type) if sharding is None else model.eval()
@@ -199,9 +199,13 @@ class Adapters:
         return sharded_like(read_moments(folder, lazily=False), self.parameters)
 
     def save_model(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        if self._sharding is None and not is_first_process():
+            return
         merged = self._lora.merged_model(self.model, dtype or self.saved_dtype)
+        # From here on, the first process writes, and no other one waits for it.
         self._lora.save_adapters(self.model, self._adapter_config, folder / "adapter")
-        save_model(merged, folder)
+        if merged is not None:
+            save_model(merged, folder)
 
     def save_update(self, folder: Path, dtype: torch.dtype) -> None:
         self._lora.save_adapters(self.model, self._adapter_config, folder)

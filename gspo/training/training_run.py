@@ -151,7 +151,8 @@ class TrainingRun:
     def train(self) -> dict:
         """Train to the end of the last epoch, or until a stop is requested (trainer.stop).
 
-        However it ends, the state after the last whole update is on disk, if its weights are finite.
+        However it ends, the state after the last whole update is on disk, if its weights are finite. With
+        sharded weights it is that of the last checkpoint, if one process fails alone.
 
         Returns:
             The evaluations "before" and "after", and the "best" one, whose weights are in best_model (None:

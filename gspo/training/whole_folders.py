@@ -131,13 +131,15 @@ def listed(folder: Path) -> list[str]:
     return list(_read_checksums(folder)[0])
 
 
-def drop_file(folder: Path, name: str) -> None:
-    """Take a file out of a whole folder, which stays whole if a kill comes in between. Raises CannotSave."""
+def drop_files(folder: Path, names: Sequence[str]) -> None:
+    """Take files out of a whole folder, which stays whole if a kill comes in between. Raises CannotSave."""
     listed, wrong = _read_checksums(folder)
-    if listed.pop(name, None):
-        write_whole(folder / CHECKSUMS, _checksum_lines(listed))
+    kept = {name: digest for name, digest in listed.items() if name not in names}
+    if kept != listed:
+        write_whole(folder / CHECKSUMS, _checksum_lines(kept))
     if not wrong:
-        (folder / name).unlink(missing_ok=True)
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -198,7 +198,9 @@ class _Worker(PolicyWorker):
     def reload_weights(self, weights_path: str) -> None:
         if self.server.loads:
             # A tied output layer has no weights of its own in the file.
-            weights = load_file(Path(weights_path) / "model.safetensors")
+            weights = {}
+            for path in Path(weights_path).glob("*.safetensors"):
+                weights |= load_file(path)
             self.server.model.load_state_dict(weights, strict=False)
 
     def get_model(self) -> PreTrainedModel:

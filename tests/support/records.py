@@ -20,7 +20,7 @@ def record_of(run):
 
 
 def weights_of_run(run):
-    return (run / "final_model" / "model.safetensors").read_bytes()
+    return {path.name: path.read_bytes() for path in (run / "final_model").glob("*.safetensors")}
 
 
 def contents(folder):

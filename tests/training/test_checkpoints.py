@@ -14,7 +14,7 @@ from gspo.training.whole_folders import (
     CHECKSUMS,
     CannotSave,
     damage,
-    drop_file,
+    drop_files,
     listed,
     recover,
     remove,
@@ -169,11 +169,11 @@ def test_a_file_is_dropped_and_the_folder_stays_whole(tmp_path, monkeypatch):
     write_model(folder, "weights")
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr("pathlib.Path.unlink", lambda *_, **__: 1 / 0)
-        drop_file(folder, "tokenizer.json")
+        drop_files(folder, ["tokenizer.json"])
     for left in (True, False):
         assert (folder / "tokenizer.json").exists() == left and "tokenizer.json" not in listed(folder)
         assert damage(folder, "model.safetensors") is None
-        drop_file(folder, "tokenizer.json")
+        drop_files(folder, ["tokenizer.json"])
 
 
 def draws():
