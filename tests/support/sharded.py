@@ -141,13 +141,13 @@ def stopped_in_evaluation(flags):
 
 
 def slow_to_save(flags):
-    """The processes wait for 5 s in the middle of a computation, and the first model takes 8 s to write."""
-    processes.COMPUTING_PATIENCE_MIN = 5 / 60
+    """The processes wait for 15 s in the middle of a computation, and the first model takes 20 s to write."""
+    processes.COMPUTING_PATIENCE_MIN = 15 / 60
     write, calls = training_run.save_tokenizer, iter(range(1000))
 
     def write_slowly(*arguments):
         if next(calls) == 0:
-            time.sleep(8)
+            time.sleep(20)
         write(*arguments)
 
     training_run.save_tokenizer = write_slowly

@@ -153,7 +153,7 @@ def test_a_stop_in_the_middle_of_sampling_keeps_the_float32_weights(tmp_path):
 
 
 def test_others_wait_for_one_that_saves_for_long_and_end_with_one_that_dies(tmp_path):
-    """The processes wait for 5 s in the middle of a computation; one save takes 8 s."""
+    """The processes wait for 15 s in the middle of a computation; one save takes 20 s."""
     flags = [*FLAGS, "--output_dir", tmp_path, "--num_epochs", 30, "--shard", "full", "--run_name", "run"]
     process = start(tmp_path, "slow_to_save", *flags, script=sharded.__file__)
     metrics = tmp_path / "run" / "metrics.jsonl"
