@@ -60,7 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         complain(PROGRAM, error)
         return 2
-    return train(config)
+    code = train(config)
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # set by a launcher
+        from gspo.training.processes import end_processes
+
+        end_processes()
+    return code
 
 
 def train(config: GSPOConfig) -> int:

@@ -37,6 +37,15 @@ LAUNCHER_SETTINGS = {
 REFUSALS = (ValueError, CannotSave, OSError, EngineError)
 
 
+def end_processes() -> None:
+    """Leave the other processes at the end of a run; does nothing if there are none.
+
+    A process that ends without it may be aborted by a thread of its own that still waits for the others.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def refuse_idle_processes(config: GSPOConfig, count: int) -> None:
     """Raise a ValueError if a rollout batch has fewer queries than there are processes."""
     if config.batch_size < count:
