@@ -139,7 +139,7 @@ def _write_file(model: Any, path: Path, weights: dict[str, torch.Tensor]) -> dic
     """Write weights under the names and in the shapes that files have. Returns their sizes in bytes."""
     for name in model._keys_to_ignore_on_save or ():
         weights.pop(name, None)
-    # Of mixtures of experts, a layer's experts are one tensor here and many in the files.
+    # In a mixture of experts, a layer has all its experts in one tensor. In the files each has its own.
     saved = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(model, weights).items()}
     save_file(saved, path, metadata={"format": "pt"})
     return {name: tensor.nbytes for name, tensor in saved.items()}

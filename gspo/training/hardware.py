@@ -114,6 +114,10 @@ class Machine:
         """The parts of sharded weights: each machine has all of them."""
         return self.processes // self.machines
 
+    def shards_with(self, shard: str) -> int:
+        """The parts of the weights with a decided --shard."""
+        return self.shards if shard == "full" else 1
+
 
 def machine_for(plan_for: str | None, device: str) -> Machine:
     """The machine that --plan_for names, without it this one.

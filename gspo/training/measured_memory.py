@@ -116,7 +116,7 @@ def _measured(
     of_work: the settings that the work depends on. work: returns tensors that are parts of their own.
     trains: it is an update.
     """
-    shards = machine.shards if config.shard == "full" else 1
+    shards = machine.shards_with(config.shard)
     # Shards keep no copies of gathered weights, in which autocast would keep those of float32 weights.
     measured = config
     if shards > 1 and config.method == "adamw" and config.dtype == "bfloat16":

@@ -62,8 +62,7 @@ def plan_training(
     parameters = count_parameters(model_config, config.trust_remote_code)
     for method in methods_for(config):
         for shard in shards_for(config, machine):
-            shards = machine.shards if shard == "full" else 1
-            if LEAST_BYTES[method] * parameters / shards > machine.usable_bytes:
+            if LEAST_BYTES[method] * parameters / machine.shards_with(shard) > machine.usable_bytes:
                 continue
             decided = replace(with_method(config, method), shard=shard)
             plan = _first_fitting(model_config, _passes(decided), loss, machine)
@@ -314,8 +313,7 @@ def describe_disk(plan: Plan, model_config: PreTrainedConfig, machine: Machine) 
     """A line on the room that a run takes on the disk."""
     config = plan.config
     parameters = count_parameters(model_config, config.trust_remote_code)
-    shards = machine.shards if config.shard == "full" else 1
-    moments = int(plan.memory.update["optimizer"]) * shards
+    moments = int(plan.memory.update["optimizer"]) * machine.shards_with(config.shard)
     saved = getattr(model_config, "dtype", None) or torch.float32
     if config.method == "lora":  # a float32 adapter weight has two float32 moments
         parts = disk_bytes(moments // 8, torch.float32, torch.bfloat16, moments)
@@ -339,7 +337,7 @@ def describe_others(
         other = _passes(with_method(all_open, method))[-1]
         if method == plan.config.method:
             continue
-        least = LEAST_BYTES[method] * parameters / (machine.shards if other.shard == "full" else 1)
+        least = LEAST_BYTES[method] * parameters / machine.shards_with(other.shard)
         if least <= machine.usable_bytes:
             least = sum(measure_update(model_config, other, loss, machine).values())
         fits = "would fit too" if least <= machine.usable_bytes else "would not fit"

@@ -165,7 +165,7 @@ def measure_passes(trainer: Any, samples: Sequence[Sample]) -> Passes:
     for row, log_probs in processes.gather(computed):
         log_ratio = log_probs - minibatch[row].old_log_probs  # (|y|,)
         log_ratios.append(log_ratio if trainer.clips_per_token else log_ratio.mean(dim=0, keepdim=True))
-    in_clip_ranges = torch.cat(log_ratios) / ((config.left_clip_range + config.right_clip_range) / 2)
+    in_clip_ranges = torch.cat(log_ratios) / config.mean_clip_range
     return Passes(
         null_clip_fraction,
         in_clip_ranges.square().mean().sqrt().item(),

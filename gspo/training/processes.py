@@ -26,7 +26,8 @@ from gspo.training.whole_folders import CannotSave
 PATIENCE_H = 2
 # Minutes that a process waits in the middle of a computation, which all of them enter together.
 COMPUTING_PATIENCE_MIN = 10.0
-# What a launcher is told to do with the model, by the variable that tells it. The toolkit shards by itself.
+# accelerate's launcher sets these variables if it is to shard the model in one of these ways. The toolkit
+# shards by itself.
 LAUNCHER_SETTINGS = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",

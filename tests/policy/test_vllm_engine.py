@@ -463,7 +463,7 @@ def test_a_real_server_with_its_own_defaults(served, real_server, prompts, tmp_p
     process = real_server(edit=with_defaults)
     with pytest.raises(EngineError, match="raw_logprobs, those without temperature: start it with"):
         VLLMEngine([process.url], *served, process=process)
-    # As if it had named the other kind.
+    # The same server again, but now it may not say which kind its log-probabilities are.
     monkeypatch.setattr(VLLMServer, "_refuse_other_settings", lambda server: None)
     monkeypatch.setattr(VLLMEngine, "tolerance", 1e-3)
     engine = VLLMEngine([process.url], *served, process=process)

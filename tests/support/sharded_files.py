@@ -1,4 +1,4 @@
-"""What several processes do with the files of a sharded model, in test_sharded_files.py."""
+"""Save, load and measure sharded models in several processes, for test_sharded_files.py."""
 
 import json
 import time

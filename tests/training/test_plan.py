@@ -237,7 +237,7 @@ def test_shards_divide_what_training_keeps():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_shards_come_before_a_way_of_training_with_less_memory(method):
-    """Where all weights do not fit a GPU, parts of them do."""
+    """If all weights do not fit a GPU, they are sharded before anything else is given up."""
     config = replace(settings(method), micro_batch_tokens=512, gradient_checkpointing=True, rollout_rows=4)
     whole = require_plan(WIDE, replace(config, shard="none"), gspo_loss, machine(1e12, 8)).memory.peak
     plan = plan_training(WIDE, replace(config, shard="auto"), gspo_loss, machine(0.98 * whole, 8))

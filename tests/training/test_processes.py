@@ -1,4 +1,4 @@
-"""What several processes agree on. test_several_processes.py and test_shards.py start real ones."""
+"""How work is dealt to several processes, and what they refuse. Here no second process is started."""
 
 from types import SimpleNamespace
 

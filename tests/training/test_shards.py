@@ -56,7 +56,7 @@ def test_gradients_updates_and_samples_are_those_of_one_process(one, tmp_path, c
             assert error(found["gradients"][0], expected["gradients"][0]) < 1e-2
             continue
         assert len(found["gradients"]) == len(expected["gradients"]) > 1, name
-        # Of the mixture of experts, rounding adds up over the updates: to 6e-6 where this was written.
+        # In the mixture of experts, rounding adds up over the updates. It was 6e-6 when this was written.
         later = 5e-5 if name == "padded rows" else 1e-5
         for i, (a, b) in enumerate(zip(found["gradients"], expected["gradients"], strict=True)):
             assert error(a, b) < (later if i else 1e-5), (name, i)
