@@ -335,10 +335,9 @@ def print_plan(config: GSPOConfig, prompt_tokens: int | None) -> None:
         device = torch.device(str(config.device))
         prompt_tokens = prompt_tokens or config.max_length // 4
         pace = estimate_pace(shapes, config, loss, device, prompt_tokens, machine.processes)
-        evaluations = 2 + (num_batches - 1) // (config.eval_frequency or num_batches)
-        total = num_batches * pace.rollout_batch + evaluations * pace.evaluation
+        total = in_words(pace.run(num_batches, config.eval_frequency))
         print(
-            f"time: at most about {in_words(total)} here: {in_words(pace.rollout_batch)} a rollout batch "
+            f"time: at most about {total} here: {in_words(pace.rollout_batch)} a rollout batch "
             f"(sampling {in_words(pace.sampling)}, log-probabilities {in_words(pace.log_probs)}, updates "
             f"{in_words(pace.updates)}), {in_words(pace.evaluation)} an evaluation; rewards not counted"
         )

@@ -23,6 +23,13 @@ BESIDE_THE_POINT = {*FREE_ON_RESUME, "environment", "reward_function"} - {"num_e
 Values = dict[int, float]  # step to value
 
 
+class Group(NamedTuple):
+    """Runs that are drawn as one line with an area around it."""
+
+    label: str
+    runs: Sequence[RunRecord]
+
+
 class Panel(NamedTuple):
     title: str
     lines: dict[str, str]  # metric to label; of several runs, only the first one is drawn
@@ -90,13 +97,17 @@ class Chart:
     top: float
 
 
-def charts(runs: Sequence[RunRecord]) -> list[Chart]:
-    """A chart for each of PANELS."""
+def charts(runs: Sequence[RunRecord], groups: Sequence[Group] | None = None) -> list[Chart]:
+    """A chart for each of PANELS.
+
+    groups: of several runs, those that are one line; by default those that differ only in their seed.
+    """
     found = []
+    lines_of = [Group(_label(same), same) for same in groups_of(runs)] if groups is None else groups
     for panel in PANELS:
         kinds = (EMERGENCY_STOP, *(panel.alarms if len(runs) == 1 else ()))
         marks = [alarm for run in runs for alarm in run.alarms if alarm.kind in kinds]
-        lines = _lines_of_one(panel, runs[0]) if len(runs) == 1 else _lines_of_several(panel, runs)
+        lines = _lines_of_one(panel, runs[0]) if len(runs) == 1 else _lines_of_several(panel, lines_of)
         if panel is CLIPPING:
             steps = sorted({step for line in lines for step in line.x})
             low, high = (dict.fromkeys(steps, share) for share in CLIP_BAND)
@@ -132,12 +143,15 @@ def _lines_of_one(panel: Panel, run: RunRecord) -> list[Line]:
     return lines
 
 
-def _lines_of_several(panel: Panel, runs: Sequence[RunRecord]) -> list[Line]:
+def _label(same: Sequence[RunRecord]) -> str:
+    return same[0].name if len(same) == 1 else f"{same[0].name} with {len(same)} seeds"
+
+
+def _lines_of_several(panel: Panel, groups: Sequence[Group]) -> list[Line]:
     """The first line of a panel for each group of runs: the mean, from the lowest to the highest."""
     lines = []
     name = next(iter(panel.lines))
-    for i, same in enumerate(groups_of(runs)):
-        label = same[0].name if len(same) == 1 else f"{same[0].name} with {len(same)} seeds"
+    for i, (label, same) in enumerate(groups):
         drawn = [(label, "line", [_smooth(_values(run.metrics, name)) for run in same])]
         if panel is REWARD:
             passed = [_values(run.evaluations, "pass_at_1") for run in same]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gspo.report.charts import charts, differences
+from gspo.report.charts import Group, charts, differences
 from gspo.report.run_record import RunRecord, when
 from gspo.report.verdict import LEARNED, SAME, UNKNOWN, told_alarms, verdict
 from gspo.training.whole_folders import write_whole
@@ -23,20 +23,33 @@ TEXT_CHARACTERS = 2000
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
-def write_page(runs: Sequence[RunRecord], path: Path) -> None:
-    """Write the page. Raises CannotSave."""
+def write_page(
+    runs: Sequence[RunRecord], path: Path, groups: Sequence[Group] | None = None, head: str = ""
+) -> None:
+    """Write the page.
+
+    groups: of several runs, those that are one line. head: HTML above the curves, in the place of the runs'
+    verdicts, which then follow the curves.
+
+    Raises:
+        CannotSave: the file cannot be written.
+    """
     names = [run.name for run in runs]
     texts = [texts_of(run, max(4, MOST_TEXTS // len(runs))) for run in runs]
     if len(runs) > 1:
         differing = table([("", *names), *((name, *values) for name, values in differences(runs).items())])
         texts = [differing, *map(folded, [f"Texts of {name}" for name in names], texts)]
+    verdicts = list(map(verdict_of, runs))
+    if head:
+        texts = [folded("Verdicts of the runs", *verdicts), *texts]
+        verdicts = [tag("div", head, kind="card")]
     files = ("uplot/uPlot.min.css", "uplot/uPlot.iife.min.js", "page.css", "page.js")
     parts = {file: (HERE / file).read_text(encoding="utf-8") for file in files}
-    data = json.dumps([dataclasses.asdict(chart) for chart in charts(runs)])
+    data = json.dumps([dataclasses.asdict(chart) for chart in charts(runs, groups)])
     parts |= {
         "charts": data.replace("<", "\\u003c"),  # "</script" would end the script element
         "title": text(", ".join(names)),
-        "verdicts": "".join(map(verdict_of, runs)),
+        "verdicts": "".join(verdicts),
         "texts": "".join(texts),
     }
     template = (HERE / "page.html").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from statistics import NormalDist, fmean, stdev
 
 Z = NormalDist().inv_cdf(0.975)
@@ -33,7 +34,7 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[fl
     mean = fmean(differences)
     if math.isclose(min(differences), max(differences), rel_tol=1e-9, abs_tol=1e-12):  # but for rounding
         return mean, mean, mean
-    half = _student_t_975(len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
+    half = student_t(0.975, len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
     return mean, mean - half, mean + half
 
 
@@ -52,14 +53,28 @@ def describe_gain(before: Sequence[float], after: Sequence[float], form: str = "
     return f"{mean:{form}}  ({interval_text(low, high, form)})"
 
 
-def _student_t_975(degrees: int) -> float:
-    """The 0.975 quantile of Student's t: a table up to 4 degrees, then an expansion (within 0.1 %)."""
-    if degrees <= 4:
-        return (12.7062, 4.3027, 3.1824, 2.7764)[degrees - 1]
-    z, n = Z, degrees
-    return (
-        z
-        + (z**3 + z) / (4 * n)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
-    )
+@cache
+def student_t(probability: float, degrees: int) -> float:
+    """The quantile of Student's t distribution, for a probability of at least 1/2."""
+    assert 0.5 <= probability < 1 and degrees >= 1
+    low, high = 0.0, 1.0
+    while _t_within(high, degrees) < 2 * probability - 1:
+        high *= 2
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        inside = _t_within(middle, degrees) < 2 * probability - 1
+        low, high = (middle, high) if inside else (low, middle)
+    return high
+
+
+def _t_within(t: float, degrees: int) -> float:
+    """P(|T| < t) for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    cosine, is_odd = math.cos(angle), degrees % 2
+    term = total = cosine if is_odd else 1.0
+    for i in range(3 if is_odd else 2, degrees - 1, 2):
+        term *= (i - 1) / i * cosine * cosine
+        total += term
+    if not is_odd:
+        return math.sin(angle) * total
+    return 2 / math.pi * (angle + (math.sin(angle) * total if degrees > 1 else 0.0))

@@ -51,6 +51,11 @@ class Pace:
     def rollout_batch(self) -> float:
         return self.sampling + self.log_probs + self.updates
 
+    def run(self, num_batches: int, eval_frequency: int) -> float:
+        """Seconds of so many rollout batches and of the evaluations between them, before and after."""
+        evaluations = 2 + (num_batches - 1) // (eval_frequency or num_batches)
+        return num_batches * self.rollout_batch + evaluations * self.evaluation
+
 
 def estimate_pace(
     model_config: PreTrainedConfig,

@@ -1,0 +1,173 @@
+"""Compare algorithms or settings: the same start, data, order and compute, several seeds, with intervals.
+
+    python compare_gspo.py --algorithms gspo,grpo --seeds 5 [any flag of train_gspo.py]
+    python compare_gspo.py --vary left_clip_range=3e-5,3e-4,3e-3 --seeds 3 [...]
+    python compare_gspo.py --arm 'paper: ' --arm 'wide: --left_clip_range 3e-3 --right_clip_range 4e-3' [...]
+    python compare_gspo.py --algorithms gspo,gspo --seeds 5 [...]         two samples of one setting
+    python compare_gspo.py --algorithms gspo,grpo --estimate [...]        how long it takes
+
+Each run is an ordinary one in OUTPUT_DIR/cells and is never made twice. A comparison that was stopped goes on
+with the same command, and a larger --seeds adds to the runs that are there. Several axes are combined. The
+others are compared with the first setting.
+
+Exit codes: 0 done; 1 a run failed, and the others are compared; 2 bad input; 130 interrupted.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+
+from gspo.comparison.arms import Arm, arms_of, cells_of
+from gspo.comparison.cells import Cell, is_complete, record_of
+from gspo.printing import duration, escaped
+from gspo.training.command_line import Parser, complain, plain_warnings
+from train_gspo import counted
+from train_gspo import parse as training_config
+
+PROGRAM = "compare_gspo.py"
+# Seconds that a run takes before it trains and after it, for imports and its model.
+AROUND_RUN_S = 8
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options, flags = parse(arguments)
+    try:
+        arms = arms_of(options.algorithms, options.vary, options.arm)
+        cells = cells_of(arms, flags, options.seeds, training_config)
+        if options.estimate:
+            return estimate(cells, options.jobs)
+        return compare_settings(arms, cells, options)
+    except ValueError as error:
+        complain(PROGRAM, error)
+        return 2
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of the comparison, and those of train_gspo.py."""
+    parser = Parser(str(__doc__))
+    add = parser.add_argument
+    add("--algorithms", help="algorithms, with commas; one that is named twice gets other seeds")
+    add("--vary", action="append", default=[], metavar="FLAG=VALUE,...", help="a flag of train_gspo.py")
+    add("--arm", action="append", default=[], metavar="'NAME: FLAGS'", help="a setting of several flags")
+    add("--seeds", type=int, default=3, help="runs of each setting; --seed is the first (default: 3)")
+    add("--jobs", type=int, help="runs side by side (default: 1; with several GPUs, one on each)")
+    add("--launch", default="", help="in the place of python, such as 'torchrun --nproc_per_node 4'")
+    add(
+        "--detect",
+        type=float,
+        default=0.05,
+        help="size of a difference: the table says how many seeds it takes to see it (default: 0.05)",
+    )
+    add("--estimate", action="store_true", help="say how long the runs that are missing take, and stop")
+    add("--name", help="folder of the tables in OUTPUT_DIR (default: made of the settings)")
+    options, flags = parser.parse_known_args(arguments)
+    if options.seeds < 1 or (options.jobs or 1) < 1 or not options.detect > 0:
+        parser.error("--seeds and --jobs must be at least 1, and --detect positive")
+    if options.name and not re.fullmatch(r"[\w+-][\w.+-]{0,99}", options.name):
+        parser.error(f"--name {options.name!r} must be a plain name: letters, digits, '.', '_', '+', '-'")
+    return options, flags
+
+
+def compare_settings(arms: Sequence[Arm], cells: Sequence[Cell], options: argparse.Namespace) -> int:
+    """Make the runs that are missing, write the tables and print them. Returns the exit code.
+
+    Raises:
+        ValueError: train_gspo.py refuses the input.
+    """
+    from gspo.comparison.outcomes import outcomes_of
+    from gspo.comparison.page import write_comparison
+    from gspo.comparison.runner import Interrupted, Runner
+    from gspo.comparison.table import compare, render
+    from gspo.training.whole_folders import CannotSave, write_whole
+
+    def tell(cell: Cell) -> None:
+        run = record_of(cell)
+        if run and run.evaluations:
+            rates = " to ".join(f"{run.evaluations[i]['pass_at_1']:.3f}" for i in (0, -1))
+            died = f", died: {run.emergency['reason']}" if run.emergency else ""
+            print(escaped(f"{cell.arm}, seed {cell.seed}: held-out pass@1 {rates}{died}"), flush=True)
+
+    folder = cells[0].folder.parents[1] / (options.name or default_name(arms, cells))
+    print(f"{counted(len(arms), 'setting')} x {counted(options.seeds, 'seed')}: {folder}", flush=True)
+    gpus = visible_gpus()
+    try:
+        failed = Runner(options.jobs or max(1, len(gpus)), options.launch, gpus, tell).run(cells)
+    except Interrupted:
+        complain(PROGRAM, "interrupted: the same command goes on from here")
+        return 130
+    outcomes = {
+        arm.label: outcomes_of([cell for cell in cells if cell.arm == arm.label], record_of) for arm in arms
+    }
+    result = compare(outcomes, options.detect, failed)
+    table = render(result)
+    title = " and ".join(outcomes) if len(outcomes) < 3 else f"{len(outcomes)} settings"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "comparison.json", json.dumps(result, indent=1))
+        write_whole(folder / "table.txt", table + "\n")
+        write_comparison(title, result, outcomes, folder)
+    except (CannotSave, OSError) as error:
+        complain(PROGRAM, error)
+        return 1
+    print(escaped(table, "\n"))
+    print(f"\nreport: {folder / 'report.html'}")
+    return 1 if failed else 0
+
+
+def default_name(arms: Sequence[Arm], cells: Sequence[Cell]) -> str:
+    """The name of the folder of the tables: the same for every number of seeds."""
+    words = "-".join(re.sub(r"[^\w.+-]+", "_", arm.label) for arm in arms)[:60]
+    flags = [cell.flags for cell in cells if cell.index == 0]
+    return f"compare-{words}-{hashlib.sha256(json.dumps(flags).encode()).hexdigest()[:6]}"
+
+
+def visible_gpus() -> list[str]:
+    """The names of the GPUs as CUDA_VISIBLE_DEVICES has them."""
+    if given := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return [name.strip() for name in given.split(",") if name.strip()]
+    import torch
+
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def estimate(cells: Sequence[Cell], jobs: int | None) -> int:
+    """Print how long the runs that are missing take on this machine. Returns the exit code."""
+    import torch
+
+    from gspo.training.hardware import machine_for
+    from gspo.training.pace import estimate_pace
+    from gspo_implementation import ALGORITHMS
+    from train_gspo import config_of_model, load_task, resolve_for_machine
+
+    total = 0.0
+    for arm in dict.fromkeys(cell.arm for cell in cells):
+        own = [cell for cell in cells if cell.arm == arm]
+        missing = [cell for cell in own if not is_complete(cell, record_of(cell))]
+        with redirect_stdout(io.StringIO()):
+            config = resolve_for_machine(training_config(list(own[0].flags)))
+            num_problems = len(load_task(config)[0])
+        processes = machine_for(None, str(config.device)).processes
+        pace = estimate_pace(
+            config_of_model(config),
+            config,
+            ALGORITHMS[config.algorithm].loss,
+            torch.device(str(config.device)),
+            config.max_length // 4,
+            processes,
+        )
+        seconds = AROUND_RUN_S + pace.run(config.count_updates(num_problems)[0], config.eval_frequency)
+        total += len(missing) * seconds
+        print(f"{arm}: {len(missing)} of {len(own)} runs are missing, at most about {duration(seconds)} each")
+    print(f"in all: at most about {duration(total / (jobs or max(1, len(visible_gpus()))))}")
+    return 0
+
+
+if __name__ == "__main__":
+    plain_warnings()
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The settings that are compared, and the runs that this takes."""
+
+import itertools
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from gspo.comparison.cells import Cell, cell_name
+from gspo.training.config import GSPOConfig
+
+# Flags of train_gspo.py that a comparison sets itself, or that make no run.
+OWN = {"run_name", "output_dir", "resume", "dry_run", "plan_for", "probe", "seed"}
+# A setting that is named again gets seeds of its own, so many further on.
+OTHER_SEEDS = 1000
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A setting that is compared.
+
+    flags: its own flags of train_gspo.py, beside those that all settings share. repeat: how many settings
+    before it have the same flags; its seeds are others than theirs.
+    """
+
+    label: str
+    flags: tuple[str, ...]
+    repeat: int = 0
+
+
+def arms_of(algorithms: str | None, vary: Sequence[str], named: Sequence[str]) -> list[Arm]:
+    """Every combination of the algorithms, of the values of each of `vary`, and of the named settings.
+
+    algorithms: names with commas. vary: "flag=value,value". named: "name: flags".
+
+    Raises:
+        ValueError: there is nothing to compare, or a text has another form.
+    """
+    axes: list[list[tuple[str, list[str]]]] = []
+    if algorithms:
+        names = [name.strip() for name in algorithms.split(",")]
+        axes.append([(name, ["--algorithm", name]) for name in names])
+    axes += [_varied(text) for text in vary]
+    if named:
+        axes.append([_named(text) for text in named])
+    if not axes:
+        raise ValueError("nothing to compare: give --algorithms, --vary, --arm or --preset")
+    arms: list[Arm] = []
+    for combination in itertools.product(*axes):
+        label = ", ".join(label for label, _ in combination)
+        flags = tuple(flag for _, each in combination for flag in each)
+        repeat = sum(arm.flags == flags for arm in arms)
+        again = "" if repeat == 0 else f" (other seeds{'' if repeat == 1 else f' {repeat}'})"
+        arms.append(Arm(label + again, flags, repeat))
+    for label in (arm.label for arm in arms):
+        if sum(arm.label == label for arm in arms) > 1:
+            raise ValueError(f"two settings are named {label!r}")
+    return arms
+
+
+def _varied(text: str) -> list[tuple[str, list[str]]]:
+    name, _, values = text.removeprefix("--").partition("=")
+    if name not in {f.name for f in fields(GSPOConfig)} - OWN or not values:
+        raise ValueError(
+            f"--vary {text}: give a flag of train_gspo.py and its values, as in learning_rate=1e-6,1e-5"
+        )
+    is_switch = next(f for f in fields(GSPOConfig) if f.name == name).default is False
+    settings = []
+    for value in values.split(","):
+        if is_switch and value not in ("on", "off"):
+            raise ValueError(f"--vary {text}: the values of this flag are on and off")
+        flags = [f"--{name}"] * (value == "on") if is_switch else [f"--{name}", value]
+        settings.append((f"{name} {value}", flags))
+    return settings
+
+
+def _named(text: str) -> tuple[str, list[str]]:
+    name, colon, flags = text.partition(":")
+    if not (name.strip() and colon):
+        raise ValueError(f"--arm {text!r}: give a name and flags, as in 'wide: --left_clip_range 3e-3'")
+    return name.strip(), shlex.split(flags)
+
+
+def cells_of(
+    arms: Sequence[Arm], flags: Sequence[str], num_seeds: int, parse: Callable[[list[str]], GSPOConfig]
+) -> list[Cell]:
+    """The runs of a comparison, all settings of a seed one after another.
+
+    flags: of train_gspo.py, for all settings; its --seed is the first seed. parse: makes a configuration of
+    flags.
+
+    Raises:
+        ValueError: a flag that a comparison sets itself, or a bad value.
+    """
+    for name in OWN - {"seed", "output_dir"}:
+        given = [flag for arm in arms for flag in (*flags, *arm.flags) if flag.split("=")[0] == f"--{name}"]
+        if given:
+            raise ValueError(f"--{name} does not go with a comparison")
+    cells = []
+    for index in range(num_seeds):
+        for arm in arms:
+            own = [*flags, *arm.flags]
+            first = parse(own)
+            seed = first.seed + OTHER_SEEDS * arm.repeat + index
+            own += ["--seed", str(seed)]
+            folder = Path(first.output_dir) / "cells" / cell_name(parse(own))
+            cells.append(Cell(arm.label, index, seed, tuple(own), folder))
+    return cells

@@ -1,0 +1,80 @@
+"""The runs of a comparison: one for each setting and seed, each an ordinary run folder.
+
+A run's folder is named after its settings, so that the same run is never made twice: a comparison that was
+killed goes on where it was, a sixth seed adds to five, and two comparisons share the runs that they have in
+common.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gspo.report.run_record import RunRecord, read_run
+from gspo.training.config import GSPOConfig
+from gspo.training.find_run import FREE_ON_RESUME
+
+# Settings that change what is on record of a run, although a resumed run may change them.
+OF_THE_RECORD = {"num_epochs", "eval_frequency", "rollout_engine", "mismatch_mask", "shard"}
+# Settings that say how and where a run is made, not what it is.
+FREE = set(FREE_ON_RESUME) - OF_THE_RECORD
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison.
+
+    arm: the label of its setting. index: the place of its seed among those of the setting; runs of the same
+    index are paired. flags: all of train_gspo.py's, without the folder. folder: the run's.
+    """
+
+    arm: str
+    index: int
+    seed: int
+    flags: tuple[str, ...]
+    folder: Path
+
+    @property
+    def log(self) -> Path:
+        """What the run prints."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+
+def cell_name(config: GSPOConfig) -> str:
+    """The name of a run's folder: model, algorithm, seed and a digest of all settings and of its files."""
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    reward_file = (config.reward or "").rpartition(":")[0]
+    for path in (config.dataset_path, config.eval_path, reward_file):
+        if path and Path(path).is_file():
+            settings[f"contents of {path}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+    model = re.sub(r"[^\w.+-]", "-", Path(config.model_name).name)[:80].lstrip(".") or "model"
+    return f"{model}-{config.algorithm}-seed{config.seed}-{digest}"
+
+
+def record_of(cell: Cell) -> RunRecord | None:
+    """What is on record of a run; None if it has not come so far as to have a record."""
+    try:
+        return read_run(cell.folder)
+    except (OSError, ValueError):
+        return None
+
+
+def is_complete(cell: Cell, run: RunRecord | None) -> bool:
+    """True if the run has nothing left to do: it is finished with its model saved, or was stopped for good.
+
+    An emergency stop would come again: the run is deterministic.
+    """
+    if run is None or run.going:
+        return False
+    return bool(run.emergency) or (run.finished and (cell.folder / "final_model").is_dir())
+
+
+def make_room(cell: Cell, run: RunRecord | None) -> None:
+    """Delete a folder that a kill has left without a record, or the checkpoints of a run that is complete."""
+    if run is None:
+        shutil.rmtree(cell.folder, ignore_errors=True)
+    elif is_complete(cell, run) and not run.emergency:
+        shutil.rmtree(cell.folder / "checkpoints", ignore_errors=True)

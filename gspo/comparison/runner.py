@@ -1,0 +1,148 @@
+"""Make the runs of a comparison, one after another or side by side, each in a process of its own."""
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gspo.comparison.cells import Cell, is_complete, make_room, record_of
+from gspo.live_line import Bar
+from gspo.training.command_line import on_stop_signals
+
+TRAIN = Path(__file__).resolve().parents[2] / "train_gspo.py"
+POLL_S = 0.2
+# Exit codes of train_gspo.py.
+DONE, BAD_INPUT, EMERGENCY, INTERRUPTED = 0, 2, 3, 130
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+class Interrupted(Exception):
+    """The comparison was asked to stop. Its runs have saved their state."""
+
+
+class Runner:
+    """Makes runs, `jobs` at a time.
+
+    Args:
+        launch: the command in the place of "python", such as "torchrun --nproc_per_node 4".
+        gpus: the names that CUDA_VISIBLE_DEVICES may have. Runs side by side take one each, in turn.
+        tell: called with each run that is complete.
+    """
+
+    def __init__(
+        self, jobs: int, launch: str = "", gpus: Sequence[str] = (), tell: Callable[[Cell], None] = print
+    ):
+        self.jobs, self.gpus, self.tell = jobs, gpus, tell
+        self.launch = shlex.split(launch) or [sys.executable]
+        self.running: dict[int, tuple[Cell, subprocess.Popen]] = {}
+        self.stopped = False
+
+    def run(self, cells: Iterable[Cell]) -> dict[Cell, str]:
+        """Make the runs that are not complete.
+
+        Returns:
+            The runs that failed, and why: their last line. An emergency stop is a result and no failure.
+
+        Raises:
+            ValueError: train_gspo.py refuses the input; all runs that were going have been stopped.
+            Interrupted: a signal has come.
+        """
+        missing = []
+        for cell in cells:
+            run = record_of(cell)
+            if is_complete(cell, run):
+                make_room(cell, run)
+            else:
+                missing.append(cell)
+        waiting, failed = deque(missing), {}
+        on_stop_signals(self._stop)
+        with Bar(len(missing), "comparing", "runs") as bar:
+            while (waiting and not self.stopped) or self.running:
+                self._start(waiting)
+                time.sleep(POLL_S)
+                bar.update(0)
+                for cell, code in self._ended():
+                    if code == BAD_INPUT:
+                        self._stop()
+                        self._wait()
+                        raise ValueError(last_line(cell.log))
+                    if code in (DONE, EMERGENCY):
+                        make_room(cell, record_of(cell))
+                        self.tell(cell)
+                        bar.update(1)
+                    elif code != INTERRUPTED or not self.stopped:
+                        failed[cell] = last_line(cell.log) or f"ended with exit code {code}"
+        if self.stopped:
+            raise Interrupted
+        return failed
+
+    def _start(self, waiting: deque[Cell]) -> None:
+        """Fill the free places with runs that no other process is at work on."""
+        for place in range(self.jobs):
+            if place in self.running or not waiting or self.stopped:
+                continue
+            cell = waiting.popleft()
+            run = record_of(cell)
+            if run and run.going:
+                waiting.append(cell)
+                return
+            make_room(cell, run)
+            self.running[place] = (cell, self._process(cell, place, resumed=run is not None))
+
+    def _process(self, cell: Cell, place: int, resumed: bool) -> subprocess.Popen:
+        where = ["--resume", str(cell.folder)] if resumed else ["--run_name", cell.folder.name]
+        command = [*self.launch, str(TRAIN), *cell.flags, "--output_dir", str(cell.folder.parent), *where]
+        environment = dict(os.environ)
+        if self.jobs > 1:
+            threads = max(1, (os.cpu_count() or 1) // self.jobs)
+            environment.setdefault("OMP_NUM_THREADS", str(threads))
+        if self.jobs > 1 and self.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]
+        cell.log.parent.mkdir(parents=True, exist_ok=True)
+        with cell.log.open("ab") as log:
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
+                start_new_session=True, preexec_fn=_end_with_parent,
+            )  # fmt: skip
+
+    def _ended(self) -> list[tuple[Cell, int]]:
+        """The runs whose processes have ended, and their exit codes."""
+        over = [
+            (cell, process.returncode)
+            for cell, process in self.running.values()
+            if process.poll() is not None
+        ]
+        self.running = {place: going for place, going in self.running.items() if going[1].returncode is None}
+        return [(cell, code) for cell, code in over]
+
+    def _stop(self, *_: Any) -> None:
+        """Ask the runs that are going to save their state and end."""
+        self.stopped = True
+        for _, process in self.running.values():
+            process.send_signal(signal.SIGTERM)
+
+    def _wait(self) -> None:
+        for _, process in self.running.values():
+            process.wait()
+
+
+def last_line(log: Path) -> str:
+    """The last line that a run has printed."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _end_with_parent() -> None:
+    """Ask Linux for a SIGTERM when the parent ends, even if it is killed. Runs in the child, before exec."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
