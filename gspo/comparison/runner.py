@@ -68,17 +68,17 @@ class Runner:
                 self._start(waiting)
                 time.sleep(POLL_S)
                 bar.update(0)
-                for cell, code in self._ended():
+                for ended, code in self._ended():
                     if code == BAD_INPUT:
                         self._stop()
                         self._wait()
-                        raise ValueError(last_line(cell.log))
+                        raise ValueError(last_line(ended.log))
                     if code in (DONE, EMERGENCY):
-                        make_room(cell, record_of(cell))
-                        self.tell(cell)
+                        make_room(ended, record_of(ended))
+                        self.tell(ended)
                         bar.update(1)
                     elif code != INTERRUPTED or not self.stopped:
-                        failed[cell] = last_line(cell.log) or f"ended with exit code {code}"
+                        failed[ended] = last_line(ended.log) or f"ended with exit code {code}"
         if self.stopped:
             raise Interrupted
         return failed
@@ -125,11 +125,11 @@ class Runner:
     def _stop(self, *_: Any) -> None:
         """Ask the runs that are going to save their state and end."""
         self.stopped = True
-        for _, process in self.running.values():
+        for _cell, process in self.running.values():
             process.send_signal(signal.SIGTERM)
 
     def _wait(self) -> None:
-        for _, process in self.running.values():
+        for _cell, process in self.running.values():
             process.wait()
 
 

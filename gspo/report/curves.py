@@ -3,7 +3,6 @@
 import io
 import math
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,12 @@ STYLES: dict[str, dict] = {
 
 
 def draw_curves(run: RunRecord, path: Path) -> None:
-    """Draw the charts of a run under its outcome. Raises CannotSave."""
-    draw_charts(charts([run]), f"{run.name}: {verdict(run)[0]}", path)
-
-
-def draw_charts(drawn: Sequence[Chart], heading: str, path: Path) -> None:
-    """Draw charts in two columns under a heading. Raises CannotSave."""
+    """Draw the charts under the run's outcome. Raises CannotSave."""
     # Imported here: it takes a second, and the page needs none.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    drawn = charts([run])
     num_rows = math.ceil(len(drawn) / 2)
     height = ROW_HEIGHT * max(num_rows, 1)
     figure = Figure(figsize=(13, height), dpi=90)
@@ -40,7 +35,8 @@ def draw_charts(drawn: Sequence[Chart], heading: str, path: Path) -> None:
     # An automatic layout takes seconds.
     top, bottom = 1 - HEADING / height, MARGIN / height
     figure.subplots_adjust(left=0.07, right=0.98, top=top, bottom=bottom, wspace=0.15, hspace=0.5)
-    figure.suptitle(textwrap.fill(heading, 90), x=0.01, ha="left", fontsize=17, parse_math=False)
+    outcome = textwrap.fill(f"{run.name}: {verdict(run)[0]}", 90)
+    figure.suptitle(outcome, x=0.01, ha="left", fontsize=17, parse_math=False)
     for number, chart in enumerate(drawn, start=1):
         _draw(chart, figure.add_subplot(num_rows, 2, number))
     picture = io.BytesIO()
