@@ -7,8 +7,8 @@
     python compare_gspo.py --algorithms gspo,grpo --estimate [...]        how long it takes
 
 Each run is an ordinary one in OUTPUT_DIR/cells and is never made twice. A comparison that was stopped goes on
-with the same command, and a larger --seeds adds to the runs that are there. Several axes are combined. The
-others are compared with the first setting.
+with the same command, and a larger --seeds adds to the runs that are there. Several axes are combined; settings
+that differ on the first axis alone are compared.
 
 Exit codes: 0 done; 1 a run failed, and the others are compared; 2 bad input; 130 interrupted.
 """
@@ -104,7 +104,8 @@ def compare_settings(arms: Sequence[Arm], cells: Sequence[Cell], options: argpar
     outcomes = {
         arm.label: outcomes_of([cell for cell in cells if cell.arm == arm.label], record_of) for arm in arms
     }
-    result = compare(outcomes, options.detect, failed)
+    baselines = {arm.label: arm.baseline for arm in arms if arm.baseline}
+    result = compare(outcomes, baselines, options.detect, failed)
     table = render(result)
     title = " and ".join(outcomes) if len(outcomes) < 3 else f"{len(outcomes)} settings"
     try:

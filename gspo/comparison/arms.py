@@ -20,16 +20,21 @@ class Arm:
     """A setting that is compared.
 
     flags: its own flags of train_gspo.py, beside those that all settings share. repeat: how many settings
-    before it have the same flags; its seeds are others than theirs.
+    before it have the same flags; its seeds are others than theirs. baseline: the label of the setting that
+    it is compared with, if there is one.
     """
 
     label: str
     flags: tuple[str, ...]
     repeat: int = 0
+    baseline: str | None = None
 
 
 def arms_of(algorithms: str | None, vary: Sequence[str], named: Sequence[str]) -> list[Arm]:
     """Every combination of the algorithms, of the values of each of `vary`, and of the named settings.
+
+    A setting is compared with the one that has the first value on the first of these axes, and the same ones
+    on the others; settings with that first value are compared with the very first setting.
 
     algorithms: names with commas. vary: "flag=value,value". named: "name: flags".
 
@@ -45,17 +50,18 @@ def arms_of(algorithms: str | None, vary: Sequence[str], named: Sequence[str]) -
         axes.append([_named(text) for text in named])
     if not axes:
         raise ValueError("nothing to compare: give --algorithms, --vary, --arm or --preset")
-    arms: list[Arm] = []
-    for combination in itertools.product(*axes):
-        label = ", ".join(label for label, _ in combination)
-        flags = tuple(flag for _, each in combination for flag in each)
-        repeat = sum(arm.flags == flags for arm in arms)
+    arms: dict[tuple[int, ...], Arm] = {}
+    for place in itertools.product(*(range(len(axis)) for axis in axes)):
+        values = [axis[i] for axis, i in zip(axes, place, strict=True)]
+        label = ", ".join(label for label, _ in values)
+        flags = tuple(flag for _, each in values for flag in each)
+        repeat = sum(arm.flags == flags for arm in arms.values())
         again = "" if repeat == 0 else f" (other seeds{'' if repeat == 1 else f' {repeat}'})"
-        arms.append(Arm(label + again, flags, repeat))
-    for label in (arm.label for arm in arms):
-        if sum(arm.label == label for arm in arms) > 1:
-            raise ValueError(f"two settings are named {label!r}")
-    return arms
+        baseline = arms.get((0, *place[1:])) or arms.get((0,) * len(place))
+        arms[place] = Arm(label + again, flags, repeat, baseline.label if baseline else None)
+        if sum(arm.label == arms[place].label for arm in arms.values()) > 1:
+            raise ValueError(f"two settings are named {arms[place].label!r}")
+    return list(arms.values())
 
 
 def _varied(text: str) -> list[tuple[str, list[str]]]:

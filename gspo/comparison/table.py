@@ -23,11 +23,17 @@ METRICS = {"clip_fraction": "clipped", "clip_fraction_eligible": "of eligible"}
 WIDTH = 110
 
 
-def compare(arms: Mapping[str, Sequence[Outcome]], detect: float, failed: Mapping[Cell, str]) -> dict:
+def compare(
+    arms: Mapping[str, Sequence[Outcome]],
+    baselines: Mapping[str, str],
+    detect: float,
+    failed: Mapping[Cell, str],
+) -> dict:
     """Compare settings.
 
     Args:
-        arms: label to the outcomes of its seeds. The others are compared with the first.
+        arms: label to the outcomes of its seeds.
+        baselines: label to the label of the setting that it is compared with.
         detect: the size of a difference for which the number of seeds is told.
         failed: runs that did not end, and why.
 
@@ -35,11 +41,12 @@ def compare(arms: Mapping[str, Sequence[Outcome]], detect: float, failed: Mappin
         Plain data: "arms" (label, seeds, means with intervals), "differences", "notes".
     """
     measures = [name for name in MEASURES if name != REWARD or _rewards_differ(arms)]
-    first, *others = arms
     return {
         "arms": [_summary(label, outcomes, measures) for label, outcomes in arms.items()],
         "differences": [
-            _difference(name, first, other, arms, detect) for other in others for name in measures
+            _difference(name, baseline, other, arms, detect)
+            for other, baseline in baselines.items()
+            for name in measures
         ],
         "notes": _notes(arms, failed),
         "failed": {str(cell.folder): why for cell, why in failed.items()},
