@@ -5,10 +5,12 @@
     python compare_gspo.py --arm 'paper: ' --arm 'wide: --left_clip_range 3e-3 --right_clip_range 4e-3' [...]
     python compare_gspo.py --algorithms gspo,gspo --seeds 5 [...]         two samples of one setting
     python compare_gspo.py --algorithms gspo,grpo --estimate [...]        how long it takes
+    python compare_gspo.py --preset paper                     the paper's claims, measured on a CPU; --quick
+    python compare_gspo.py --preset paper --scale gpu --estimate          the same for large models
 
 Each run is an ordinary one in OUTPUT_DIR/cells and is never made twice. A comparison that was stopped goes on
-with the same command, and a larger --seeds adds to the runs that are there. Several axes are combined; settings
-that differ on the first axis alone are compared.
+with the same command, and a larger --seeds adds to the runs that are there. Several axes are combined: each
+value of the first one is compared with the first value.
 
 Exit codes: 0 done; 1 a run failed, and the others are compared; 2 bad input; 130 interrupted.
 """
@@ -20,8 +22,10 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import asdict
 
 from gspo.comparison.arms import Arm, arms_of, cells_of
 from gspo.comparison.cells import Cell, is_complete, record_of
@@ -29,6 +33,9 @@ from gspo.printing import duration, escaped
 from gspo.training.command_line import Parser, complain, plain_warnings
 from train_gspo import counted
 from train_gspo import parse as training_config
+
+if TYPE_CHECKING:
+    from gspo.comparison.outcomes import Outcome
 
 PROGRAM = "compare_gspo.py"
 # Seconds that a run takes before it trains and after it, for imports and its model.
@@ -38,11 +45,7 @@ AROUND_RUN_S = 8
 def main(arguments: list[str] | None = None) -> int:
     options, flags = parse(arguments)
     try:
-        arms = arms_of(options.algorithms, options.vary, options.arm)
-        cells = cells_of(arms, flags, options.seeds, training_config)
-        if options.estimate:
-            return estimate(cells, options.jobs)
-        return compare_settings(arms, cells, options)
+        return compare_paper(options, flags) if options.preset else compare_settings(options, flags)
     except ValueError as error:
         complain(PROGRAM, error)
         return 2
@@ -55,8 +58,11 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--algorithms", help="algorithms, with commas; one that is named twice gets other seeds")
     add("--vary", action="append", default=[], metavar="FLAG=VALUE,...", help="a flag of train_gspo.py")
     add("--arm", action="append", default=[], metavar="'NAME: FLAGS'", help="a setting of several flags")
+    add("--preset", choices=["paper"], help="the paper's claims, each with a comparison of its own")
+    add("--quick", action="store_true", help="--preset paper in shorter runs, and fewer of them")
+    add("--scale", choices=["cpu", "gpu"], default="cpu", help="what --preset paper trains (default: cpu)")
     add("--seeds", type=int, default=3, help="runs of each setting; --seed is the first (default: 3)")
-    add("--jobs", type=int, help="runs side by side (default: 1; with several GPUs, one on each)")
+    add("--jobs", type=int, help="runs side by side (default: 1, or as many as GPUs; --preset: CPU cores)")
     add("--launch", default="", help="in the place of python, such as 'torchrun --nproc_per_node 4'")
     add(
         "--detect",
@@ -71,20 +77,112 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         parser.error("--seeds and --jobs must be at least 1, and --detect positive")
     if options.name and not re.fullmatch(r"[\w+-][\w.+-]{0,99}", options.name):
         parser.error(f"--name {options.name!r} must be a plain name: letters, digits, '.', '_', '+', '-'")
+    if options.preset and (options.algorithms or options.vary or options.arm):
+        parser.error("--preset has settings of its own: leave out --algorithms, --vary and --arm")
+    if (options.quick or options.scale == "gpu") and not options.preset:
+        parser.error("--quick and --scale go with --preset paper")
     return options, flags
 
 
-def compare_settings(arms: Sequence[Arm], cells: Sequence[Cell], options: argparse.Namespace) -> int:
-    """Make the runs that are missing, write the tables and print them. Returns the exit code.
+def compare_settings(options: argparse.Namespace, flags: list[str]) -> int:
+    """Compare the settings that the flags name. Returns the exit code.
+
+    Raises:
+        ValueError: there is nothing to compare, or train_gspo.py refuses the input.
+    """
+    arms = arms_of(options.algorithms, options.vary, options.arm)
+    cells = cells_of(arms, flags, options.seeds, training_config)
+    if options.estimate:
+        return estimate(cells, options)
+    from gspo.comparison.page import write_comparison
+    from gspo.comparison.table import render
+    from gspo.training.whole_folders import CannotSave
+
+    folder = cells[0].folder.parents[1] / (options.name or default_name(arms, cells))
+    print(f"{counted(len(arms), 'setting')} x {counted(options.seeds, 'seed')}: {folder}", flush=True)
+    failed = make_runs(cells, options)
+    if failed is None:
+        return 130
+    outcomes, result = compared(arms, cells, options.detect, failed)
+    print(escaped(render(result), "\n"))
+    try:
+        write_comparison(result, outcomes, folder)
+    except (CannotSave, OSError) as error:
+        complain(PROGRAM, error)
+        return 1
+    print(f"\nreport: {folder / 'report.html'}")
+    return 1 if failed else 0
+
+
+def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
+    """Measure the paper's claims. Returns the exit code.
 
     Raises:
         ValueError: train_gspo.py refuses the input.
     """
-    from gspo.comparison.outcomes import outcomes_of
-    from gspo.comparison.page import write_comparison
+    from gspo.comparison.paper import SCALES, sections
+
+    scale = SCALES["quick" if options.quick else options.scale]
+    parts = sections(scale)
+    cells = {
+        part.key: cells_of(part.arms, [*scale.flags, *flags], options.seeds, training_config)
+        for part in parts
+    }
+    # A run that two comparisons have in common is made once. All runs of a seed come before the next seed.
+    by_folder = {cell.folder: cell for part in parts for cell in cells[part.key]}
+    runs = sorted(by_folder.values(), key=lambda cell: cell.index)
+    if scale.is_small:
+        options.jobs = options.jobs or os.cpu_count()
+    if options.estimate:
+        return estimate(runs, options)
+    from gspo.comparison.claims import markdown
+    from gspo.comparison.page import write_claims
+    from gspo.comparison.precision import measure_precision
+    from gspo.comparison.table import render
+    from gspo.training.hardware import describe_environment
+    from gspo.training.whole_folders import CannotSave
+
+    folder = runs[0].folder.parents[1] / (options.name or f"paper-{scale.name}")
+    started = time.monotonic()
+    print(f"the paper's claims in {len(runs)} runs: {folder}", flush=True)
+    failed = make_runs(runs, options)
+    if failed is None:
+        return 130
+    if failed:
+        for cell, why in failed.items():
+            complain(PROGRAM, f"{cell.arm}, seed {cell.seed}: {why}; its output is in {cell.log}")
+        return 1
+    outcomes, results, claims = {}, {}, []
+    for part in parts:
+        outcomes[part.key], results[part.key] = compared(part.arms, cells[part.key], options.detect, {})
+        claims += part.read(results[part.key], outcomes[part.key])
+        print(escaped(f"\n{part.title}\n{render(results[part.key])}", "\n"))
+    result = {
+        "command": f"--preset paper{' --quick' if options.quick else ''} --scale {options.scale}",
+        "seeds": options.seeds,
+        "runs": len(runs),
+        "minutes": (time.monotonic() - started) / 60,
+        "environment": describe_environment(),
+        "precision": measure_precision(*scale.precision) if scale.precision else None,
+        "claims": [asdict(claim) for claim in claims],
+        "sections": {part.key: {"title": part.title, **results[part.key]} for part in parts},
+    }
+    try:
+        write_claims(result, outcomes, folder)
+    except (CannotSave, OSError) as error:
+        complain(PROGRAM, error)
+        return 1
+    print(escaped(f"\n{markdown(result)}\n\nreport: {folder / 'report.html'}", "\n"))
+    return 0
+
+
+def make_runs(cells: Sequence[Cell], options: argparse.Namespace) -> dict[Cell, str] | None:
+    """Make the runs that are missing. Returns those that failed, and why; None if a signal has come.
+
+    Raises:
+        ValueError: train_gspo.py refuses the input.
+    """
     from gspo.comparison.runner import Interrupted, Runner
-    from gspo.comparison.table import compare, render
-    from gspo.training.whole_folders import CannotSave, write_whole
 
     def tell(cell: Cell) -> None:
         run = record_of(cell)
@@ -93,32 +191,26 @@ def compare_settings(arms: Sequence[Arm], cells: Sequence[Cell], options: argpar
             died = f", died: {run.emergency['reason']}" if run.emergency else ""
             print(escaped(f"{cell.arm}, seed {cell.seed}: held-out pass@1 {rates}{died}"), flush=True)
 
-    folder = cells[0].folder.parents[1] / (options.name or default_name(arms, cells))
-    print(f"{counted(len(arms), 'setting')} x {counted(options.seeds, 'seed')}: {folder}", flush=True)
     gpus = visible_gpus()
     try:
-        failed = Runner(options.jobs or max(1, len(gpus)), options.launch, gpus, tell).run(cells)
+        return Runner(options.jobs or max(1, len(gpus)), options.launch, gpus, tell).run(cells)
     except Interrupted:
         complain(PROGRAM, "interrupted: the same command goes on from here")
-        return 130
+        return None
+
+
+def compared(
+    arms: Sequence[Arm], cells: Sequence[Cell], detect: float, failed: Mapping[Cell, str]
+) -> "tuple[dict[str, list[Outcome]], dict]":
+    """The outcomes of each setting, and what table.compare() says of them."""
+    from gspo.comparison.outcomes import outcomes_of
+    from gspo.comparison.table import compare
+
     outcomes = {
         arm.label: outcomes_of([cell for cell in cells if cell.arm == arm.label], record_of) for arm in arms
     }
     baselines = {arm.label: arm.baseline for arm in arms if arm.baseline}
-    result = compare(outcomes, baselines, options.detect, failed)
-    table = render(result)
-    title = " and ".join(outcomes) if len(outcomes) < 3 else f"{len(outcomes)} settings"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "comparison.json", json.dumps(result, indent=1))
-        write_whole(folder / "table.txt", table + "\n")
-        write_comparison(title, result, outcomes, folder)
-    except (CannotSave, OSError) as error:
-        complain(PROGRAM, error)
-        return 1
-    print(escaped(table, "\n"))
-    print(f"\nreport: {folder / 'report.html'}")
-    return 1 if failed else 0
+    return outcomes, compare(outcomes, baselines, detect, failed)
 
 
 def default_name(arms: Sequence[Arm], cells: Sequence[Cell]) -> str:
@@ -137,7 +229,7 @@ def visible_gpus() -> list[str]:
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
-def estimate(cells: Sequence[Cell], jobs: int | None) -> int:
+def estimate(cells: Sequence[Cell], options: argparse.Namespace) -> int:
     """Print how long the runs that are missing take on this machine. Returns the exit code."""
     import torch
 
@@ -165,7 +257,7 @@ def estimate(cells: Sequence[Cell], jobs: int | None) -> int:
         seconds = AROUND_RUN_S + pace.run(config.count_updates(num_problems)[0], config.eval_frequency)
         total += len(missing) * seconds
         print(f"{arm}: {len(missing)} of {len(own)} runs are missing, at most about {duration(seconds)} each")
-    print(f"in all: at most about {duration(total / (jobs or max(1, len(visible_gpus()))))}")
+    print(f"in all: at most about {duration(total / (options.jobs or max(1, len(visible_gpus()))))}")
     return 0
 
 

@@ -1,38 +1,67 @@
-"""report.html and comparison.png of a comparison: its tables over the curves of its settings."""
+"""What a comparison leaves in its folder: the figures as JSON and text, a page, and a picture of curves."""
 
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from gspo.comparison.claims import made_on, markdown
 from gspo.comparison.outcomes import Outcome
-from gspo.comparison.table import difference_rows, setting_rows
+from gspo.comparison.table import difference_rows, render, setting_rows
 from gspo.report.charts import COLOURS, Group
-from gspo.report.page import section, table, tag, text, write_page
+from gspo.report.page import folded, section, table, tag, text, write_page
 from gspo.report.run_record import RunRecord
 from gspo.training.whole_folders import write_whole
 
+TITLE = "Is the paper right? (GSPO, arXiv 2507.18071)"
 DIFFERENCES = (
     "Paired by seed and by problem, with 95 % intervals over both: other seeds and other problems would give "
     "a difference in this interval 19 times in 20."
 )
 
 
-def write_comparison(
-    title: str, result: Mapping[str, Any], arms: Mapping[str, Sequence[Outcome]], folder: Path
-) -> None:
-    """Write both files into a folder. Raises CannotSave."""
-    groups = [Group(label, [_named(outcome) for outcome in outcomes]) for label, outcomes in arms.items()]
+def write_comparison(result: Mapping[str, Any], arms: Mapping[str, Sequence[Outcome]], folder: Path) -> None:
+    """Write comparison.json, table.txt, report.html and comparison.png into a folder. Raises CannotSave."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "comparison.json", json.dumps(result, indent=1))
+    write_whole(folder / "table.txt", render(result) + "\n")
+    title = " and ".join(arms) if len(arms) < 3 else f"{len(arms)} settings"
+    groups = _groups(arms)
     runs = [run for group in groups for run in group.runs]
-    head = tag("h1", text(title)) + table(setting_rows(result))
+    if runs:
+        write_page(runs, folder / "report.html", groups, tag("h1", text(title)) + _tables(result))
+        draw_comparison(groups, folder / "comparison.png")
+
+
+def write_claims(
+    result: Mapping[str, Any], outcomes: Mapping[str, Mapping[str, Sequence[Outcome]]], folder: Path
+) -> None:
+    """Write paper.json, claims.md, report.html and a picture of each section. Raises CannotSave."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "paper.json", json.dumps(result, indent=1))
+    write_whole(folder / "claims.md", markdown(result) + "\n")
+    rows = [list(claim.values()) for claim in result["claims"]]
+    head = tag("h1", TITLE) + table([["the claim", "the paper", "measured here", "holds?"], *rows])
+    head += tag("p", text(made_on(result)), kind="faint")
+    for key, section_result in result["sections"].items():
+        head += folded(text(section_result["title"]), _tables(section_result))
+        draw_comparison(_groups(outcomes[key]), folder / f"{key}.png")
+    groups = _groups(next(iter(outcomes.values())))
+    write_page([run for group in groups for run in group.runs], folder / "report.html", groups, head)
+
+
+def _groups(arms: Mapping[str, Sequence[Outcome]]) -> list[Group]:
+    return [Group(label, [_named(outcome) for outcome in outcomes]) for label, outcomes in arms.items()]
+
+
+def _tables(result: Mapping[str, Any]) -> str:
+    head = table(setting_rows(result))
     if result["differences"]:
         head += section("Differences", DIFFERENCES, [table(difference_rows(result))])
-    head += section("Notes", "", [tag("p", text(note)) for note in result["notes"]])
-    if runs:
-        write_page(runs, folder / "report.html", groups, head)
-        draw_comparison(groups, folder / "comparison.png")
+    return head + section("Notes", "", [tag("p", text(note)) for note in result["notes"]])
 
 
 def _named(outcome: Outcome) -> RunRecord:

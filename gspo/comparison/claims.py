@@ -1,0 +1,263 @@
+"""What the comparisons of the paper preset say about the paper's claims, and the table of them.
+
+    python -m gspo.comparison.claims gspo_outputs/paper/paper.json        the table of README, in Markdown
+
+The readers are pure functions of a comparison's result and outcomes.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from gspo.comparison.differences import mean_interval
+from gspo.comparison.outcomes import Outcome
+from gspo.comparison.table import AREA, FINAL
+
+HOLDS, FAILS, UNSEEN = "yes", "no", "not seen here"
+Arms = Mapping[str, Sequence[Outcome]]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row of the table of claims.
+
+    paper: what the paper says. measured: what was measured here, in words. holds: HOLDS, FAILS or UNSEEN.
+    """
+
+    claim: str
+    paper: str
+    measured: str
+    holds: str
+
+
+# ---- what is read in each comparison
+
+
+def _difference(result: Mapping[str, Any], of: str, measure: str) -> dict:
+    """The difference between a setting and the one it is compared with."""
+    return next(each for each in result["differences"] if (each["of"], each["measure"]) == (of, measure))
+
+
+def _in_words(difference: Mapping[str, Any], sign: int = 1) -> str:
+    """The mean and the interval; sign -1: of the difference the other way round."""
+    if difference.get("low") is None:
+        return "nothing to compare"
+    low, high = sorted((sign * difference["low"], sign * difference["high"]))
+    return f"{sign * difference['mean']:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def _holds(difference: Mapping[str, Any], sign: int = 1) -> str:
+    """Whether the difference has this sign: yes, no (it is seen, and has the other), or not seen here."""
+    if not difference.get("is_seen"):
+        return UNSEEN
+    return HOLDS if sign * difference["mean"] > 0 else FAILS
+
+
+def read_curves(result: Mapping[str, Any], arms: Arms) -> list[Claim]:
+    comfortable, *higher = [label.removeprefix("GSPO at ") for label in arms if label.startswith("GSPO at ")]
+    area = _difference(result, f"GRPO at {comfortable}", AREA)
+    final = _difference(result, f"GRPO at {comfortable}", FINAL)
+    token = _difference(result, f"GSPO-token at {comfortable}", FINAL)
+    claims = [
+        Claim(
+            "more reward than GRPO at equal compute (figure 1)",
+            "GSPO is ahead throughout",
+            f"learning rate {comfortable}: GSPO - GRPO in area under the curve {_in_words(area, -1)}, "
+            f"in final pass@1 {_in_words(final, -1)}",
+            _holds(area, -1),
+        ),
+        Claim(
+            "GSPO-token with one advantage per response is GSPO (section 4.3)",
+            "same objective, same gradient",
+            f"final pass@1, GSPO-token - GSPO: {_in_words(token)}",
+            HOLDS if not token.get("is_seen") else FAILS,
+        ),
+    ]
+    broken = {name: [_broken(arms[f"{name} at {rate}"]) for rate in higher] for name in ("GSPO", "GRPO")}
+    told = "; ".join(
+        f"at {rate}, {_broken_in_words('GSPO', arms[f'GSPO at {rate}'])}, "
+        f"{_broken_in_words('GRPO', arms[f'GRPO at {rate}'])}"
+        for rate in higher
+    )
+    gspo, grpo = sum(broken["GSPO"]), sum(broken["GRPO"])
+    claims.append(
+        Claim(
+            "stable where GRPO is not (section 5.1)",
+            "GSPO trains on, GRPO may collapse",
+            f"runs that broke, by a stop or with a lower pass@1 than at their start: {told}",
+            UNSEEN if gspo == grpo else HOLDS if gspo < grpo else FAILS,
+        )
+    )
+    return claims
+
+
+def _broken(outcomes: Sequence[Outcome]) -> int:
+    """How many runs were stopped, or ended with fewer right answers than they began with."""
+    return sum(bool(outcome.died) or fmean(outcome.final()) < outcome.before() for outcome in outcomes)
+
+
+def _broken_in_words(name: str, outcomes: Sequence[Outcome]) -> str:
+    final = fmean(fmean(outcome.final()) for outcome in outcomes)
+    stopped = sum(bool(outcome.died) for outcome in outcomes)
+    return f"{name} {_broken(outcomes)} of {len(outcomes)} ({stopped} stopped, final pass@1 {final:.2f})"
+
+
+def read_clipping(result: Mapping[str, Any], arms: Arms) -> list[Claim]:
+    gspo, grpo = (
+        [outcome.mean("clip_fraction") or 0.0 for outcome in arms[name]] for name in ("GSPO", "GRPO")
+    )
+    logs = [math.log(a / b) for a, b in zip(gspo, grpo, strict=False) if a > 0 and b > 0]
+    mean, low, high = mean_interval(logs) if logs else (math.nan, None, None)
+    interval = (
+        f" ({math.exp(low):.0f} to {math.exp(high):.0f})" if low is not None and high is not None else ""
+    )
+    shares = {name: _by_minibatch(arms[name], "clip_fraction_by_minibatch") for name in ("GSPO", "GRPO")}
+    by_minibatch = [f"{name} {' / '.join(f'{x:.2g}' for x in each)}" for name, each in shares.items()]
+    return [
+        Claim(
+            "two orders of magnitude more clipping than GRPO (figure 2)",
+            "0.15 of the tokens against 0.0013: 115 times",
+            f"{fmean(gspo):.2g} against {fmean(grpo):.2g}: {math.exp(mean):.0f} times{interval}",
+            HOLDS if low is not None and math.exp(low) > 10 else UNSEEN,
+        ),
+        Claim(
+            "the first of four minibatches cannot clip (the ratio is 1)",
+            "-",
+            f"clipped tokens by minibatch: {'; '.join(by_minibatch)}",
+            HOLDS if not any(each[0] for each in shares.values() if each) else FAILS,
+        ),
+    ]
+
+
+def _by_minibatch(outcomes: Sequence[Outcome], metric: str) -> list[float]:
+    """The means of a metric by minibatch, over rollout batches and seeds."""
+    lists = [batch[metric] for outcome in outcomes for batch in outcome.run.metrics if metric in batch]
+    longest = max(map(len, lists), default=0)
+    return [fmean(values[i] for values in lists if i < len(values)) for i in range(longest)]
+
+
+def read_experts(result: Mapping[str, Any], arms: Arms) -> list[Claim]:
+    changed = _by_minibatch(arms["GSPO"], "routing_changed_by_minibatch")
+    grpo, replay = _difference(result, "GRPO", FINAL), _difference(result, "GRPO with Routing Replay", FINAL)
+    after_one = changed[1] if len(changed) > 1 else 0.0
+    return [
+        Claim(
+            "experts change between pi_old and pi (section 5.3)",
+            "about 10 % of them after one update (48 layers)",
+            "after 0, 1, 2, ... updates: " + " / ".join(f"{share:.1%}" for share in changed),
+            HOLDS if after_one > 0.01 else UNSEEN,
+        ),
+        Claim(
+            "GRPO needs Routing Replay to converge (figure 3)",
+            "without it GRPO fails",
+            f"final pass@1, with Routing Replay - without: {_in_words(replay)}",
+            _holds(replay),
+        ),
+        Claim(
+            "GSPO needs none (figure 3)",
+            "it converges without",
+            f"GSPO {_learned(arms['GSPO'])}; GSPO - GRPO in final pass@1: {_in_words(grpo, -1)}",
+            HOLDS if _has_learned(arms["GSPO"]) else UNSEEN,
+        ),
+    ]
+
+
+def _gains(outcomes: Sequence[Outcome]) -> tuple[float, float | None, float | None]:
+    return mean_interval([fmean(outcome.final()) - outcome.before() for outcome in outcomes])
+
+
+def _learned(outcomes: Sequence[Outcome]) -> str:
+    mean, low, high = _gains(outcomes)
+    return f"gains {mean:+.3f}" + (f" ({low:+.3f} to {high:+.3f})" if low is not None else "")
+
+
+def _has_learned(outcomes: Sequence[Outcome]) -> bool:
+    low = _gains(outcomes)[1]
+    return low is not None and low > 0
+
+
+def read_precision(result: Mapping[str, Any], arms: Arms) -> list[Claim]:
+    said = []
+    for name in ("GSPO", "GRPO"):
+        own = f"{name}, pi_old of a bfloat16 sampler"
+        difference = _difference(result, own, FINAL)
+        clipped = _by_minibatch(arms[own], "clip_fraction_by_minibatch")[:1] or [0.0]
+        said.append(
+            f"{name} {_learned(arms[own])}, {_in_words(difference)} to its own with the trainer's pi_old; "
+            f"{clipped[0]:.2g} of its first minibatches clipped"
+        )
+    own = "GSPO, pi_old of a bfloat16 sampler"
+    difference = _difference(result, own, FINAL)
+    hurt = difference.get("is_seen") and difference["mean"] < 0
+    return [
+        Claim(
+            "the sampler's likelihoods may serve as pi_old (section 5.4)",
+            "GSPO tolerates a sampler of another precision",
+            "; ".join(said),
+            FAILS if hurt else HOLDS if _has_learned(arms[own]) else UNSEEN,
+        )
+    ]
+
+
+def read_staleness(result: Mapping[str, Any], arms: Arms) -> list[Claim]:
+    oldest = list(arms)[-1].rpartition(" ")[2]
+    said = [
+        f"{name} {_in_words(_difference(result, f'{name}, K = {oldest}', FINAL))}"
+        for name in ("GSPO", "GRPO")
+    ]
+    return [
+        Claim(
+            "clipping keeps responses of an older policy useful (section 2)",
+            "the reason for clipping; no figure",
+            f"final pass@1, pi_old of {oldest} rollout batches - of one: {'; '.join(said)}; GSPO with "
+            f"{oldest} {_learned(arms[f'GSPO, K = {oldest}'])}",
+            HOLDS if _has_learned(arms[f"GSPO, K = {oldest}"]) else UNSEEN,
+        )
+    ]
+
+
+def read_control(result: Mapping[str, Any], arms: Arms) -> list[Claim]:
+    control = arms["shuffled rewards"]
+    difference = _difference(result, "shuffled rewards", FINAL)
+    return [
+        Claim(
+            "control: nothing is learned from shuffled rewards",
+            "-",
+            f"shuffled {_learned(control)}; to GSPO's own {_in_words(difference)}",
+            FAILS if _has_learned(control) else HOLDS,
+        )
+    ]
+
+
+# ---- the table
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The table of claims of paper.json, with the machine and the commit it was made on."""
+    rows = [["the claim", "the paper", "measured here", "holds?"]]
+    rows += [
+        [claim["claim"], claim["paper"], claim["measured"], claim["holds"]] for claim in result["claims"]
+    ]
+    lines = [f"| {' | '.join(cell.replace('|', '\\|') for cell in row)} |" for row in rows]
+    lines.insert(1, "|---|---|---|---|")
+    return "\n".join([*lines, "", made_on(result)])
+
+
+def made_on(result: Mapping[str, Any]) -> str:
+    """One line: the scale, the seeds, how long it took, the machine and the commit."""
+    environment = result["environment"]
+    machine = ", ".join(environment["gpus"]) or f"{environment['cpu_cores']} CPU cores"
+    commit = str(environment["git_commit"])[:10]
+    return (
+        f"`python compare_gspo.py {result['command']}`, {result['seeds']} seeds, {result['runs']} runs, "
+        f"{machine}, torch {environment['versions']['torch']}, commit {commit}."
+    )
+
+
+if __name__ == "__main__":
+    print(markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
