@@ -23,9 +23,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from gspo.comparison.arms import Arm, arms_of, cells_of
 from gspo.comparison.cells import Cell, is_complete, record_of

@@ -43,8 +43,14 @@ class Cell:
 
 
 def cell_name(config: GSPOConfig) -> str:
-    """The name of a run's folder: model, algorithm, seed and a digest of all settings and of its files."""
-    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    """The name of a run's folder: model, algorithm, seed and a digest of its settings and its files.
+
+    A setting at its default does not count, so that a new one does not give every run another name.
+    """
+    default = asdict(GSPOConfig())
+    settings = {
+        name: value for name, value in asdict(config).items() if name not in FREE and value != default[name]
+    }
     reward_file = (config.reward or "").rpartition(":")[0]
     for path in (config.dataset_path, config.eval_path, reward_file):
         if path and Path(path).is_file():
