@@ -243,7 +243,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     rows += [
         [claim["claim"], claim["paper"], claim["measured"], claim["holds"]] for claim in result["claims"]
     ]
-    lines = [f"| {' | '.join(cell.replace('|', '\\|') for cell in row)} |" for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, "|---|---|---|---|")
     return "\n".join([*lines, "", made_on(result)])
 
