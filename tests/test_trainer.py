@@ -17,6 +17,7 @@ from gspo.training.record import GLOSSARY, OPTIONAL
 from gspo.training.rollout_batch import Sample
 from gspo.training.sampling import evaluation_metrics
 from gspo.training.training_run import drop_long_prompts
+from gspo_implementation import ALGORITHMS
 from support.records import lines_of, without_seconds
 from support.sorting import Sort, problems, trainer, weights_of
 
@@ -31,7 +32,7 @@ def test_first_minibatch_never_clips_and_later_ones_do():
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("algorithm", ["gspo", "gspo_token", "grpo"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_one_update_a_batch_has_a_ratio_of_exactly_one(name, dtype, algorithm):
     t = trainer(name, algorithm=algorithm, dtype=dtype, batch_size=2, mini_batch_size=2)
     step = t.train_step(problems(2))
@@ -67,6 +68,34 @@ def test_update_at_1e_6_moves_the_weights_as_a_float64_step_does(dtype, updates_
     cosine = torch.dot(moved, expected) / (moved.norm() * expected.norm())
     assert cosine > 0.99
     assert moved.norm().item() == pytest.approx(expected.norm().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("algorithm", ["sapo", "cispo", "dppo"])
+def test_micro_batches_never_change_the_loss_gradient_or_kl(algorithm):
+    """The mean is over the responses, or over the tokens, of the update; that of the KL over responses."""
+    found = []
+    for tokens in (4096, 1):
+        t = trainer(algorithm=algorithm, mini_batch_size=2, micro_batch_tokens=tokens, kl_coef=0.1, seed=1)
+        t.train_step(problems(4, seed=1))
+        metrics = t.train_step(problems(4))
+        found.append([metrics[name] for name in ("loss", "grad_norm", "kl", "clip_fraction", "ratio_spread")])
+    assert found[1] == pytest.approx(found[0], rel=2e-3, abs=1e-6)
+    assert found[0][2] > 0
+
+
+def test_a_narrow_dppo_range_clips_in_the_trainer():
+    """ratio_spread is in what the range bounds: the probability of a token."""
+    t = trainer(algorithm="dppo", left_clip_range=1e-3, right_clip_range=1e-3, group_size=8)
+    metrics = t.train_step(problems(4))
+    assert metrics["clip_fraction_by_minibatch"][0] == metrics["null_clip_fraction"] == 0
+    assert 0.05 < metrics["clip_fraction_eligible"] < 0.95
+    moved = []
+    batch = t.collect(problems(4, seed=1), 1)
+    t.update(batch)
+    for sample in batch.samples:
+        if sample.ratio_spread is not None:
+            moved.append(sample.ratio_spread)
+    assert max(moved) <= 1 / 1e-3  # a probability cannot move by more than 1
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-moe"])

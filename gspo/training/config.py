@@ -5,6 +5,7 @@ not import torch, so that --help and a mistyped flag are answered at once.
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -130,15 +131,14 @@ class GSPOConfig:
     left_clip_range: float | None = flag(
         None,
         "objective",
-        "clip ratios below 1 - this (default: the algorithm's; if neither is given, GSPO takes 20 times "
-        "it for models under 0.5B)",
+        "clip ratios below 1 - this; docs/algorithms.md says what it means for each algorithm (default: the "
+        "algorithm's; if neither is given, GSPO takes 20 times it for models under 0.5B)",
         positive=True,
     )
     right_clip_range: float | None = flag(
         None,
         "objective",
-        "clip ratios above 1 + this (default: the algorithm's; if neither is given, GSPO takes 20 times "
-        "it for models under 0.5B)",
+        "clip ratios above 1 + this, in the same way",
         positive=True,
     )
     kl_coef: float = flag(
@@ -331,9 +331,9 @@ class GSPOConfig:
 
     @property
     def mean_clip_range(self) -> float:
-        """The mean of the left and the right clip range, once they are decided."""
-        assert self.left_clip_range is not None and self.right_clip_range is not None
-        return (self.left_clip_range + self.right_clip_range) / 2
+        """The mean of the clip ranges that the algorithm has, once they are decided; inf if it has none."""
+        ranges = [side for side in (self.left_clip_range, self.right_clip_range) if side is not None]
+        return sum(ranges) / len(ranges) if ranges else math.inf
 
     @property
     def vllm_urls(self) -> list[str]:

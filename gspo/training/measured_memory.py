@@ -323,9 +323,8 @@ def backward(
     values = pad_sequence(log_probs, batch_first=True)  # (B, T)
     mask = torch.ones_like(values, dtype=torch.bool)
     advantages = torch.ones_like(values[:, 0])
-    clip_ranges = config.left_clip_range or 1.0, config.right_clip_range or 1.0
     with unread_metrics():
-        objective, _ = loss(values, values.detach(), advantages, mask, *clip_ranges, len(prompts))
+        objective, _ = loss(values, values.detach(), advantages, mask, denominator=len(prompts))
     objective.backward()
 
 

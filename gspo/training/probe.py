@@ -46,9 +46,8 @@ class Passes:
     """What the passes through the model over one minibatch showed, of which no update was made.
 
     null_clip_fraction: as in record.GLOSSARY.
-    noise_spread, noise_max: root mean square and largest of the log-ratios between a pass without gradients,
-        as for pi_old, and one with them, at the same weights; in units of the mean clip range, per response
-        (GRPO: per token).
+    noise_spread, noise_max: root mean square and largest movement (Algorithm.movement) between a pass without
+        gradients, as for pi_old, and one with them, at the same weights; in units of the mean clip range.
     log_prob_s, update_s: seconds per response token of a forward pass, and of a forward and backward pass.
     """
 
@@ -161,11 +160,12 @@ def measure_passes(trainer: Any, samples: Sequence[Sample]) -> Passes:
     _, computed = trainer.forward.retry(lambda: trainer._backward(minibatch), minibatch)
     update_s = time.perf_counter() - started
     trainer.optimizer.zero_grad()
-    log_ratios = []
+    moved = []
     for row, log_probs in processes.gather(computed):
-        log_ratio = log_probs - minibatch[row].old_log_probs  # (|y|,)
-        log_ratios.append(log_ratio if trainer.clips_per_token else log_ratio.mean(dim=0, keepdim=True))
-    in_clip_ranges = torch.cat(log_ratios) / config.mean_clip_range
+        old_log_probs = minibatch[row].old_log_probs
+        assert old_log_probs is not None
+        moved.append(trainer.algorithm.movement(log_probs, old_log_probs))  # (1,) or (|y|,)
+    in_clip_ranges = torch.cat(moved) / config.mean_clip_range
     return Passes(
         null_clip_fraction,
         in_clip_ranges.square().mean().sqrt().item(),

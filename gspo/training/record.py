@@ -17,8 +17,14 @@ from gspo.training.whole_folders import remove, saving, write_whole
 
 # What is logged for each rollout batch: name to (unit, meaning and reduction).
 GLOSSARY = {
-    "loss": ("-", "minus the objective, mean over all responses, each as its own update computed it"),
-    "clip_fraction": ("share", "response tokens whose clipped branch is in force, of all in the batch"),
+    "loss": (
+        "-",
+        "minus the objective, mean over the updates, each weighted by its responses; those in none add 0",
+    ),
+    "clip_fraction": (
+        "share",
+        "response tokens whose clipped branch is in force (cispo: with a capped weight), of all in the batch",
+    ),
     "clip_fraction_eligible": (
         "share",
         "the same, of the tokens that can clip: in responses with an advantage, after the first update",
@@ -34,7 +40,7 @@ GLOSSARY = {
     "ratio_spread": (
         "clip ranges",
         "median |s - 1| of the responses that can clip, in units of the mean of the left and the right clip "
-        "range (GRPO: each response's median |w - 1|); 0 if none can",
+        "range (grpo, cispo: each response's median |w - 1|; dppo: |pi - pi_old|); 0 if none can",
     ),
     "updates_without_signal": (
         "count",
@@ -47,7 +53,7 @@ GLOSSARY = {
     ),
     "importance_ratio_mean": (
         "-",
-        "mean ratio to pi_old, over the responses (GRPO: tokens) that have a signal; 1 if none has",
+        "mean ratio to pi_old, over the responses (all but GSPO: tokens) that have a signal; 1 if none has",
     ),
     "importance_ratio_std": ("-", "standard deviation of these ratios"),
     "importance_ratio_min": ("-", "smallest of these ratios"),
