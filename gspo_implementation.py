@@ -55,7 +55,13 @@ from gspo.training.plan import fit_to_gpu, refuse_long_rows
 from gspo.training.processes import Processes, refuse_idle_processes
 from gspo.training.rollout_batch import RolloutBatch, Sample, lacks_pi_old
 from gspo.training.rollout_engine import rollout_engine
-from gspo.training.sampling import encode_problem, evaluation_metrics, evaluation_texts, sample_and_reward
+from gspo.training.sampling import (
+    encode_problem,
+    evaluation_metrics,
+    evaluation_texts,
+    sample_and_reward,
+    shuffle_rewards,
+)
 from gspo.training.stopping import StopRequest
 from gspo.training.trained_weights import gradient_norm, trained_weights
 from gspo.training.training_run import TrainingRun, is_due
@@ -507,6 +513,8 @@ class GSPOTrainer:
 
         samples, metrics = self.query_draw.draw(problems, sample_groups)
         self._tell_engine("rest")
+        if config.shuffle_rewards:
+            shuffle_rewards(samples, config.group_size, stream)
         rewards = [math.nan if sample.reward is None else sample.reward for sample in samples]
         # float64, so that two rewards that differ have a signal, however close they are.
         advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), config.group_size)  # (B,)

@@ -399,6 +399,11 @@ def describe_objective(config: GSPOConfig) -> str:
         f"{trained_on} per rollout batch, {counted(updates, 'optimizer update')} of "
         f"{update_queries} x {config.group_size} responses each; pi_old is refreshed every {every}.",
     ]
+    if config.shuffle_rewards:
+        sentences.append(
+            "A control: each group's rewards are shuffled among its responses (--shuffle_rewards), so that "
+            "training can learn nothing from them; evaluations keep theirs."
+        )
     if updates_per_pi_old == 1:
         sentences.append(
             "With one optimizer update before pi_old is refreshed, the ratio is 1 by construction: nothing "

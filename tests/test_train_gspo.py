@@ -225,6 +225,11 @@ def test_the_objective_of_each_algorithm(algorithm, said):
     assert ("cannot clip" in described) == (algorithm != "sapo")
 
 
+def test_the_objective_names_shuffled_rewards():
+    assert "rewards are shuffled among its responses" in objective(shuffle_rewards=True)
+    assert "shuffled" not in objective()
+
+
 @pytest.mark.parametrize("algorithm, side", [("sapo", "left"), ("sapo", "right"), ("cispo", "left")])
 def test_a_clip_range_that_an_algorithm_lacks_is_refused(algorithm, side, capsys):
     done = run_here(*TINY, "--algorithm", algorithm, f"--{side}_clip_range", 0.3, "--dry_run")

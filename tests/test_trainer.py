@@ -17,7 +17,7 @@ from gspo.training.record import GLOSSARY, OPTIONAL
 from gspo.training.rollout_batch import Sample
 from gspo.training.sampling import evaluation_metrics
 from gspo.training.training_run import drop_long_prompts
-from gspo_implementation import ALGORITHMS
+from gspo_implementation import ALGORITHMS, group_advantages
 from support.records import lines_of, without_seconds
 from support.sorting import Sort, problems, trainer, weights_of
 
@@ -124,6 +124,28 @@ def test_temperature_is_that_of_sampling():
     for sample in computed:
         sampled = torch.tensor(sample.rollout.log_probs)
         torch.testing.assert_close(sample.old_log_probs, sampled, rtol=1e-3, atol=1e-3)
+
+
+def test_shuffled_rewards_stay_in_their_groups_and_evaluations_keep_theirs():
+    def collected(**settings):
+        t = trainer(group_size=8, **settings)
+        batch = t.collect(problems(4), 1)
+        return t, batch, [[sample.reward for sample in group] for group in batch.groups()]
+
+    t, plain, rewards = collected()
+    other, shuffled, permuted = collected(shuffle_rewards=True)
+    responses = [[sample.rollout for sample in batch.samples] for batch in (plain, shuffled)]
+    assert responses[0] == responses[1]
+    assert list(map(sorted, rewards)) == list(map(sorted, permuted)) and rewards != permuted
+    for group in shuffled.groups():  # an advantage belongs to the reward beside it, and not to the response
+        tensor = torch.tensor([sample.reward for sample in group], dtype=torch.float64)
+        assert [sample.advantage for sample in group] == group_advantages(tensor, 8).tolist()
+    same = ("reward_mean", "reward_std", "zero_variance_groups", "groups_all_right", "groups_all_wrong")
+    assert [plain.metrics[name] for name in same] == pytest.approx([shuffled.metrics[name] for name in same])
+    assert collected(shuffle_rewards=True)[2] == permuted != collected(shuffle_rewards=True, seed=1)[2]
+    assert t.evaluate(problems(4)) == other.evaluate(problems(4))
+    for sample in shuffled.samples:  # what belongs to a reward moves with it
+        assert sample.passed == (sample.reward == 1)
 
 
 def test_policy_is_refreshed_every_k_rollout_batches(tmp_path):

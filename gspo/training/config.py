@@ -145,6 +145,13 @@ class GSPOConfig:
         0.0, "objective", "weight of a KL penalty to the starting model; the paper has none", at_least=0
     )
 
+    shuffle_rewards: bool = flag(
+        False,
+        "objective",
+        "a control: shuffle each group's rewards among its responses, so that nothing can be learnt from "
+        "them; evaluations keep theirs",
+    )
+
     num_epochs: int = flag(1, "training", "passes over the training problems", at_least=1)
     batch_size: int = flag(4, "training", "queries per rollout batch", at_least=1)
     mini_batch_size: int = flag(
