@@ -7,7 +7,7 @@ The algorithm, for one rollout batch:
 
     1. sample G responses per query from the current policy, which becomes pi_old;
     2. reward them; A_i = (r_i - mean) / std over the group of its query;
-    3. compute log pi_old of every response;
+    3. compute log pi_old of every response, or take the sampler's own (--pi_old sampler);
     4. for each minibatch, with s_i = exp(mean_t[log pi - log pi_old]), maximise
        mean_i min(s_i A_i, clip(s_i) A_i).
 
@@ -41,7 +41,7 @@ from gspo.training.algorithm import Algorithm
 from gspo.training.config import GSPOConfig
 from gspo.training.decide import decide
 from gspo.training.dynamic_sampling import QueryDraw, keeps
-from gspo.training.forward_passes import ForwardPasses, to_cpu
+from gspo.training.forward_passes import ForwardPasses, sampling_type, to_cpu
 from gspo.training.loss_inputs import check_ranges, check_shapes
 from gspo.training.loss_metrics import (
     loss_metrics,
@@ -49,12 +49,13 @@ from gspo.training.loss_metrics import (
     pool_metrics,
     read_metrics,
     unread_metrics,
+    without_gap,
     without_sums,
 )
 from gspo.training.plan import fit_to_gpu, refuse_long_rows
 from gspo.training.processes import Processes, refuse_idle_processes
 from gspo.training.rollout_batch import RolloutBatch, Sample, lacks_pi_old
-from gspo.training.rollout_engine import rollout_engine
+from gspo.training.rollout_engine import comparison, rollout_engine
 from gspo.training.sampling import (
     encode_problem,
     evaluation_metrics,
@@ -501,7 +502,7 @@ class GSPOTrainer:
 
         K rollout batches (--update_frequency) are sampled before the first of their updates. The very first
         update sees the weights that sampled, so its own forward pass gives log pi_old for its minibatch. The
-        other log-probabilities are computed here.
+        other log-probabilities are computed here. With --pi_old sampler, log pi_old is what the sampler said.
         """
         config = self.config
         stream = (config.seed << 64) + (index << 32)
@@ -539,8 +540,12 @@ class GSPOTrainer:
         minibatches = batch.minibatches()
         measures_noise = index == 0 or is_due(index, config.eval_frequency)
         updated_first = index % config.update_frequency == 0
-        compare = getattr(self.engine, "compare", None)  # of one that is not the policy itself
+        compare = comparison(self.engine, config)
         needed = minibatches[1:] if updated_first and not (measures_noise or compare) else minibatches
+        if config.pi_old == "sampler":
+            needed = []
+            for sample in batch.samples:
+                sample.old_log_probs = sample.sampled_log_probs
         for sample, log_probs in self.forward.all_log_probs(self.model, needed):
             sample.old_log_probs = log_probs
         if compare:
@@ -570,7 +575,7 @@ class GSPOTrainer:
             assert config.max_new_tokens is not None  # resolve() has decided it
             prompts = [self.encode(problem) for problem in own]
             sampling = Sampling(config.max_new_tokens, temperature, config.max_length, stream + first)
-            with self.forward.compute_type():
+            with sampling_type(config, self.processes.device.type):
                 return self.engine.generate(prompts, num_samples, sampling)
 
         return sample_and_reward(
@@ -582,7 +587,10 @@ class GSPOTrainer:
         getattr(self.engine, what, lambda *_: None)(*arguments)
 
     def _null_clip_fraction(self, minibatches: Sequence[Sequence[Sample]]) -> float:
-        """The share of a minibatch's tokens outside the clip range if computed again: pure noise."""
+        """The share of a minibatch's tokens outside the clip range if computed again: pure noise.
+
+        With --pi_old sampler, it is the noise between sampler and trainer.
+        """
         pairs = self.forward.all_log_probs(self.model, minibatches[:1])
         if not pairs:
             return 0.0
@@ -618,7 +626,9 @@ class GSPOTrainer:
     def _update_minibatch(self, batch: RolloutBatch, samples: Sequence[Sample]) -> None:
         """One optimizer update on these samples. The batch then has its metrics."""
         started = time.perf_counter()
-        can_clip = self.schedule.last_epoch > batch.updates_before  # else the policy still is pi_old
+        has_moved = self.schedule.last_epoch > batch.updates_before
+        of_sampler = self.config.pi_old == "sampler"
+        can_clip = has_moved or of_sampler  # else the policy still is pi_old, to the bit
         parts, log_probs = self.forward.retry(lambda: self._backward(samples), batch.samples)
         trained, max_grad_norm = self.weights.parameters, self.config.max_grad_norm
         self.processes.sum_gradients(trained)
@@ -631,6 +641,8 @@ class GSPOTrainer:
                 samples[row].note_ratio(values, self.config.mean_clip_range, self.algorithm.movement)
         else:
             parts = [none_eligible(part) for part in parts]
+        if has_moved and of_sampler:
+            parts = [without_gap(part) for part in parts]
         metrics = pool_metrics(parts, len(samples), sum(sample.num_tokens for sample in samples))
         norm = grad_norm.item()
         metrics |= {"grad_norm": norm, "learning_rate": self.schedule.get_last_lr()[0]}
@@ -671,8 +683,10 @@ class GSPOTrainer:
         computed: list[tuple[int, torch.Tensor]] = []
         for rows, log_probs, unread in passes:
             own = to_cpu(log_probs)
-            gaps = [samples[row].sampler_gap(values) for row, values in zip(rows, own, strict=True)]
-            parts.append(read_metrics(unread) | {"sampler_gap_sum": sum(gaps)})
+            pairs = zip(rows, own, strict=True)
+            gaps = [samples[row].sampler_gap(values, self.config.pi_old) for row, values in pairs]
+            gap_sums = {"sampler_gap_sum": sum(gaps), "sampler_gap_responses": len(gaps)}
+            parts.append(read_metrics(unread) | gap_sums)
             computed += zip(rows, own, strict=True)
         return parts, computed
 

@@ -404,7 +404,12 @@ def describe_objective(config: GSPOConfig) -> str:
             "A control: each group's rewards are shuffled among its responses (--shuffle_rewards), so that "
             "training can learn nothing from them; evaluations keep theirs."
         )
-    if updates_per_pi_old == 1:
+    if config.pi_old == "sampler":
+        sentences.append(
+            "pi_old is the sampler's (--pi_old sampler), so the ratio has the rounding between sampler and "
+            f"trainer in it, and {'all updates can clip' if algorithm.clips else 'is never exactly 1'}."
+        )
+    elif updates_per_pi_old == 1:
         sentences.append(
             "With one optimizer update before pi_old is refreshed, the ratio is 1 by construction: nothing "
             "can clip, and all algorithms with the same mean are the same. A rollout batch of more queries "
@@ -419,8 +424,8 @@ def describe_objective(config: GSPOConfig) -> str:
             f"The first update sees a ratio of exactly 1 and cannot clip; the other {updates_per_pi_old - 1} "
             "before pi_old is refreshed can."
         )
-        if algorithm.clip_unit == "response":
-            sentences += clip_range_advice(config)
+    if algorithm.clip_unit == "response" and (updates_per_pi_old > 1 or config.pi_old == "sampler"):
+        sentences += clip_range_advice(config)
     return " ".join(sentences)
 
 

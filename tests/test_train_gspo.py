@@ -225,6 +225,14 @@ def test_the_objective_of_each_algorithm(algorithm, said):
     assert ("cannot clip" in described) == (algorithm != "sapo")
 
 
+@pytest.mark.parametrize("more", [{}, {"mini_batch_size": 4}, {"algorithm": "sapo"}])
+def test_the_objective_with_the_samplers_pi_old(more):
+    said = objective(pi_old="sampler", **more)
+    can_clip = more.get("algorithm") != "sapo"
+    assert ("all updates can clip" in said) == can_clip and ("is never exactly 1" in said) != can_clip
+    assert "cannot clip" not in said and "nothing can clip" not in said
+
+
 def test_the_objective_names_shuffled_rewards():
     assert "rewards are shuffled among its responses" in objective(shuffle_rewards=True)
     assert "shuffled" not in objective()
@@ -368,6 +376,7 @@ def test_interrupt_leaves_a_checkpoint_and_exit_code_130(tmp_path):
         (["--code_reward", "some"], "fraction"),
         (["--group_size", "1"], "group_size must be at least 2"),
         (["--batch_size", "4", "--mini_batch_size", "3"], "does not divide"),
+        (["--rollout_engine", "vllm", "--rollout_dtype", "bfloat16"], "vLLM servers sample in --dtype"),
         (["--left_clip_range", "0"], "left_clip_range must be positive"),
         (["--right_clip_range", "-0.1"], "right_clip_range must be positive"),
         (["--learning_rate", "nan"], "learning_rate must be at least 0"),

@@ -126,6 +126,53 @@ def test_temperature_is_that_of_sampling():
         torch.testing.assert_close(sample.old_log_probs, sampled, rtol=1e-3, atol=1e-3)
 
 
+def test_the_samplers_pi_old_is_the_trainers_to_rounding():
+    """Of equal types; no forward pass is made before the updates, and the first update can clip."""
+    settings = {"group_size": 8, "temperature": 0.8}
+    other, t = trainer(**settings), trainer(pi_old="sampler", **settings)
+    batch, trainers = t.collect(problems(4), 0), other.collect(problems(4), 0)  # 0 has all of the trainer's
+    compared = 0
+    for sample, same in zip(batch.samples, trainers.samples, strict=True):
+        assert sample.rollout == same.rollout
+        assert torch.equal(sample.old_log_probs, torch.tensor(sample.rollout.log_probs))
+        if same.old_log_probs is not None:
+            compared += 1
+            torch.testing.assert_close(sample.old_log_probs, same.old_log_probs, rtol=1e-4, atol=1e-4)
+    assert compared and batch.metrics["null_clip_fraction"] == 0
+    minibatches = []
+    t.forward.all_log_probs = lambda model, asked: minibatches.extend(asked) or []
+    batch = t.collect(problems(4), 1)
+    assert minibatches == []
+    metrics = t.update(batch)
+    with_advantage = sum(sample.num_tokens for sample in batch.samples if sample.advantage)
+    assert metrics["eligible_fraction"] == with_advantage / sum(sample.num_tokens for sample in batch.samples)
+    assert 0 < metrics["sampler_gap"] < 1e-4  # that of the first update, before the weights move
+    first = batch.minibatches()[0]
+    assert all(sample.ratio_spread is not None for sample in first if sample.advantage)
+
+
+@pytest.mark.parametrize("pi_old", ["trainer", "sampler"])
+def test_a_bfloat16_sampler_beside_a_float32_trainer(pi_old):
+    """The gap is that of bfloat16, far above float32's rounding; what it clips by itself is measured."""
+    t = trainer(pi_old=pi_old, rollout_dtype="bfloat16", group_size=8, mismatch_mask=0.02)
+    batch = t.collect(problems(4), 0)
+    own = t.forward.all_log_probs(t.model, batch.minibatches())
+    gaps = torch.cat([log_probs - sample.sampled_log_probs for sample, log_probs in own]).abs()
+    metrics = t.update(batch)
+    assert 1e-3 < gaps.mean() < 3e-2
+    if pi_old == "trainer":
+        assert metrics["sampler_gap"] == pytest.approx(gaps.mean().item(), rel=0.5)
+        assert metrics["sampler_gap_max"] == pytest.approx(gaps.max().item(), rel=1e-3)
+        assert 1e-6 < metrics["sampler_kl"] < 1e-2 and 0 < metrics["sampler_ess"] < 1
+        assert metrics["clip_fraction_by_minibatch"][0] == metrics["null_clip_fraction"] == 0
+    else:
+        assert 1e-3 < metrics["sampler_gap"] < 3e-2
+        assert not {"sampler_kl", "masked_fraction"} & set(metrics)
+        assert metrics["null_clip_fraction"] > 0.5  # of a range of 3e-4 and 4e-4
+        assert metrics["clip_fraction_by_minibatch"][0] > 0.2
+    assert t.evaluate(problems(4)) == t.evaluate(problems(4))
+
+
 def test_shuffled_rewards_stay_in_their_groups_and_evaluations_keep_theirs():
     def collected(**settings):
         t = trainer(group_size=8, **settings)

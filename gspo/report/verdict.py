@@ -219,6 +219,8 @@ def collapse(run: RunRecord) -> int | None:
 
 def one_update(run: RunRecord) -> bool:
     """True if one update is made per rollout batch, by the settings, so that nothing can clip."""
+    if run.config.get("pi_old") == "sampler":  # whose rounding alone may leave the clip range
+        return False
     sampled = run.setting("batch_size") * run.setting("update_frequency")
     return 0 < sampled <= run.setting("mini_batch_size")
 

@@ -141,6 +141,13 @@ class GSPOConfig:
         "clip ratios above 1 + this, in the same way",
         positive=True,
     )
+    pi_old: str = flag(
+        "trainer",
+        "objective",
+        "whose log-probabilities are log pi_old: the trainer's, computed before the updates, or the "
+        "sampler's, which saves that pass and lets the difference of the two into the ratio",
+        ("trainer", "sampler"),
+    )
     kl_coef: float = flag(
         0.0, "objective", "weight of a KL penalty to the starting model; the paper has none", at_least=0
     )
@@ -225,14 +232,20 @@ class GSPOConfig:
         "engine that samples: the policy in this process, or vLLM servers, which are fast",
         ("transformers", "vllm"),
     )
+    rollout_dtype: str = flag(
+        "auto",
+        "sampling",
+        "type in which the policy itself samples, in training and evaluations; auto: --dtype",
+        ("auto", "bfloat16"),
+    )
     vllm_url: str | None = flag(
         None, "sampling", "URLs of vLLM servers, with commas (default: the run starts one beside itself)"
     )
     mismatch_mask: float = flag(
         0.01,
         "sampling",
-        "with vllm: a response gets no gradient if its mean log-probability per token, in nats, differs by "
-        "more between sampler and trainer",
+        "with vllm or --rollout_dtype: a response gets no gradient if its mean log-probability per token, in "
+        "nats, differs by more between sampler and trainer",
         positive=True,
     )
 
@@ -325,6 +338,10 @@ class GSPOConfig:
                     f"--log_to {name}: it is not installed; python -m pip install {name}, or leave it out "
                     "(--log_to '' where a resumed run has it)"
                 )
+        if self.rollout_dtype != "auto" and self.rollout_engine == "vllm":
+            raise ValueError(
+                "--rollout_dtype is for --rollout_engine transformers; vLLM servers sample in --dtype"
+            )
         if self.vllm_urls and self.rollout_engine != "vllm":
             raise ValueError(f"--vllm_url {self.vllm_url} goes with --rollout_engine vllm")
         for url in self.vllm_urls:
@@ -335,6 +352,11 @@ class GSPOConfig:
     def method(self) -> str:
         """The way of training, once it is decided: "adamw", "adamw_8bit" or "lora"."""
         return "lora" if self.lora_rank else self.optimizer
+
+    @property
+    def sampling_dtype(self) -> str:
+        """The type in which the policy itself samples, once --dtype is decided."""
+        return self.dtype if self.rollout_dtype == "auto" else self.rollout_dtype
 
     @property
     def mean_clip_range(self) -> float:

@@ -46,8 +46,9 @@ class Passes:
     """What the passes through the model over one minibatch showed, of which no update was made.
 
     null_clip_fraction: as in record.GLOSSARY.
-    noise_spread, noise_max: root mean square and largest movement (Algorithm.movement) between a pass without
-        gradients, as for pi_old, and one with them, at the same weights; in units of the mean clip range.
+    noise_spread, noise_max: root mean square and largest movement (Algorithm.movement) between pi_old, which
+        a pass without gradients or the sampler gives, and a pass with them, at the same weights; in units of
+        the mean clip range.
     log_prob_s, update_s: seconds per response token of a forward pass, and of a forward and backward pass.
     """
 
@@ -147,7 +148,7 @@ def measure_passes(trainer: Any, samples: Sequence[Sample]) -> Passes:
     ]
     num_tokens = sum(sample.num_tokens for sample in minibatch)
     for sample, log_probs in trainer.forward.all_log_probs(trainer.model, [minibatch]):
-        sample.old_log_probs = log_probs
+        sample.old_log_probs = sample.sampled_log_probs if config.pi_old == "sampler" else log_probs
     if trainer.config.kl_coef:
         with trainer.weights.starting_model() as reference:
             pairs = trainer.forward.all_log_probs(reference, [minibatch])
@@ -188,7 +189,8 @@ def run_seconds(
     tokens = has_gradient * responses * figures.tokens_mean
     # The first update after pi_old is refreshed needs no log-probabilities beforehand.
     num_windows = math.ceil(num_batches / config.update_frequency)
-    passes_before = 1 - num_windows / num_updates + (config.kl_coef > 0)
+    passes_before = 0.0 if config.pi_old == "sampler" else 1 - num_windows / num_updates
+    passes_before += config.kl_coef > 0
     evaluations = 2 + ((num_batches - 1) // config.eval_frequency if config.eval_frequency else 0)
     eval_responses = evaluations * num_eval * (config.eval_samples or config.group_size)
     return {
