@@ -83,6 +83,30 @@ def test_micro_batches_never_change_the_loss_gradient_or_kl(algorithm):
     assert found[0][2] > 0
 
 
+def test_the_kl_is_a_mean_over_responses_for_every_algorithm():
+    losses = []
+    for algorithm in ("gspo", "cispo"):
+        t = trainer(algorithm=algorithm, kl_coef=0.1)
+        samples = t.collect(problems(4), 0).minibatches()[0]
+        log_probs = [sample.old_log_probs for sample in samples]
+        for sample in samples:
+            sample.advantage, sample.reference_log_probs = 0.0, sample.old_log_probs - 0.3
+        denominator = t.algorithm.denominator(samples)
+        losses.append(t._loss(samples, log_probs, denominator, num_responses=len(samples))[0].item())
+    # r = exp(-.3): r - 1 - log r, at every token
+    assert losses == pytest.approx([0.1 * (math.exp(-0.3) - 1 + 0.3)] * 2, rel=1e-4)
+
+
+def test_noise_that_caps_every_weight_of_cispo_counts_once():
+    """Its cap holds for advantages of either sign."""
+    t = trainer(algorithm="cispo")
+    minibatches = t.collect(problems(4), 0).minibatches()
+    for sample in minibatches[0]:
+        if sample.has_signal:
+            sample.old_log_probs = sample.old_log_probs - 3  # a ratio of 20
+    assert t._null_clip_fraction(minibatches) == 1
+
+
 def test_a_narrow_dppo_range_clips_in_the_trainer():
     """ratio_spread is in what the range bounds: the probability of a token."""
     t = trainer(algorithm="dppo", left_clip_range=1e-3, right_clip_range=1e-3, group_size=8)
