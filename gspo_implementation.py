@@ -7,7 +7,7 @@ The algorithm, for one rollout batch:
 
     1. sample G responses per query from the current policy, which becomes pi_old;
     2. reward them; A_i = (r_i - mean) / std over the group of its query;
-    3. compute log pi_old of every response;
+    3. compute log pi_old of every response, or take the sampler's own (--pi_old sampler);
     4. for each minibatch, with s_i = exp(mean_t[log pi - log pi_old]), maximise
        mean_i min(s_i A_i, clip(s_i) A_i).
 
@@ -27,7 +27,7 @@ Shapes: Q queries, G group size, B = Q * G sequences (groups contiguous), T resp
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,23 +37,32 @@ from gspo.live_line import Bar
 from gspo.policy.cpu import prepare_cpu
 from gspo.policy.rollout import Rollout, Sampling
 from gspo.training.alarms import non_finite_weights, stop_if, stop_reason, unjudged_reason
+from gspo.training.algorithm import Algorithm
 from gspo.training.config import GSPOConfig
+from gspo.training.decide import decide
 from gspo.training.dynamic_sampling import QueryDraw, keeps
-from gspo.training.forward_passes import PASS_TOKENS, ForwardPasses, to_cpu
-from gspo.training.hardware import choose_device, choose_dtype
+from gspo.training.forward_passes import ForwardPasses, sampling_type, to_cpu
+from gspo.training.loss_inputs import check_ranges, check_shapes
 from gspo.training.loss_metrics import (
     loss_metrics,
     none_eligible,
     pool_metrics,
     read_metrics,
     unread_metrics,
+    without_gap,
     without_sums,
 )
 from gspo.training.plan import fit_to_gpu, refuse_long_rows
 from gspo.training.processes import Processes, refuse_idle_processes
 from gspo.training.rollout_batch import RolloutBatch, Sample, lacks_pi_old
-from gspo.training.rollout_engine import rollout_engine
-from gspo.training.sampling import encode_problem, evaluation_metrics, evaluation_texts, sample_and_reward
+from gspo.training.rollout_engine import comparison, rollout_engine
+from gspo.training.sampling import (
+    encode_problem,
+    evaluation_metrics,
+    evaluation_texts,
+    sample_and_reward,
+    shuffle_rewards,
+)
 from gspo.training.stopping import StopRequest
 from gspo.training.trained_weights import gradient_norm, trained_weights
 from gspo.training.training_run import TrainingRun, is_due
@@ -65,10 +74,8 @@ MAX_LOG_RATIO = 60.0
 # The random stream of evaluations is far from every training stream, and the same in every run, so that two
 # evaluations of the same problems are paired.
 EVALUATION_STREAM = 1 << 100
-# Models below this many parameters have a default learning rate of their own.
-SMALL_MODEL = 0.5e9
-# LoRA's adapters learn at ten times the rate of the weights ("LoRA Without Regret").
-LORA_RATE_FACTOR = 10
+# SAPO's temperatures for a positive advantage, and for a negative one, whose gradient fades faster.
+SAPO_TEMPERATURES = (1.0, 1.05)
 # Problems of each process per step of an evaluation and of its progress bar.
 EVALUATION_CHUNK = 16
 
@@ -145,7 +152,7 @@ def gspo_loss(
     Raises:
         ValueError: shapes do not agree, or a clip range is not positive.
     """
-    _check_shapes(log_probs, old_log_probs, advantages, mask, advantages_per_token=False)
+    check_shapes(log_probs, old_log_probs, advantages, mask, advantages_per_token=False)
     ratio = sequence_importance_ratio(log_probs, old_log_probs.detach(), mask)[:, None]  # (B, 1)
     return _clipped_loss(
         ratio, ratio, advantages[:, None], mask, left_clip_range, right_clip_range, denominator
@@ -166,7 +173,7 @@ def gspo_token_loss(
     Arguments and results are those of gspo_loss, but advantages may be (B, T). With equal advantages along a
     row it has GSPO's value, clipping and gradient.
     """
-    _check_shapes(log_probs, old_log_probs, advantages, mask, advantages_per_token=True)
+    check_shapes(log_probs, old_log_probs, advantages, mask, advantages_per_token=True)
     sequence_ratio = sequence_importance_ratio(log_probs, old_log_probs, mask).detach()[:, None]  # (B, 1)
     # pi / sg[pi] is exactly 1 everywhere: it only carries the gradient of the token's own log-probability.
     own_ratio = torch.exp(_token_log_ratio(log_probs, log_probs.detach(), mask))  # (B, T)
@@ -191,10 +198,105 @@ def grpo_loss(
     Arguments and results are those of gspo_loss, but advantages may be (B, T), and the metrics' importance
     ratios are over tokens.
     """
-    _check_shapes(log_probs, old_log_probs, advantages, mask, advantages_per_token=True)
+    check_shapes(log_probs, old_log_probs, advantages, mask, advantages_per_token=True)
     ratio = _bounded_exp(_token_log_ratio(log_probs, old_log_probs.detach(), mask))  # (B, T)
     advantages = _per_token(advantages)
     return _clipped_loss(ratio, ratio, advantages, mask, left_clip_range, right_clip_range, denominator)
+
+
+def sapo_loss(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    left_clip_range: None = None,
+    right_clip_range: None = None,
+    denominator: int | None = None,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """SAPO (arXiv 2511.20347): 1/B sum_i 1/|y_i| sum_t (4/tau) sigmoid(tau (w_it - 1)) A_it, a soft gate.
+
+    Arguments and results are those of grpo_loss, but there is no clip range: no token is clipped or can be.
+    trl, verl and ms-swift have the same gate and temperatures; Trinity-RFT takes the mean over all tokens.
+    """
+    if left_clip_range is not None or right_clip_range is not None:
+        raise ValueError("SAPO has no clip range")
+    check_shapes(log_probs, old_log_probs, advantages, mask, advantages_per_token=True)
+    ratio = _bounded_exp(_token_log_ratio(log_probs, old_log_probs.detach(), mask))  # (B, T)
+    advantages = _per_token(advantages)
+    temperature, temperature_below = SAPO_TEMPERATURES
+    tau = torch.full_like(advantages, temperature_below).masked_fill(advantages > 0, temperature)
+    # 4 / tau makes the gate's slope at w = 1, and so the gradient on policy, that of w itself.
+    gate = 4 / tau * torch.sigmoid(tau * (ratio - 1))
+    loss = -_mean_over_tokens(gate * advantages, mask).sum() / (denominator or len(mask))
+    none = torch.zeros_like(mask)
+    return loss, loss_metrics(ratio.detach(), none, none, none, mask)
+
+
+def cispo_loss(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    left_clip_range: None = None,
+    right_clip_range: float = 4.0,
+    denominator: int | None = None,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """CISPO (MiniMax-M1, arXiv 2506.13585): 1/N sum_it sg[min(w_it, 1 + right)] A_it log pi_it.
+
+    N counts the tokens of all responses. Arguments and results are those of grpo_loss, but the denominator is
+    the number of tokens of the optimizer update. A token counts as clipped if its weight is capped, whatever
+    the sign of its advantage; it keeps a gradient.
+
+    The paper takes N over one group, and gives no number for its upper bound; its lower bound is off. The cap
+    of 5 is that of ScaleRL (arXiv 2510.13786), which trl and ms-swift name directly, as epsilon_high. verl
+    writes clip(w, 1 - low, 1 + high), with a high of 0.2 in its example.
+    """
+    if left_clip_range is not None or not right_clip_range > 0:
+        raise ValueError(
+            f"CISPO has a positive right clip range alone: {left_clip_range}, {right_clip_range}"
+        )
+    check_shapes(log_probs, old_log_probs, advantages, mask, advantages_per_token=True)
+    ratio = _bounded_exp(_token_log_ratio(log_probs, old_log_probs, mask)).detach()  # (B, T)
+    advantages = _per_token(advantages)
+    objective = ratio.clamp(max=1 + right_clip_range) * advantages * torch.where(mask, log_probs, 0.0)
+    loss = -_sum_over_tokens(objective, mask) / (denominator or mask.sum().clamp(min=1))
+    eligible = (advantages != 0) & mask
+    capped = eligible & (ratio > 1 + right_clip_range)
+    return loss, loss_metrics(ratio, torch.zeros_like(mask), capped, eligible, mask)
+
+
+def dppo_loss(
+    log_probs: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    left_clip_range: float = 0.15,
+    right_clip_range: float = 0.15,
+    denominator: int | None = None,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """DPPO with the binary total variation (arXiv 2602.04879): 1/N sum_it m_it w_it A_it.
+
+    m_it is 0, and the token is clipped, where A_it > 0 and pi - pi_old > right, or A_it < 0 and
+    pi_old - pi > left: the clip ranges bound a token's probability, not its ratio. N counts the tokens of all
+    responses. Arguments and results are those of grpo_loss, but the denominator is the number of tokens of
+    the optimizer update.
+
+    The paper's pi_old is the sampler's distribution (--pi_old sampler), and its objective sums over a
+    response's tokens. trl and verl take the mean over all tokens, as here, and the authors' own script for
+    verl a sum over a constant. Both write sg[w] log pi for w, which has the same gradient, and cap w at 20.
+    They take 0.15 for the total variation, open-instruct 0.2.
+    """
+    check_ranges(left_clip_range, right_clip_range)
+    check_shapes(log_probs, old_log_probs, advantages, mask, advantages_per_token=True)
+    ratio = _bounded_exp(_token_log_ratio(log_probs, old_log_probs.detach(), mask))  # (B, T)
+    advantages = _per_token(advantages)
+    risen = (log_probs.exp() - old_log_probs.exp()).detach()
+    clipped_left = (advantages < 0) & (risen < -left_clip_range) & mask
+    clipped_right = (advantages > 0) & (risen > right_clip_range) & mask
+    objective = torch.where(clipped_left | clipped_right, 0.0, ratio) * advantages
+    loss = -_sum_over_tokens(objective, mask) / (denominator or mask.sum().clamp(min=1))
+    metrics = loss_metrics(ratio.detach(), clipped_left, clipped_right, (advantages != 0) & mask, mask)
+    return loss, metrics
 
 
 def kl_penalty(
@@ -225,6 +327,11 @@ def _mean_over_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask, values, 0.0).sum(1) / mask.sum(1).clamp(min=1)
 
 
+def _sum_over_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) to a scalar: the sum over the tokens of all rows."""
+    return torch.where(mask, values, 0.0).sum()
+
+
 def _bounded_exp(log_ratio: torch.Tensor) -> torch.Tensor:
     return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
@@ -238,14 +345,13 @@ def _clipped_loss(
     right: float,
     denominator: int | None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """The clipped surrogate that the three losses share; they differ in the ratio alone.
+    """The clipped surrogate of gspo, gspo_token and grpo, which differ in the ratio alone.
 
     ratio, reported_ratio, advantages: (B, 1) per sequence or (B, T) per token. The mean is over each
     sequence's tokens, then over sequences, never over the tokens of all sequences, where long answers would
     dominate.
     """
-    if not (left > 0 and right > 0):
-        raise ValueError(f"clip ranges must be positive, got left {left} and right {right}")
+    check_ranges(left, right)
     objective = torch.minimum(ratio * advantages, ratio.clamp(1 - left, 1 + right) * advantages)
     # For one value per sequence, as in GSPO, the mean over its tokens is that value.
     objective = _mean_over_tokens(objective, mask).sum()
@@ -261,47 +367,7 @@ def _clipped_loss(
     return loss, metrics
 
 
-def _check_shapes(
-    log_probs: torch.Tensor,
-    old_log_probs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    advantages_per_token: bool,
-) -> None:
-    shape = tuple(mask.shape)
-    allowed = [shape[:1], shape] if advantages_per_token else [shape[:1]]
-    if mask.dim() != 2 or log_probs.shape != mask.shape or old_log_probs.shape != mask.shape:
-        raise ValueError(
-            f"log_probs {tuple(log_probs.shape)}, old_log_probs {tuple(old_log_probs.shape)} and mask "
-            f"{shape} must all be (B, T)"
-        )
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool, got {mask.dtype}")
-    if tuple(advantages.shape) not in allowed:
-        raise ValueError(f"advantages {tuple(advantages.shape)} must be {' or '.join(map(str, allowed))}")
-
-
 # -------------------------------------------------------------------------------------------- the algorithms
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """All that is to be said about an algorithm: --algorithm, validation and the tests read it here.
-
-    loss: a function like gspo_loss.
-    ratio, clip_unit: its ratio, and what one clip decision covers, in the words that a run prints.
-    left_clip_range, right_clip_range: its default clip ranges.
-    reference: the name of the same loss as a float64 loop in gspo/checks/float64_reference.py.
-    small_model_factor: how many times as wide train_gspo.py makes them for a model below SMALL_MODEL.
-    """
-
-    loss: Callable[..., tuple[torch.Tensor, dict[str, float]]]
-    ratio: str
-    clip_unit: str
-    left_clip_range: float
-    right_clip_range: float
-    reference: str
-    small_model_factor: float = 1.0
 
 
 # Clip ranges of section 5.1: a sequence ratio is a mean over tokens and moves a thousand times less than a
@@ -316,6 +382,20 @@ ALGORITHMS = {
         reference="gspo_token", small_model_factor=20.0,
     ),
     "grpo": Algorithm(grpo_loss, "token ratio w = pi / pi_old", "token", 0.2, 0.27, reference="grpo"),
+    "sapo": Algorithm(
+        sapo_loss, "token ratio w = pi / pi_old", "token", None, None, reference="sapo",
+        clipping="through the gate (4 / tau) sigmoid(tau (w - 1)) with tau 1 for A > 0 and 1.05 for A < 0, "
+        "which clips nothing",
+    ),
+    "cispo": Algorithm(
+        cispo_loss, "token ratio w = pi / pi_old", "token", None, 4.0, reference="cispo", mean_over="tokens",
+        clipping="capped at 1 + {right:g}, as a constant weight of log pi",
+    ),
+    "dppo": Algorithm(
+        dppo_loss, "token ratio w = pi / pi_old", "token", 0.15, 0.15, reference="dppo", mean_over="tokens",
+        clipping="without a gradient for a token with A > 0 whose probability is more than {right:g} above "
+        "pi_old's, or with A < 0 more than {left:g} below", clips_probability=True,
+    ),
 }  # fmt: skip
 
 
@@ -323,31 +403,12 @@ def resolve(config: GSPOConfig, num_parameters: int) -> GSPOConfig:
     """A copy in which every None that depends on the algorithm, the model's size or the machine is decided.
 
     Raises:
-        ValueError: there is no such algorithm, or no GPU and one is asked for.
+        ValueError: there is no such algorithm, it lacks a clip range that is given, or no GPU and one is
+            asked for.
     """
     if config.algorithm not in ALGORITHMS:
         raise ValueError(f"--algorithm {config.algorithm}: choose one of {', '.join(ALGORITHMS)}")
-    algorithm = ALGORITHMS[config.algorithm]
-    device = "cuda" if config.plan_for else choose_device(config.device)
-    lora_rank = config.lora_rank or 0
-    default_rate = 1e-5 if num_parameters < SMALL_MODEL else 1e-6
-    if lora_rank:
-        default_rate *= LORA_RATE_FACTOR
-    return replace(
-        config,
-        left_clip_range=config.left_clip_range or algorithm.left_clip_range,
-        right_clip_range=config.right_clip_range or algorithm.right_clip_range,
-        learning_rate=default_rate if config.learning_rate is None else config.learning_rate,
-        max_new_tokens=config.max_new_tokens or config.max_length,
-        eval_samples=config.eval_samples or config.group_size,
-        device=device,
-        dtype=choose_dtype(config, device, num_parameters)[0],
-        optimizer="adamw" if config.optimizer == "auto" else config.optimizer,
-        lora_rank=lora_rank,
-        shard="none" if config.shard == "auto" else config.shard,
-        micro_batch_tokens=config.micro_batch_tokens or PASS_TOKENS,
-        gradient_checkpointing=bool(config.gradient_checkpointing),
-    )
+    return decide(config, ALGORITHMS[config.algorithm], num_parameters)
 
 
 # ------------------------------------------------------------------------------------------------ the trainer
@@ -416,7 +477,7 @@ class GSPOTrainer:
 
     @property
     def clips_per_token(self) -> bool:
-        return self.algorithm.clip_unit == "token"
+        return self.algorithm.clips_per_token
 
     def train_step(self, problems: Sequence) -> dict:
         """One rollout batch on these problems: sample, reward, update. Returns its metrics.
@@ -441,7 +502,7 @@ class GSPOTrainer:
 
         K rollout batches (--update_frequency) are sampled before the first of their updates. The very first
         update sees the weights that sampled, so its own forward pass gives log pi_old for its minibatch. The
-        other log-probabilities are computed here.
+        other log-probabilities are computed here. With --pi_old sampler, log pi_old is what the sampler said.
         """
         config = self.config
         stream = (config.seed << 64) + (index << 32)
@@ -453,6 +514,8 @@ class GSPOTrainer:
 
         samples, metrics = self.query_draw.draw(problems, sample_groups)
         self._tell_engine("rest")
+        if config.shuffle_rewards:
+            shuffle_rewards(samples, config.group_size, stream)
         rewards = [math.nan if sample.reward is None else sample.reward for sample in samples]
         # float64, so that two rewards that differ have a signal, however close they are.
         advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), config.group_size)  # (B,)
@@ -477,8 +540,12 @@ class GSPOTrainer:
         minibatches = batch.minibatches()
         measures_noise = index == 0 or is_due(index, config.eval_frequency)
         updated_first = index % config.update_frequency == 0
-        compare = getattr(self.engine, "compare", None)  # of one that is not the policy itself
+        compare = comparison(self.engine, config)
         needed = minibatches[1:] if updated_first and not (measures_noise or compare) else minibatches
+        if config.pi_old == "sampler":
+            needed = []
+            for sample in batch.samples:
+                sample.old_log_probs = sample.sampled_log_probs
         for sample, log_probs in self.forward.all_log_probs(self.model, needed):
             sample.old_log_probs = log_probs
         if compare:
@@ -508,7 +575,7 @@ class GSPOTrainer:
             assert config.max_new_tokens is not None  # resolve() has decided it
             prompts = [self.encode(problem) for problem in own]
             sampling = Sampling(config.max_new_tokens, temperature, config.max_length, stream + first)
-            with self.forward.compute_type():
+            with sampling_type(config, self.processes.device.type):
                 return self.engine.generate(prompts, num_samples, sampling)
 
         return sample_and_reward(
@@ -520,7 +587,10 @@ class GSPOTrainer:
         getattr(self.engine, what, lambda *_: None)(*arguments)
 
     def _null_clip_fraction(self, minibatches: Sequence[Sequence[Sample]]) -> float:
-        """The share of a minibatch's tokens outside the clip range if computed again: pure noise."""
+        """The share of a minibatch's tokens outside the clip range if computed again: pure noise.
+
+        With --pi_old sampler, it is the noise between sampler and trainer.
+        """
         pairs = self.forward.all_log_probs(self.model, minibatches[:1])
         if not pairs:
             return 0.0
@@ -528,7 +598,8 @@ class GSPOTrainer:
         outside = 0.0
         for sign in (1.0, -1.0):  # a positive advantage clips on the right, a negative one on the left
             signed = [replace(sample, advantage=sign, masked=False) for sample in samples]
-            outside += self._loss(signed, again, denominator=1)[1]["clip_fraction"]
+            side = "clip_fraction_right" if sign > 0 else "clip_fraction_left"
+            outside += self._loss(signed, again, denominator=1, num_responses=1)[1][side]
         return outside
 
     # ---- step 4: the updates
@@ -555,7 +626,9 @@ class GSPOTrainer:
     def _update_minibatch(self, batch: RolloutBatch, samples: Sequence[Sample]) -> None:
         """One optimizer update on these samples. The batch then has its metrics."""
         started = time.perf_counter()
-        can_clip = self.schedule.last_epoch > batch.updates_before  # else the policy still is pi_old
+        has_moved = self.schedule.last_epoch > batch.updates_before
+        of_sampler = self.config.pi_old == "sampler"
+        can_clip = has_moved or of_sampler  # else the policy still is pi_old, to the bit
         parts, log_probs = self.forward.retry(lambda: self._backward(samples), batch.samples)
         trained, max_grad_norm = self.weights.parameters, self.config.max_grad_norm
         self.processes.sum_gradients(trained)
@@ -565,9 +638,11 @@ class GSPOTrainer:
         parts = self.processes.gather(parts)
         if can_clip:
             for row, values in self.processes.gather(log_probs):
-                samples[row].note_ratio(values, self.config.mean_clip_range, self.clips_per_token)
+                samples[row].note_ratio(values, self.config.mean_clip_range, self.algorithm.movement)
         else:
             parts = [none_eligible(part) for part in parts]
+        if has_moved and of_sampler:
+            parts = [without_gap(part) for part in parts]
         metrics = pool_metrics(parts, len(samples), sum(sample.num_tokens for sample in samples))
         norm = grad_norm.item()
         metrics |= {"grad_norm": norm, "learning_rate": self.schedule.get_last_lr()[0]}
@@ -590,6 +665,7 @@ class GSPOTrainer:
         (|y|,).
         """
         self.optimizer.zero_grad()  # here, so that an update that was given up leaves nothing behind
+        denominator = self.algorithm.denominator(samples)
         passes = []
         for rows in self.forward.micro_batches(self.model, samples):
             if not rows:
@@ -598,7 +674,7 @@ class GSPOTrainer:
             chosen = [samples[row] for row in rows]
             log_probs = self.forward.log_probs(self.model, chosen)
             with unread_metrics():
-                loss, unread = self._loss(chosen, log_probs, denominator=len(samples))
+                loss, unread = self._loss(chosen, log_probs, denominator, num_responses=len(samples))
             loss.backward()
             loss_sum = loss.detach().double() * len(samples)
             passes.append((rows, [values.detach() for values in log_probs], unread | {"loss_sum": loss_sum}))
@@ -607,18 +683,25 @@ class GSPOTrainer:
         computed: list[tuple[int, torch.Tensor]] = []
         for rows, log_probs, unread in passes:
             own = to_cpu(log_probs)
-            gaps = [samples[row].sampler_gap(values) for row, values in zip(rows, own, strict=True)]
-            parts.append(read_metrics(unread) | {"sampler_gap_sum": sum(gaps)})
+            pairs = zip(rows, own, strict=True)
+            gaps = [samples[row].sampler_gap(values, self.config.pi_old) for row, values in pairs]
+            gap_sums = {"sampler_gap_sum": sum(gaps), "sampler_gap_responses": len(gaps)}
+            parts.append(read_metrics(unread) | gap_sums)
             computed += zip(rows, own, strict=True)
         return parts, computed
 
     def _loss(
-        self, samples: Sequence[Sample], log_probs: Sequence[torch.Tensor], denominator: int
+        self,
+        samples: Sequence[Sample],
+        log_probs: Sequence[torch.Tensor],
+        denominator: int,
+        num_responses: int,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """The algorithm's loss (ALGORITHMS) of some samples, and its metrics.
 
-        denominator: sequences of the optimizer update, of which these are a part.
         log_probs: (|y|,) per sample, as the policy now has them.
+        denominator, num_responses: the loss's denominator (Algorithm.denominator) and the number of responses
+            of the optimizer update, of which these are a part. The mean of the KL is over responses.
         """
         config, device = self.config, self.processes.device
         # Without log pi_old this is the first update after sampling: the policy is still pi_old.
@@ -641,10 +724,10 @@ class GSPOTrainer:
         if config.kl_coef:
             reference = _pad([sample.reference_log_probs for sample in samples], device)
             masked = torch.tensor([sample.masked for sample in samples], device=device)
-            kl = kl_penalty(values, reference, mask & ~masked[:, None], denominator)
+            kl = kl_penalty(values, reference, mask & ~masked[:, None], num_responses)
             loss = loss + config.kl_coef * kl
-            kl_of_all = kl_penalty(values.detach(), reference, mask, denominator)
-            metrics |= {"kl_sum": kl_of_all.double() * denominator}
+            kl_of_all = kl_penalty(values.detach(), reference, mask, num_responses)
+            metrics |= {"kl_sum": kl_of_all.double() * num_responses}
         return loss, metrics
 
     # ---- evaluation

@@ -349,14 +349,16 @@ def default_clip_range(config: GSPOConfig, num_parameters: int) -> tuple[float |
     Small models learn at ten times the rate of others by default, on short answers, and s moves further in a
     rollout batch. So GSPO's range is wider for them than the paper's (docs/defaults.md).
     """
-    from gspo_implementation import ALGORITHMS, SMALL_MODEL
+    from gspo.training.decide import SMALL_MODEL
+    from gspo_implementation import ALGORITHMS
 
     given = config.left_clip_range, config.right_clip_range
     algorithm = ALGORITHMS.get(config.algorithm)
     if any(given) or algorithm is None or num_parameters >= SMALL_MODEL:
         return given
     factor = algorithm.small_model_factor
-    return round(factor * algorithm.left_clip_range, 9), round(factor * algorithm.right_clip_range, 9)
+    left, right = algorithm.left_clip_range, algorithm.right_clip_range
+    return left and round(factor * left, 9), right and round(factor * right, 9)
 
 
 def describe_objective(config: GSPOConfig) -> str:
@@ -389,28 +391,40 @@ def describe_objective(config: GSPOConfig) -> str:
         trained_on = f"about {counted(queries, 'group')} x {config.group_size} responses with a signal"
     every = f"{config.update_frequency} rollout batches" if config.update_frequency > 1 else "rollout batch"
     sentences = [
-        f"{config.algorithm}: {algorithm.ratio}, clipped to [1 - {config.left_clip_range:g}, "
-        f"1 + {config.right_clip_range:g}] per {algorithm.clip_unit}; mean over each response's tokens, then "
-        f"over responses{kl}.",
+        f"{config.algorithm}: {algorithm.describe(config.left_clip_range, config.right_clip_range)}{kl}.",
         f"{counted(config.num_train_samples, 'problem')} x {counted(config.num_epochs, 'epoch')}: "
         f"{batches}, at most {counted(num_updates, 'optimizer update')} "
         "(one without a gradient is not made).",
         f"{trained_on} per rollout batch, {counted(updates, 'optimizer update')} of "
         f"{update_queries} x {config.group_size} responses each; pi_old is refreshed every {every}.",
     ]
-    if updates_per_pi_old == 1:
+    if config.shuffle_rewards:
+        sentences.append(
+            "A control: each group's rewards are shuffled among its responses (--shuffle_rewards), so that "
+            "training can learn nothing from them; evaluations keep theirs."
+        )
+    if config.pi_old == "sampler":
+        sentences.append(
+            "pi_old is the sampler's (--pi_old sampler), so the ratio has the rounding between sampler and "
+            f"trainer in it, and {'all updates can clip' if algorithm.clips else 'is never exactly 1'}."
+        )
+    elif updates_per_pi_old == 1:
         sentences.append(
             "With one optimizer update before pi_old is refreshed, the ratio is 1 by construction: nothing "
-            "can clip, and every algorithm here is the same. A rollout batch of more queries than "
-            "--mini_batch_size makes more updates."
+            "can clip, and all algorithms with the same mean are the same. A rollout batch of more queries "
+            "than --mini_batch_size makes more updates."
+        )
+    elif not algorithm.clips:
+        sentences.append(
+            "The first update sees a ratio of exactly 1, the others before pi_old is refreshed do not."
         )
     else:
         sentences.append(
             f"The first update sees a ratio of exactly 1 and cannot clip; the other {updates_per_pi_old - 1} "
             "before pi_old is refreshed can."
         )
-        if algorithm.clip_unit == "response":
-            sentences += clip_range_advice(config)
+    if algorithm.clip_unit == "response" and (updates_per_pi_old > 1 or config.pi_old == "sampler"):
+        sentences += clip_range_advice(config)
     return " ".join(sentences)
 
 
@@ -421,6 +435,7 @@ def clip_range_advice(config: GSPOConfig) -> list[str]:
     paper, tokens = ALGORITHMS["gspo"], config.max_new_tokens
     assert tokens is not None  # resolve() has decided it
     left, right = suggested_clip_range(tokens)
+    assert paper.left_clip_range is not None
     if left < 2 * paper.left_clip_range:
         return []
     return [
@@ -441,6 +456,7 @@ def suggested_clip_range(tokens: int) -> tuple[float, float]:
     from gspo_implementation import ALGORITHMS
 
     paper = ALGORITHMS["gspo"]
+    assert paper.left_clip_range is not None and paper.right_clip_range is not None
     scale = max(1.0, math.sqrt(PAPER_RESPONSE_TOKENS / tokens))
     return scale * paper.left_clip_range, scale * paper.right_clip_range
 

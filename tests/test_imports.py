@@ -1,6 +1,7 @@
 """Imports go downward only, by the table in gspo/__init__.py."""
 
 import ast
+import math
 import sys
 
 import pytest
@@ -63,6 +64,13 @@ def test_the_sandbox_needs_the_standard_library_alone(path):
 
 
 def test_no_file_is_long_without_a_reason():
-    reasons = {"code_families": "tables of problems"}
-    long = [p for p in SOURCES if len(p.read_text().splitlines()) > 700 and p.parent.name not in reasons]
+    reasons = {
+        "code_families": (math.inf, "tables of problems"),
+        "gspo_implementation.py": (800, "one page: every loss, and the trainer that calls it"),
+    }
+    long = []
+    for path in SOURCES:
+        limit, _ = reasons.get(path.name) or reasons.get(path.parent.name) or (700, "")
+        if len(path.read_text().splitlines()) > limit:
+            long.append(path)
     assert long == []

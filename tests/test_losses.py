@@ -7,6 +7,7 @@ from gspo.checks import float64_reference as reference
 from gspo.checks.losses import (
     ALGORITHMS,
     PAPER_CLIP_RANGES,
+    denominator_of,
     example,
     loss_of,
     ranges_of,
@@ -15,11 +16,14 @@ from gspo.checks.losses import (
 )
 from gspo_implementation import (
     MAX_LOG_RATIO,
+    cispo_loss,
+    dppo_loss,
     group_advantages,
     grpo_loss,
     gspo_loss,
     gspo_token_loss,
     kl_penalty,
+    sapo_loss,
 )
 
 
@@ -41,11 +45,12 @@ def test_value_gradient_and_clip_fraction_match_the_loop(algorithm, seed):
 
     _, metrics = loss_of(algorithm)(log_probs, old, advantages, mask)
     _, share = slow(log_probs, old, advantages, mask, *ranges_of(algorithm))
-    assert 0.05 < share < 0.95, "the example must have clipped and unclipped tokens"
+    if ALGORITHMS[algorithm].clips:
+        assert 0.05 < share < 0.95, "the example must have clipped and unclipped tokens"
     assert metrics["clip_fraction"] == pytest.approx(share, abs=1e-12)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", PAPER_CLIP_RANGES)
 def test_clip_fractions_by_side_and_of_what_can_clip(algorithm):
     """By hand: 4 sequences of 2, 1, 3 and 2 tokens, which move by the same factor in all their tokens.
 
@@ -65,10 +70,12 @@ def test_clip_fractions_by_side_and_of_what_can_clip(algorithm):
     assert metrics["clip_fraction_sequences"] == pytest.approx(2 / 4)
 
 
-@pytest.mark.parametrize("algorithm", ["gspo_token", "grpo"])
+@pytest.mark.parametrize("algorithm", ["gspo_token", "grpo", "sapo", "cispo", "dppo"])
 def test_token_advantages_match_the_loop(algorithm):
     log_probs, old, _, mask = example(algorithm, 5)
+    mask[3] = False
     advantages = torch.randn(mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    advantages[~mask] = torch.nan  # as masked log-probabilities may be
     slow = reference_of(algorithm)
     expected, expected_gradient = value_and_gradient(
         slow, log_probs, old, advantages, mask, *ranges_of(algorithm)
@@ -100,6 +107,28 @@ def test_gspo_gradient_is_the_closed_form():
     torch.testing.assert_close(gradient, closed, rtol=1e-10, atol=1e-15)
 
 
+@pytest.mark.parametrize("algorithm", ["gspo", "gspo_token", "grpo", "sapo", "cispo", "dppo"])
+def test_on_policy_the_gradient_is_the_policy_gradient(algorithm):
+    """That of A log pi, in the mean of the algorithm."""
+    log_probs, _, advantages, mask = example(algorithm, 2)
+    mask[3] = False
+    _, gradient = value_and_gradient(loss_of(algorithm), log_probs, log_probs.detach(), advantages, mask)
+    weights = advantages[:, None] * mask / denominator_of(algorithm, mask)  # (B, T)
+    if ALGORITHMS[algorithm].mean_over == "responses":
+        weights /= mask.sum(1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(gradient, -weights, rtol=1e-12, atol=1e-16)
+
+
+@pytest.mark.parametrize("algorithm", ["cispo", "dppo"])
+def test_a_long_response_weighs_more_in_a_mean_over_tokens(algorithm):
+    """Nine tokens of a failure and one of a success: the mean over ten tokens has a gradient of 1/10 each."""
+    mask = torch.arange(9) < torch.tensor([9, 1])[:, None]
+    zeros = torch.zeros(2, 9, dtype=torch.float64)
+    advantages = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    _, gradient = value_and_gradient(loss_of(algorithm), zeros, zeros, advantages, mask)
+    assert gradient.sum(1).tolist() == pytest.approx([0.9, -0.1])
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_on_policy_nothing_clips_and_the_ratio_is_exactly_one(algorithm):
     log_probs, _, advantages, mask = example(algorithm, 2, dtype=torch.float32)
@@ -124,10 +153,11 @@ def test_row_without_tokens_contributes_nothing(algorithm):
     mask[3] = False
     value, gradient = value_and_gradient(loss_of(algorithm), log_probs, old, advantages, mask)
     kept = [i for i in range(len(mask)) if i != 3]
+    denominators = [denominator_of(algorithm, mask[rows]) for rows in (kept, slice(None))]
     other, _ = value_and_gradient(
         loss_of(algorithm), log_probs[kept], old[kept], advantages[kept], mask[kept]
     )
-    assert value == pytest.approx(other * len(kept) / len(mask), rel=1e-12)
+    assert value == pytest.approx(other * denominators[0] / denominators[1], rel=1e-12)
     assert gradient[3].abs().max() == 0
 
 
@@ -136,12 +166,12 @@ def test_micro_batches_padding_and_order_never_matter(algorithm):
     loss_fn = loss_of(algorithm)
     log_probs, old, advantages, mask = inputs = example(algorithm, 8)
     value, gradient = value_and_gradient(loss_fn, *inputs)
-    rows = len(mask)
+    rows, denominator = len(mask), denominator_of(algorithm, mask)
     for size in (1, 2, 5, rows):
         parts = []
         for start in range(0, rows, size):
             part = [x[start : start + size] for x in inputs]
-            parts.append(value_and_gradient(loss_fn, *part, *ranges_of(algorithm), rows))
+            parts.append(value_and_gradient(loss_fn, *part, *ranges_of(algorithm), denominator))
         values, gradients = zip(*parts, strict=True)
         assert sum(values) == pytest.approx(value, rel=1e-12)
         torch.testing.assert_close(torch.cat(gradients), gradient, rtol=1e-12, atol=1e-16)
@@ -209,3 +239,9 @@ def test_bad_shapes_and_ranges_are_refused():
         gspo_loss(log_probs, old, advantages, mask.double())
     with pytest.raises(ValueError):
         grpo_loss(log_probs, old, advantages, mask, left_clip_range=0.0)
+    with pytest.raises(ValueError):
+        sapo_loss(log_probs, old, advantages, mask, right_clip_range=0.2)
+    with pytest.raises(ValueError):
+        cispo_loss(log_probs, old, advantages, mask, left_clip_range=0.2)
+    with pytest.raises(ValueError):
+        dppo_loss(log_probs, old, advantages, mask, left_clip_range=-0.2)

@@ -76,7 +76,7 @@ class OneByOne(TransformersEngine):
         return [r for p, s in zip(prompts, own, strict=True) for r in generate([p], group_size, s)]
 
 
-@pytest.mark.parametrize("algorithm", ["gspo", "gspo_token", "grpo"])
+@pytest.mark.parametrize("algorithm", ["gspo", "gspo_token", "grpo", "sapo"])
 def test_a_run_whose_every_second_group_is_tied_equals_the_run_without_those_groups(algorithm):
     with_signal, without = problems(12), problems(12, seed=1)
     tied_ids = {problem.id for problem in without}

@@ -7,11 +7,14 @@ import torch
 
 from gspo.training.intervals import describe_gain, paired_interval, wilson_interval
 from gspo_implementation import (
+    cispo_loss,
+    dppo_loss,
     group_advantages,
     grpo_loss,
     gspo_loss,
     gspo_token_loss,
     kl_penalty,
+    sapo_loss,
     sequence_importance_ratio,
 )
 
@@ -101,6 +104,37 @@ def test_gspo_token_takes_an_advantage_per_token():
     # on policy every s_it is 1: the objective is the mean of the advantages
     loss, _ = gspo_token_loss(rows([0, 0]), rows([0, 0]), rows([3.0, -1.0]), ones(1, 2))
     assert loss.item() == pytest.approx(-1.0)
+
+
+def test_sapo_gates_each_token():
+    # w = 1 + log(3): sigmoid(log 3) = 3/4, times 4. With A < 0 tau is 1.05: at w = 1 the gate is 2 / 1.05
+    w = log(1 + log(3))
+    loss, metrics = sapo_loss(rows([w, w], [0, 0]), torch.zeros(2, 2), rows(1, -1), ones(2, 2))
+    assert loss.item() == pytest.approx(-(3 - 2 / 1.05) / 2)
+    assert metrics["clip_fraction"] == metrics["eligible_fraction"] == 0  # no token can be clipped
+    assert metrics["importance_ratio_max"] == pytest.approx(1 + log(3))
+
+
+def test_cispo_caps_the_weight_and_keeps_the_gradient():
+    # ratios 8 (capped to 5), 2 and 8 (capped): mean over three tokens of weight x A x log pi
+    log_probs = rows([-1, -2], [-3, 9]).requires_grad_()
+    old = rows([-1 - log(8), -2 - log(2)], [-3 - log(8), 9])
+    loss, metrics = cispo_loss(log_probs, old, rows(1, -1), torch.tensor([[True, True], [True, False]]))
+    loss.backward()
+    assert loss.item() == pytest.approx(-(5 * -1 + 2 * -2 - 5 * -3) / 3)
+    assert log_probs.grad.tolist() == [pytest.approx([-5 / 3, -2 / 3]), pytest.approx([5 / 3, 0])]
+    assert metrics["clip_fraction_right"] == pytest.approx(2 / 3) and metrics["clip_fraction_left"] == 0
+
+
+def test_dppo_stops_tokens_whose_probability_moves_too_far():
+    # from .5 to .7 and from .01 to .05, rewarded: the first is stopped, though its ratio is the smaller one.
+    # From .5 to .7 and from .5 to .3, not rewarded: the second is stopped.
+    old, new = rows([0.5, 0.01], [0.5, 0.5]).log(), rows([0.7, 0.05], [0.7, 0.3]).log().requires_grad_()
+    loss, metrics = dppo_loss(new, old, rows(1, -1), ones(2, 2))
+    loss.backward()
+    assert loss.item() == pytest.approx(-(5 - 1.4) / 4)
+    assert new.grad.tolist() == [pytest.approx([0, -5 / 4]), pytest.approx([1.4 / 4, 0])]
+    assert (metrics["clip_fraction_left"], metrics["clip_fraction_right"]) == (0.25, 0.25)
 
 
 def test_kl_penalty_by_hand():

@@ -209,6 +209,43 @@ def test_the_objective_says_what_can_clip(num_problems, num_epochs, update_frequ
     assert (f"the other {can_clip} before pi_old is refreshed can" in said) == (can_clip > 0)
 
 
+@pytest.mark.parametrize(
+    "algorithm, said",
+    [
+        ("gspo", "clipped to [1 - 0.0003, 1 + 0.0004] per response; mean over each response's tokens, then"),
+        ("sapo", "(4 / tau) sigmoid(tau (w - 1)) with tau 1 for A > 0 and 1.05 for A < 0, which clips "
+         "nothing; mean over each response's tokens, then over responses, no KL term. "),
+        ("cispo", "capped at 1 + 4, as a constant weight of log pi; mean over all tokens of an update, no"),
+        ("dppo", "more than 0.15 above pi_old's, or with A < 0 more than 0.15 below; mean over all tokens"),
+    ],
+)  # fmt: skip
+def test_the_objective_of_each_algorithm(algorithm, said):
+    described = objective(algorithm=algorithm)
+    assert said in described
+    assert ("cannot clip" in described) == (algorithm != "sapo")
+
+
+@pytest.mark.parametrize("more", [{}, {"mini_batch_size": 4}, {"algorithm": "sapo"}])
+def test_the_objective_with_the_samplers_pi_old(more):
+    said = objective(pi_old="sampler", **more)
+    can_clip = more.get("algorithm") != "sapo"
+    assert ("all updates can clip" in said) == can_clip and ("is never exactly 1" in said) != can_clip
+    assert "cannot clip" not in said and "nothing can clip" not in said
+
+
+def test_the_objective_names_shuffled_rewards():
+    assert "rewards are shuffled among its responses" in objective(shuffle_rewards=True)
+    assert "shuffled" not in objective()
+
+
+@pytest.mark.parametrize("algorithm, side", [("sapo", "left"), ("sapo", "right"), ("cispo", "left")])
+def test_a_clip_range_that_an_algorithm_lacks_is_refused(algorithm, side, capsys):
+    done = run_here(*TINY, "--algorithm", algorithm, f"--{side}_clip_range", 0.3, "--dry_run")
+    assert done.returncode == 2
+    said = f"--{side}_clip_range 0.3: {algorithm} clips nothing on that side; leave it out\n"
+    assert done.stderr.endswith(said) and done.stderr.count("\n") == 1
+
+
 def test_the_suggested_clip_range_by_hand():
     # 2,000 tokens are 4, 100 and 200 times as many: the range is 2, 10 and sqrt(200) = 14.14 times as wide
     assert suggested_clip_range(500) == pytest.approx((6e-4, 8e-4))
@@ -339,6 +376,7 @@ def test_interrupt_leaves_a_checkpoint_and_exit_code_130(tmp_path):
         (["--code_reward", "some"], "fraction"),
         (["--group_size", "1"], "group_size must be at least 2"),
         (["--batch_size", "4", "--mini_batch_size", "3"], "does not divide"),
+        (["--rollout_engine", "vllm", "--rollout_dtype", "bfloat16"], "vLLM servers sample in --dtype"),
         (["--left_clip_range", "0"], "left_clip_range must be positive"),
         (["--right_clip_range", "-0.1"], "right_clip_range must be positive"),
         (["--learning_rate", "nan"], "learning_rate must be at least 0"),
@@ -431,6 +469,8 @@ def test_flags_resolve_by_model_size_and_data():
         ({"algorithm": "gspo_token"}, 0.49e9, (6e-3, 8e-3)),
         ({}, 0.5e9, (None, None)),
         ({"algorithm": "grpo"}, 0.135e9, (0.2, 0.27)),
+        ({"algorithm": "sapo"}, 0.135e9, (None, None)),
+        ({"algorithm": "cispo"}, 0.135e9, (None, 4.0)),
         ({"left_clip_range": 3e-4, "right_clip_range": 4e-4}, 0.135e9, (3e-4, 4e-4)),  # as typed
         ({"left_clip_range": 3e-4}, 0.135e9, (3e-4, None)),  # the other side is then the paper's, too
     ],

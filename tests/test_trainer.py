@@ -17,6 +17,7 @@ from gspo.training.record import GLOSSARY, OPTIONAL
 from gspo.training.rollout_batch import Sample
 from gspo.training.sampling import evaluation_metrics
 from gspo.training.training_run import drop_long_prompts
+from gspo_implementation import ALGORITHMS, group_advantages
 from support.records import lines_of, without_seconds
 from support.sorting import Sort, problems, trainer, weights_of
 
@@ -31,7 +32,7 @@ def test_first_minibatch_never_clips_and_later_ones_do():
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("algorithm", ["gspo", "gspo_token", "grpo"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_one_update_a_batch_has_a_ratio_of_exactly_one(name, dtype, algorithm):
     t = trainer(name, algorithm=algorithm, dtype=dtype, batch_size=2, mini_batch_size=2)
     step = t.train_step(problems(2))
@@ -69,6 +70,58 @@ def test_update_at_1e_6_moves_the_weights_as_a_float64_step_does(dtype, updates_
     assert moved.norm().item() == pytest.approx(expected.norm().item(), rel=0.02)
 
 
+@pytest.mark.parametrize("algorithm", ["sapo", "cispo", "dppo"])
+def test_micro_batches_never_change_the_loss_gradient_or_kl(algorithm):
+    """The mean is over the responses, or over the tokens, of the update; that of the KL over responses."""
+    found = []
+    for tokens in (4096, 1):
+        t = trainer(algorithm=algorithm, mini_batch_size=2, micro_batch_tokens=tokens, kl_coef=0.1, seed=1)
+        t.train_step(problems(4, seed=1))
+        metrics = t.train_step(problems(4))
+        found.append([metrics[name] for name in ("loss", "grad_norm", "kl", "clip_fraction", "ratio_spread")])
+    assert found[1] == pytest.approx(found[0], rel=2e-3, abs=1e-6)
+    assert found[0][2] > 0
+
+
+def test_the_kl_is_a_mean_over_responses_for_every_algorithm():
+    losses = []
+    for algorithm in ("gspo", "cispo"):
+        t = trainer(algorithm=algorithm, kl_coef=0.1)
+        samples = t.collect(problems(4), 0).minibatches()[0]
+        log_probs = [sample.old_log_probs for sample in samples]
+        for sample in samples:
+            sample.advantage, sample.reference_log_probs = 0.0, sample.old_log_probs - 0.3
+        denominator = t.algorithm.denominator(samples)
+        losses.append(t._loss(samples, log_probs, denominator, num_responses=len(samples))[0].item())
+    # r = exp(-.3): r - 1 - log r, at every token
+    assert losses == pytest.approx([0.1 * (math.exp(-0.3) - 1 + 0.3)] * 2, rel=1e-4)
+
+
+def test_noise_that_caps_every_weight_of_cispo_counts_once():
+    """Its cap holds for advantages of either sign."""
+    t = trainer(algorithm="cispo")
+    minibatches = t.collect(problems(4), 0).minibatches()
+    for sample in minibatches[0]:
+        if sample.has_signal:
+            sample.old_log_probs = sample.old_log_probs - 3  # a ratio of 20
+    assert t._null_clip_fraction(minibatches) == 1
+
+
+def test_a_narrow_dppo_range_clips_in_the_trainer():
+    """ratio_spread is in what the range bounds: the probability of a token."""
+    t = trainer(algorithm="dppo", left_clip_range=1e-3, right_clip_range=1e-3, group_size=8)
+    metrics = t.train_step(problems(4))
+    assert metrics["clip_fraction_by_minibatch"][0] == metrics["null_clip_fraction"] == 0
+    assert 0.05 < metrics["clip_fraction_eligible"] < 0.95
+    moved = []
+    batch = t.collect(problems(4, seed=1), 1)
+    t.update(batch)
+    for sample in batch.samples:
+        if sample.ratio_spread is not None:
+            moved.append(sample.ratio_spread)
+    assert max(moved) <= 1 / 1e-3  # a probability cannot move by more than 1
+
+
 @pytest.mark.parametrize("name", ["tiny", "tiny-moe"])
 def test_micro_batches_and_checkpointing_never_change_the_update(name):
     moved, norms = [], []
@@ -95,6 +148,75 @@ def test_temperature_is_that_of_sampling():
     for sample in computed:
         sampled = torch.tensor(sample.rollout.log_probs)
         torch.testing.assert_close(sample.old_log_probs, sampled, rtol=1e-3, atol=1e-3)
+
+
+def test_the_samplers_pi_old_is_the_trainers_to_rounding():
+    """Of equal types; no forward pass is made before the updates, and the first update can clip."""
+    settings = {"group_size": 8, "temperature": 0.8}
+    other, t = trainer(**settings), trainer(pi_old="sampler", **settings)
+    batch, trainers = t.collect(problems(4), 0), other.collect(problems(4), 0)  # 0 has all of the trainer's
+    compared = 0
+    for sample, same in zip(batch.samples, trainers.samples, strict=True):
+        assert sample.rollout == same.rollout
+        assert torch.equal(sample.old_log_probs, torch.tensor(sample.rollout.log_probs))
+        if same.old_log_probs is not None:
+            compared += 1
+            torch.testing.assert_close(sample.old_log_probs, same.old_log_probs, rtol=1e-4, atol=1e-4)
+    assert compared and batch.metrics["null_clip_fraction"] == 0
+    minibatches = []
+    t.forward.all_log_probs = lambda model, asked: minibatches.extend(asked) or []
+    batch = t.collect(problems(4), 1)
+    assert minibatches == []
+    metrics = t.update(batch)
+    with_advantage = sum(sample.num_tokens for sample in batch.samples if sample.advantage)
+    assert metrics["eligible_fraction"] == with_advantage / sum(sample.num_tokens for sample in batch.samples)
+    assert 0 < metrics["sampler_gap"] < 1e-4  # that of the first update, before the weights move
+    first = batch.minibatches()[0]
+    assert all(sample.ratio_spread is not None for sample in first if sample.advantage)
+
+
+@pytest.mark.parametrize("pi_old", ["trainer", "sampler"])
+def test_a_bfloat16_sampler_beside_a_float32_trainer(pi_old):
+    """The gap is that of bfloat16, far above float32's rounding; what it clips by itself is measured."""
+    t = trainer(pi_old=pi_old, rollout_dtype="bfloat16", group_size=8, mismatch_mask=0.02)
+    batch = t.collect(problems(4), 0)
+    own = t.forward.all_log_probs(t.model, batch.minibatches())
+    gaps = torch.cat([log_probs - sample.sampled_log_probs for sample, log_probs in own]).abs()
+    metrics = t.update(batch)
+    assert 1e-3 < gaps.mean() < 3e-2
+    if pi_old == "trainer":
+        assert metrics["sampler_gap"] == pytest.approx(gaps.mean().item(), rel=0.5)
+        assert metrics["sampler_gap_max"] == pytest.approx(gaps.max().item(), rel=1e-3)
+        assert 1e-6 < metrics["sampler_kl"] < 1e-2 and 0 < metrics["sampler_ess"] < 1
+        assert metrics["clip_fraction_by_minibatch"][0] == metrics["null_clip_fraction"] == 0
+    else:
+        assert 1e-3 < metrics["sampler_gap"] < 3e-2
+        assert not {"sampler_kl", "masked_fraction"} & set(metrics)
+        assert metrics["null_clip_fraction"] > 0.5  # of a range of 3e-4 and 4e-4
+        assert metrics["clip_fraction_by_minibatch"][0] > 0.2
+    assert t.evaluate(problems(4)) == t.evaluate(problems(4))
+
+
+def test_shuffled_rewards_stay_in_their_groups_and_evaluations_keep_theirs():
+    def collected(**settings):
+        t = trainer(group_size=8, **settings)
+        batch = t.collect(problems(4), 1)
+        return t, batch, [[sample.reward for sample in group] for group in batch.groups()]
+
+    t, plain, rewards = collected()
+    other, shuffled, permuted = collected(shuffle_rewards=True)
+    responses = [[sample.rollout for sample in batch.samples] for batch in (plain, shuffled)]
+    assert responses[0] == responses[1]
+    assert list(map(sorted, rewards)) == list(map(sorted, permuted)) and rewards != permuted
+    for group in shuffled.groups():  # an advantage belongs to the reward beside it, and not to the response
+        tensor = torch.tensor([sample.reward for sample in group], dtype=torch.float64)
+        assert [sample.advantage for sample in group] == group_advantages(tensor, 8).tolist()
+    same = ("reward_mean", "reward_std", "zero_variance_groups", "groups_all_right", "groups_all_wrong")
+    assert [plain.metrics[name] for name in same] == pytest.approx([shuffled.metrics[name] for name in same])
+    assert collected(shuffle_rewards=True)[2] == permuted != collected(shuffle_rewards=True, seed=1)[2]
+    assert t.evaluate(problems(4)) == other.evaluate(problems(4))
+    for sample in shuffled.samples:  # what belongs to a reward moves with it
+        assert sample.passed == (sample.reward == 1)
 
 
 def test_policy_is_refreshed_every_k_rollout_batches(tmp_path):

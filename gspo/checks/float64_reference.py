@@ -1,4 +1,4 @@
-"""The paper's formulas as slow float64 loops, which share nothing with the code that they check.
+"""The papers' formulas as slow float64 loops, which share nothing with the code that they check.
 
 The tests and validate_gspo.py use them. An entry of ALGORITHMS in gspo_implementation.py names its loss here
 in its field `reference`. A new loss needs a function like `gspo` below.
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 # A loss takes log_probs (B, T), old_log_probs (B, T), advantages (B,) or (B, T), mask (B, T) bool, and the
-# left and right clip range. It returns minus the objective, differentiable in log_probs, and the share of
-# tokens whose clipped branch is in force.
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], tuple[Tensor, float]]
+# left and right clip range, None where it has none. It returns minus the objective, differentiable in
+# log_probs, and the share of tokens that are clipped, which mostly means that they have no gradient.
+Loss = Callable[..., tuple[Tensor, float]]
 # The log-probabilities of a response's tokens, new and old, to the importance ratio of each token.
 Ratios = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 
@@ -55,6 +55,59 @@ def grpo(
         return [torch.exp(p - q) for p, q in zip(new, old, strict=True)]
 
     return _clipped_surrogate(ratios, log_probs, old_log_probs, advantages, mask, left, right)
+
+
+def sapo(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, left: None, right: None
+) -> tuple[Tensor, float]:
+    """SAPO (arXiv 2511.20347): a mean over each response's tokens, then over responses. Nothing clips."""
+    total = 0.0
+    for response in _responses(log_probs, old_log_probs, advantages, mask):
+        for p, q, a in response:
+            tau = 1.0 if a > 0 else 1.05
+            gate = 4 / tau / (1 + torch.exp(-tau * (torch.exp(p - q) - 1)))
+            total = total + gate * a / len(response)
+    return -total / len(mask), 0.0
+
+
+def cispo(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, left: None, right: float
+) -> tuple[Tensor, float]:
+    """CISPO (arXiv 2506.13585): a mean over all tokens. A token whose weight is capped counts as clipped."""
+    total, num_clipped, num_tokens = 0.0, 0, 0
+    for response in _responses(log_probs, old_log_probs, advantages, mask):
+        for p, q, a in response:
+            w = math.exp(p.item() - q.item())
+            total = total + min(w, 1 + right) * a * p
+            num_clipped += w > 1 + right and a != 0
+            num_tokens += 1
+    return -total / num_tokens, num_clipped / num_tokens
+
+
+def dppo(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, left: float, right: float
+) -> tuple[Tensor, float]:
+    """DPPO with the binary total variation (arXiv 2602.04879): a mean over all tokens."""
+    total, num_clipped, num_tokens = 0.0 * log_probs[mask].sum(), 0, 0
+    for response in _responses(log_probs, old_log_probs, advantages, mask):
+        for p, q, a in response:
+            risen = math.exp(p.item()) - math.exp(q.item())
+            is_clipped = (a > 0 and risen > right) or (a < 0 and -risen > left)
+            total = total + (0.0 if is_clipped else torch.exp(p - q) * a)
+            num_clipped += is_clipped
+            num_tokens += 1
+    return -total / num_tokens, num_clipped / num_tokens
+
+
+def _responses(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor
+) -> list[list[tuple[Tensor, Tensor, float]]]:
+    """For each response its tokens, and for each of them log pi, log pi_old and the advantage."""
+    of_tokens = advantages if advantages.dim() == 2 else advantages[:, None].expand(mask.shape)
+    return [
+        [(log_probs[i, t], old_log_probs[i, t], of_tokens[i, t].item()) for t in range(len(row)) if row[t]]
+        for i, row in enumerate(mask)
+    ]
 
 
 def _sequence_ratio(new: list[Tensor], old: list[Tensor]) -> Tensor:
@@ -138,7 +191,7 @@ def updates(
     rewards: Sequence[float | None],
     group_size: int,
     num_updates: int,
-    ranges: tuple[float, float],
+    ranges: tuple[float | None, float | None],
     learning_rate: float,
     max_grad_norm: float,
     temperature: float,

@@ -27,10 +27,18 @@ def loss_of(algorithm: str) -> Callable:
     return ALGORITHMS[algorithm].loss
 
 
-def ranges_of(algorithm: str) -> tuple[float, float]:
-    """The paper's left and right clip range. An algorithm that is not in the paper has those of its entry."""
+def ranges_of(algorithm: str) -> tuple[float | None, float | None]:
+    """The paper's left and right clip range. An algorithm that is not in the paper has those of its entry.
+
+    None: it has none on that side.
+    """
     entry = ALGORITHMS[algorithm]
     return PAPER_CLIP_RANGES.get(algorithm) or (entry.left_clip_range, entry.right_clip_range)
+
+
+def denominator_of(algorithm: str, mask: Tensor) -> int:
+    """The denominator of the loss of an optimizer update with these tokens, (B, T)."""
+    return int(mask.sum()) if ALGORITHMS[algorithm].mean_over == "tokens" else len(mask)
 
 
 def has_reference(algorithm: str) -> bool:
@@ -59,9 +67,11 @@ def example(
     Returns log_probs (B, T) with a gradient, old_log_probs (B, T), advantages (B,), mask (B, T).
     """
     generator = torch.Generator().manual_seed(seed)
-    spread = sum(ranges_of(algorithm))
+    spread = sum(side or 0.0 for side in ranges_of(algorithm)) or 1.0
     if ALGORITHMS[algorithm].clip_unit != "token":
         spread *= 2  # the mean over a response's tokens varies less than they do
+    if ALGORITHMS[algorithm].clips_probability:
+        spread *= 3  # a probability moves less than its logarithm
     old = -torch.rand(rows, width, generator=generator, dtype=dtype) * 3 - 0.1
     log_probs = old + spread * torch.randn(rows, width, generator=generator, dtype=dtype)
     lengths = torch.randint(1, width + 1, (rows,), generator=generator)
@@ -270,13 +280,13 @@ def micro_batches() -> Checks:
         loss_fn, ranges = loss_of(algorithm), ranges_of(algorithm)
         inputs = example(algorithm, seed=8)
         value, gradient = value_and_gradient(loss_fn, *inputs)
-        rows = len(gradient)
+        rows, denominator = len(gradient), denominator_of(algorithm, inputs[-1])
         errors[algorithm] = 0.0
         for size in (1, 2, 5):
             total, gradients = 0.0, []
             for start in range(0, rows, size):
                 part = [x[start : start + size] for x in inputs]
-                part_value, part_gradient = value_and_gradient(loss_fn, *part, *ranges, rows)
+                part_value, part_gradient = value_and_gradient(loss_fn, *part, *ranges, denominator)
                 total += part_value
                 gradients.append(part_gradient)
             errors[algorithm] += abs(total / value - 1) + relative_error(torch.cat(gradients), gradient)

@@ -413,13 +413,14 @@ def _update_errors(
     moved, expected = _weights(trainer.model) - _weights(start), _weights(twin.model) - _weights(start)
     norm = np.mean(twin.grad_norms)
     # The metrics' ratios are those of responses with an advantage: of their tokens, or one for each response.
-    by_response = _clip_ratios(algorithm, twin)
+    by_response = _ratios(algorithm, twin)
     ratios = torch.cat([row for row, a in zip(by_response, twin.advantages, strict=True) if a])
     lowest, highest = ratios.min().item(), ratios.max().item()
+    ranges = [side for side in ranges_of(algorithm) if side is not None]
     spreads = [
-        np.median((row - 1).abs()) / np.mean(ranges_of(algorithm))
-        for row, can_clip in zip(by_response, twin.can_clip, strict=True)
-        if can_clip
+        np.median(row.abs()) / np.mean(ranges)
+        for row, can_clip in zip(_movements(algorithm, twin), twin.can_clip, strict=True)
+        if can_clip and ranges
     ]
     spread = float(np.median(spreads)) if spreads else 0.0
     gap = max(abs(metrics["importance_ratio_min"] - lowest), abs(metrics["importance_ratio_max"] - highest))
@@ -432,23 +433,42 @@ def _update_errors(
     }
 
 
-def _clip_ratios(algorithm: str, twin: reference.Updates) -> list[Tensor]:
-    """The ratios that may clip, for each response: (1,) its own, or (|y|,) those of its tokens."""
+def _ratios(algorithm: str, twin: reference.Updates) -> list[Tensor]:
+    """The importance ratios of each response: (1,) its own, or (|y|,) those of its tokens."""
     per_token = ALGORITHMS[algorithm].clip_unit == "token"
     return [(row if per_token else row.mean()[None]).exp() for row in twin.log_ratios]
 
 
+def _movements(algorithm: str, twin: reference.Updates) -> list[Tensor]:
+    """What the clip ranges bound, (1,) or (|y|,) for each response: s - 1, w - 1, or pi - pi_old."""
+    if ALGORITHMS[algorithm].clips_probability:
+        return [old.exp() * row.expm1() for old, row in zip(twin.old_log_probs, twin.log_ratios, strict=True)]
+    return [ratios - 1 for ratios in _ratios(algorithm, twin)]
+
+
 def _clip_metrics(algorithm: str, twin: reference.Updates) -> tuple[dict[str, float], int]:
-    """The shares of clipped tokens in a rollout batch, and the number of tokens that can clip."""
+    """The shares of clipped tokens in a rollout batch, and the number of tokens that can clip.
+
+    The reference loss of each response alone says how many of its tokens are clipped; with an infinite range
+    on one side, how many on the other.
+    """
     left, right = ranges_of(algorithm)
+    loss = reference_of(algorithm)
     num_left = num_right = num_eligible = 0.0
-    rows = zip(_clip_ratios(algorithm, twin), twin.log_ratios, twin.advantages, twin.can_clip, strict=True)
-    for ratios, log_ratios, advantage, can_clip in rows:
-        if can_clip:
-            num_tokens = len(log_ratios)
-            num_eligible += num_tokens
-            num_left += num_tokens * (ratios < 1 - left).double().mean().item() * (advantage < 0)
-            num_right += num_tokens * (ratios > 1 + right).double().mean().item() * (advantage > 0)
+    rows = zip(twin.old_log_probs, twin.log_ratios, twin.advantages, twin.can_clip, strict=True)
+    for old, log_ratios, advantage, can_clip in rows:
+        if not can_clip or (left is None and right is None):
+            continue
+        num_tokens = len(old)
+        response = old + log_ratios, old, torch.tensor([advantage], dtype=torch.float64)
+        tensors = (
+            *(x.view(1, -1) for x in response[:2]),
+            response[2],
+            torch.ones(1, num_tokens, dtype=torch.bool),
+        )
+        num_eligible += num_tokens
+        num_left += num_tokens * loss(*tensors, left, right and math.inf)[1]
+        num_right += num_tokens * loss(*tensors, left and math.inf, right)[1]
     num_tokens, eligible = sum(map(len, twin.log_ratios)), max(num_eligible, 1)
     shares = {
         "clip_fraction": (num_left + num_right) / num_tokens,

@@ -1,4 +1,4 @@
-"""Sample from vLLM servers, which have a copy of the policy. pi_old is the trainer's all the same.
+"""Sample from vLLM servers, which have a copy of the policy. pi_old is the trainer's by default all the same.
 
 Every request states the whole distribution, so that nothing comes from the model's generation config.
 

@@ -67,6 +67,11 @@ class RunRecord:
         is_evaluated = any(evaluation["step"] == self.step for evaluation in self.evaluations)
         return is_evaluated and drawn >= self.setting("num_epochs") * problems
 
+    @property
+    def clips_per_token(self) -> bool:
+        """As in warnings_of(); runs before config.json said so had GRPO alone."""
+        return bool(self.config.get("clips_per_token", self.config.get("algorithm") == "grpo"))
+
     def setting(self, name: str) -> float:
         """A number of the configuration; 0 if it is missing or not a number."""
         value = self.config.get(name)
@@ -79,7 +84,7 @@ class RunRecord:
     @cached_property
     def alarms(self) -> list[Alarm]:
         """The warnings of the run, in the order of their first rollout batches, and the emergency stop."""
-        rule = partial(warnings_of, clips_per_token=self.config.get("algorithm") == "grpo")
+        rule = partial(warnings_of, clips_per_token=self.clips_per_token)
         found = _raised(self.metrics, rule)
         found += _raised(self.evaluations, lambda evaluations: {"held-out": held_out_fall(evaluations)})
         found.sort(key=lambda alarm: alarm.first)

@@ -219,6 +219,8 @@ def collapse(run: RunRecord) -> int | None:
 
 def one_update(run: RunRecord) -> bool:
     """True if one update is made per rollout batch, by the settings, so that nothing can clip."""
+    if run.config.get("pi_old") == "sampler":  # whose rounding alone may leave the clip range
+        return False
     sampled = run.setting("batch_size") * run.setting("update_frequency")
     return 0 < sampled <= run.setting("mini_batch_size")
 
@@ -236,7 +238,7 @@ def clipping(run: RunRecord) -> list[str]:
     share = sum(batch["clip_fraction_eligible"] * batch["eligible_fraction"] for batch in can_clip) / eligible
     low, high = CLIP_BAND
     place = "below" if share < low else "above" if share > high else "within"
-    usual = "" if run.config.get("algorithm") == "grpo" else f" ({place} the usual {low:g} to {high:g})"
+    usual = "" if run.clips_per_token else f" ({place} the usual {low:g} to {high:g})"
     lowest = min(batch["importance_ratio_min"] for batch in can_clip)
     highest = max(batch["importance_ratio_max"] for batch in can_clip)
     what = f"Of the tokens that can clip, {share:.2g} were clipped{usual}"

@@ -5,6 +5,7 @@ not import torch, so that --help and a mistyped flag are answered at once.
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -130,19 +131,32 @@ class GSPOConfig:
     left_clip_range: float | None = flag(
         None,
         "objective",
-        "clip ratios below 1 - this (default: the algorithm's; if neither is given, GSPO takes 20 times "
-        "it for models under 0.5B)",
+        "clip ratios below 1 - this; docs/algorithms.md says what it means for each algorithm (default: the "
+        "algorithm's; if neither is given, GSPO takes 20 times it for models under 0.5B)",
         positive=True,
     )
     right_clip_range: float | None = flag(
         None,
         "objective",
-        "clip ratios above 1 + this (default: the algorithm's; if neither is given, GSPO takes 20 times "
-        "it for models under 0.5B)",
+        "clip ratios above 1 + this, in the same way",
         positive=True,
+    )
+    pi_old: str = flag(
+        "trainer",
+        "objective",
+        "whose log-probabilities are log pi_old: the trainer's, computed before the updates, or the "
+        "sampler's, which saves that pass and lets the difference of the two into the ratio",
+        ("trainer", "sampler"),
     )
     kl_coef: float = flag(
         0.0, "objective", "weight of a KL penalty to the starting model; the paper has none", at_least=0
+    )
+
+    shuffle_rewards: bool = flag(
+        False,
+        "objective",
+        "a control: shuffle each group's rewards among its responses, so that nothing can be learnt from "
+        "them; evaluations keep theirs",
     )
 
     num_epochs: int = flag(1, "training", "passes over the training problems", at_least=1)
@@ -218,14 +232,20 @@ class GSPOConfig:
         "engine that samples: the policy in this process, or vLLM servers, which are fast",
         ("transformers", "vllm"),
     )
+    rollout_dtype: str = flag(
+        "auto",
+        "sampling",
+        "type in which the policy itself samples, in training and evaluations; auto: --dtype",
+        ("auto", "bfloat16"),
+    )
     vllm_url: str | None = flag(
         None, "sampling", "URLs of vLLM servers, with commas (default: the run starts one beside itself)"
     )
     mismatch_mask: float = flag(
         0.01,
         "sampling",
-        "with vllm: a response gets no gradient if its mean log-probability per token, in nats, differs by "
-        "more between sampler and trainer",
+        "with vllm or --rollout_dtype: a response gets no gradient if its mean log-probability per token, in "
+        "nats, differs by more between sampler and trainer",
         positive=True,
     )
 
@@ -318,6 +338,10 @@ class GSPOConfig:
                     f"--log_to {name}: it is not installed; python -m pip install {name}, or leave it out "
                     "(--log_to '' where a resumed run has it)"
                 )
+        if self.rollout_dtype != "auto" and self.rollout_engine == "vllm":
+            raise ValueError(
+                "--rollout_dtype is for --rollout_engine transformers; vLLM servers sample in --dtype"
+            )
         if self.vllm_urls and self.rollout_engine != "vllm":
             raise ValueError(f"--vllm_url {self.vllm_url} goes with --rollout_engine vllm")
         for url in self.vllm_urls:
@@ -330,10 +354,15 @@ class GSPOConfig:
         return "lora" if self.lora_rank else self.optimizer
 
     @property
+    def sampling_dtype(self) -> str:
+        """The type in which the policy itself samples, once --dtype is decided."""
+        return self.dtype if self.rollout_dtype == "auto" else self.rollout_dtype
+
+    @property
     def mean_clip_range(self) -> float:
-        """The mean of the left and the right clip range, once they are decided."""
-        assert self.left_clip_range is not None and self.right_clip_range is not None
-        return (self.left_clip_range + self.right_clip_range) / 2
+        """The mean of the clip ranges that the algorithm has, once they are decided; inf if it has none."""
+        ranges = [side for side in (self.left_clip_range, self.right_clip_range) if side is not None]
+        return sum(ranges) / len(ranges) if ranges else math.inf
 
     @property
     def vllm_urls(self) -> list[str]:

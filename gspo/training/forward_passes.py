@@ -168,6 +168,11 @@ def compute_type(config: GSPOConfig, device_type: str) -> torch.autocast:
     return torch.autocast(device_type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
+def sampling_type(config: GSPOConfig, device_type: str) -> torch.autocast:
+    """The same for sampling with the policy itself, which may be coarser (--rollout_dtype)."""
+    return torch.autocast(device_type, torch.bfloat16, enabled=config.sampling_dtype == "bfloat16")
+
+
 def to_cpu(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Detached tensors (|y|,) on the CPU, in one transfer."""
     return list(torch.cat([row.detach() for row in rows]).cpu().split([len(row) for row in rows]))

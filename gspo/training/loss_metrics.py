@@ -11,7 +11,8 @@ import torch
 METRIC_SUMS = (
     "sequences", "clipped_sequences",
     "tokens", "clipped_tokens", "eligible_tokens", "eligible_left_tokens", "eligible_right_tokens",
-    "ratios", "ratio_deviations", "ratio_deviations_squared", "loss_sum", "kl_sum", "sampler_gap_sum",
+    "ratios", "ratio_deviations", "ratio_deviations_squared", "loss_sum", "kl_sum",
+    "sampler_gap_sum", "sampler_gap_responses",
 )  # fmt: skip
 
 
@@ -107,7 +108,8 @@ def pool_metrics(parts: Iterable[dict[str, float]], num_sequences: int, num_toke
     """The metrics of a whole from those of its parts: micro-batches, updates, processes.
 
     Args:
-        parts: what loss_metrics() returned for each, with loss_sum, sampler_gap_sum and perhaps kl_sum.
+        parts: what loss_metrics() returned for each, with loss_sum, the sums of the sampler's gap and
+            perhaps kl_sum.
         num_sequences, num_tokens: those of the whole. It may have sequences without a signal, which are in no
             part: they add 0 to the loss and cannot clip. They have no KL either, and stay out of its mean.
     """
@@ -120,7 +122,7 @@ def pool_metrics(parts: Iterable[dict[str, float]], num_sequences: int, num_toke
     highest = max((part["importance_ratio_max"] for part in parts), default=1.0)
     metrics = {"loss": sums["loss_sum"] / num_sequences}
     metrics |= _with_averages(sums, lowest, highest, num_sequences, num_tokens)
-    metrics["sampler_gap"] = sums["sampler_gap_sum"] / max(sums["sequences"], 1)
+    metrics["sampler_gap"] = sums["sampler_gap_sum"] / max(sums["sampler_gap_responses"], 1)
     if has_kl:
         metrics["kl"] = sums["kl_sum"] / max(sums["sequences"], 1)
     return metrics
@@ -133,6 +135,11 @@ def none_eligible(part: dict[str, float]) -> dict[str, float]:
     clip_fraction, and not among those that can clip.
     """
     return part | {"eligible_tokens": 0, "eligible_left_tokens": 0, "eligible_right_tokens": 0}
+
+
+def without_gap(part: dict[str, float]) -> dict[str, float]:
+    """The metrics of a part of an update in which the sampler's gap cannot be told from what was learnt."""
+    return part | {"sampler_gap_sum": 0, "sampler_gap_responses": 0}
 
 
 def without_sums(metrics: dict[str, float]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from gspo.policy.rollout import MAX_ROWS, draw_tokens, evaluation_mode
 from gspo.policy.sharded_model import call
 from gspo.policy.vllm_process import server_bytes
 from gspo.training.config import GSPOConfig
-from gspo.training.forward_passes import compute_type
+from gspo.training.forward_passes import compute_type, sampling_type
 from gspo.training.hardware import Machine
 from gspo.training.living_memory import LivingMemory
 from gspo.training.loss_metrics import unread_metrics
@@ -323,9 +323,8 @@ def backward(
     values = pad_sequence(log_probs, batch_first=True)  # (B, T)
     mask = torch.ones_like(values, dtype=torch.bool)
     advantages = torch.ones_like(values[:, 0])
-    clip_ranges = config.left_clip_range or 1.0, config.right_clip_range or 1.0
     with unread_metrics():
-        objective, _ = loss(values, values.detach(), advantages, mask, *clip_ranges, len(prompts))
+        objective, _ = loss(values, values.detach(), advantages, mask, denominator=len(prompts))
     objective.backward()
 
 
@@ -335,7 +334,7 @@ def sample(weights: TrainedWeights, config: GSPOConfig) -> list[torch.Tensor]:
     prompt = [0] * (config.max_length - 1)
     num_prompts = -(-(config.rollout_rows or MAX_ROWS) // group_size)
     device_type = weights.parameters[0].device.type
-    with evaluation_mode(model), torch.no_grad(), compute_type(config, device_type):
+    with evaluation_mode(model), torch.no_grad(), sampling_type(config, device_type):
         logits, cache, mask = prefill(model, [prompt] * num_prompts, group_size, max_new_tokens=1)
         uniform = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)  # (B,)
         token, _ = draw_tokens(logits, config.temperature, uniform)

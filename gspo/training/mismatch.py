@@ -1,9 +1,9 @@
-"""How far the sampler's distribution mu is from pi_old, where another program samples; and what is masked.
+"""How far the sampler's distribution mu is from pi_old, where the two differ; and what is masked.
 
-pi_old is the trainer's, in every ratio. A response whose tokens mu finds more or less probable than pi_old
-does, on average by more than a bound, was not sampled from pi_old for GSPO's purposes: its clip range is
-narrower than that. It gets no gradient and stays in the denominator. There is no weight pi_old / mu: over a
-response of many tokens it is 0 or enormous.
+pi_old is the trainer's here: with --pi_old sampler there is nothing to compare and to mask. A response whose
+tokens mu finds more or less probable than pi_old does, on average by more than a bound, was not sampled from
+pi_old for GSPO's purposes: its clip range is narrower than that. It gets no gradient and stays in the
+denominator. There is no weight pi_old / mu: over a response of many tokens it is 0 or enormous.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,15 @@ def mismatch(samples: Sequence[Sample], bound: float) -> dict[str, float]:
     """Mask the samples whose mean of log pi_old - log mu is further than `bound` from 0, in nats per token.
 
     Args:
-        samples: responses with log pi_old.
+        samples: responses with log pi_old; without any, there are no metrics.
 
     Returns:
         Metrics, of all of them: the largest gap of a token, the k3 estimate of KL(mu || pi_old) per token,
         the effective sample size of the weights pi_old / mu as a share of the responses, and the share that
         is masked (record.GLOSSARY).
     """
+    if not samples:
+        return {}
     gaps = [sample.old_log_probs - torch.tensor(sample.rollout.log_probs) for sample in samples]  # (|y|,)
     tokens = torch.cat(gaps).double()
     means = torch.stack([gap.mean() for gap in gaps])

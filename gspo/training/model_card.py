@@ -15,7 +15,7 @@ tags: [{config.algorithm}]
 # {config.model_name}, trained with {config.algorithm}
 
 - base model: {config.model_name}. Its licence holds for this one, too.
-- algorithm: {config.algorithm}, clip range {config.left_clip_range:g} left and {config.right_clip_range:g} right,
+- algorithm: {config.algorithm}, clip range {clip_range},
   learning rate {config.learning_rate:g}, KL coefficient {config.kl_coef:g}
 - trained: {trained}
 - data: {source}, {trained_on} problems
@@ -44,9 +44,12 @@ def model_card(
         trained_on, held_out: how many problems there are.
         evaluations: lines of eval.jsonl: the first before training, the last of this model.
     """
+    sides = {"left": config.left_clip_range, "right": config.right_clip_range}
+    clip_range = " and ".join(f"{value:g} {side}" for side, value in sides.items() if value is not None)
     low, high = evaluations[-1]["interval_95"]
     return CARD.format(
         config=config,
+        clip_range=clip_range or "none",
         trained=TRAINED[config.method].format(config=config),
         source=source,
         trained_on=trained_on,

@@ -92,10 +92,11 @@ def estimate_pace(
 
     tokens = -(-config.batch_size // processes) * group_tokens
     updates = config.updates_for(config.batch_size)
+    of_trainer = config.pi_old == "trainer"  # else there are no passes before the updates
     return Pace(
         sampling=sampling(config.batch_size, config.group_size),
         # The first minibatch needs no pass of its own.
-        log_probs=tokens * whole["a token's log-probability"] * (updates - 1) / updates,
+        log_probs=tokens * whole["a token's log-probability"] * (updates - 1) / updates * of_trainer,
         updates=tokens * whole["a token's update"] + updates * whole["a step"],
         evaluation=sampling(config.num_eval_samples, config.eval_samples or config.group_size),
     )

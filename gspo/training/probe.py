@@ -46,9 +46,9 @@ class Passes:
     """What the passes through the model over one minibatch showed, of which no update was made.
 
     null_clip_fraction: as in record.GLOSSARY.
-    noise_spread, noise_max: root mean square and largest of the log-ratios between a pass without gradients,
-        as for pi_old, and one with them, at the same weights; in units of the mean clip range, per response
-        (GRPO: per token).
+    noise_spread, noise_max: root mean square and largest movement (Algorithm.movement) between pi_old, which
+        a pass without gradients or the sampler gives, and a pass with them, at the same weights; in units of
+        the mean clip range.
     log_prob_s, update_s: seconds per response token of a forward pass, and of a forward and backward pass.
     """
 
@@ -148,7 +148,7 @@ def measure_passes(trainer: Any, samples: Sequence[Sample]) -> Passes:
     ]
     num_tokens = sum(sample.num_tokens for sample in minibatch)
     for sample, log_probs in trainer.forward.all_log_probs(trainer.model, [minibatch]):
-        sample.old_log_probs = log_probs
+        sample.old_log_probs = sample.sampled_log_probs if config.pi_old == "sampler" else log_probs
     if trainer.config.kl_coef:
         with trainer.weights.starting_model() as reference:
             pairs = trainer.forward.all_log_probs(reference, [minibatch])
@@ -161,11 +161,12 @@ def measure_passes(trainer: Any, samples: Sequence[Sample]) -> Passes:
     _, computed = trainer.forward.retry(lambda: trainer._backward(minibatch), minibatch)
     update_s = time.perf_counter() - started
     trainer.optimizer.zero_grad()
-    log_ratios = []
+    moved = []
     for row, log_probs in processes.gather(computed):
-        log_ratio = log_probs - minibatch[row].old_log_probs  # (|y|,)
-        log_ratios.append(log_ratio if trainer.clips_per_token else log_ratio.mean(dim=0, keepdim=True))
-    in_clip_ranges = torch.cat(log_ratios) / config.mean_clip_range
+        old_log_probs = minibatch[row].old_log_probs
+        assert old_log_probs is not None
+        moved.append(trainer.algorithm.movement(log_probs, old_log_probs))  # (1,) or (|y|,)
+    in_clip_ranges = torch.cat(moved) / config.mean_clip_range
     return Passes(
         null_clip_fraction,
         in_clip_ranges.square().mean().sqrt().item(),
@@ -188,7 +189,8 @@ def run_seconds(
     tokens = has_gradient * responses * figures.tokens_mean
     # The first update after pi_old is refreshed needs no log-probabilities beforehand.
     num_windows = math.ceil(num_batches / config.update_frequency)
-    passes_before = 1 - num_windows / num_updates + (config.kl_coef > 0)
+    passes_before = 0.0 if config.pi_old == "sampler" else 1 - num_windows / num_updates
+    passes_before += config.kl_coef > 0
     evaluations = 2 + ((num_batches - 1) // config.eval_frequency if config.eval_frequency else 0)
     eval_responses = evaluations * num_eval * (config.eval_samples or config.group_size)
     return {

@@ -17,11 +17,18 @@ from gspo.training.whole_folders import remove, saving, write_whole
 
 # What is logged for each rollout batch: name to (unit, meaning and reduction).
 GLOSSARY = {
-    "loss": ("-", "minus the objective, mean over all responses, each as its own update computed it"),
-    "clip_fraction": ("share", "response tokens whose clipped branch is in force, of all in the batch"),
+    "loss": (
+        "-",
+        "minus the objective, mean over the updates, each weighted by its responses; those in none add 0",
+    ),
+    "clip_fraction": (
+        "share",
+        "response tokens whose clipped branch is in force (cispo: with a capped weight), of all in the batch",
+    ),
     "clip_fraction_eligible": (
         "share",
-        "the same, of the tokens that can clip: in responses with an advantage, after the first update",
+        "the same, of the tokens that can clip: in responses with an advantage, after the first update "
+        "(with --pi_old sampler: in all updates)",
     ),
     "clip_fraction_left": ("share", "the part of clip_fraction_eligible with a ratio below the clip range"),
     "clip_fraction_right": ("share", "the part of clip_fraction_eligible with a ratio above the clip range"),
@@ -29,12 +36,13 @@ GLOSSARY = {
     "clip_fraction_sequences": ("share", "responses with a clipped token, of all responses in the batch"),
     "clip_fraction_by_minibatch": (
         "share",
-        "clip_fraction of each update that had a group with a signal; 0 for the first one after sampling",
+        "clip_fraction of each update that had a group with a signal; 0 for the first one after sampling, "
+        "unless pi_old is the sampler's",
     ),
     "ratio_spread": (
         "clip ranges",
         "median |s - 1| of the responses that can clip, in units of the mean of the left and the right clip "
-        "range (GRPO: each response's median |w - 1|); 0 if none can",
+        "range (grpo, cispo: each response's median |w - 1|; dppo: |pi - pi_old|); 0 if none can",
     ),
     "updates_without_signal": (
         "count",
@@ -43,11 +51,11 @@ GLOSSARY = {
     "null_clip_fraction": (
         "share",
         "tokens outside the clip range if log-probabilities are computed twice with the same weights; on the "
-        "first rollout batch and on the one after each evaluation",
+        "first rollout batch and on the one after each evaluation (--pi_old sampler: by sampler and trainer)",
     ),
     "importance_ratio_mean": (
         "-",
-        "mean ratio to pi_old, over the responses (GRPO: tokens) that have a signal; 1 if none has",
+        "mean ratio to pi_old, over the responses (all but GSPO: tokens) that have a signal; 1 if none has",
     ),
     "importance_ratio_std": ("-", "standard deviation of these ratios"),
     "importance_ratio_min": ("-", "smallest of these ratios"),
@@ -73,23 +81,24 @@ GLOSSARY = {
     "entropy": ("nats per token", "minus the mean log-probability of the sampled tokens"),
     "sampler_gap": (
         "nats per token",
-        "mean absolute difference between the sampler's log-probabilities and pi_old's, over the responses "
-        "that have a signal",
+        "mean absolute difference between the log-probabilities of sampler and trainer with the weights that "
+        "sampled, over the responses that have a signal (--pi_old sampler: those in the first update after "
+        "sampling; 0 if there is none)",
     ),
-    "sampler_gap_max": ("nats", "largest absolute difference of a token's; with --rollout_engine vllm"),
+    "sampler_gap_max": ("nats", "largest absolute difference of a token's; with vllm or --rollout_dtype"),
     "sampler_kl": (
         "nats per token",
-        "estimated KL (k3) of the sampler to pi_old, over the same responses; with --rollout_engine vllm",
+        "estimated KL (k3) of the sampler to pi_old, over the same responses; with vllm or --rollout_dtype",
     ),
     "sampler_ess": (
         "share",
         "effective sample size of the weights pi_old / sampler of these responses, as a share of them: 1 if "
-        "the two are the same; with --rollout_engine vllm",
+        "the two are the same; with vllm or --rollout_dtype",
     ),
     "masked_fraction": (
         "share",
         "these responses whose mean log-probability per token differs by more than --mismatch_mask between "
-        "sampler and pi_old: they get no gradient; with --rollout_engine vllm",
+        "sampler and pi_old: they get no gradient; with vllm or --rollout_dtype",
     ),
     "kl": ("nats per token", "estimated KL to the starting model; logged with a kl_coef"),
     "grad_norm": ("-", "gradient norm before clipping, mean over the updates that had a group with a signal"),

@@ -1,6 +1,6 @@
 """A rollout batch: its responses, what they earned, and how far its updates have come."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +12,8 @@ from gspo.training.alarms import repetition, unreadable_characters
 from gspo.training.hardware import peak_memory_gb
 from gspo.training.loss_metrics import pool_metrics, without_sums
 
+# The log-probabilities of a response, now and before, (|y|,), to how far it has moved (Algorithm.movement).
+Movement = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # Metrics of a reward's named parts begin with this.
 PART_PREFIX = "reward_part/"
 
@@ -29,9 +31,11 @@ class Sample:
     masked: True if it has no part in the gradient because sampler and trainer differ too much on it. It stays
         in the forward passes, whose shapes must not change, and in the denominator.
     old_log_probs: (|y|,) float32 on the CPU, log pi_old of the response's tokens; None until it is computed.
+        With --pi_old sampler, these are the sampler's own.
     reference_log_probs: (|y|,) the same under the starting model; None without a KL penalty.
-    ratio_spread: |s - 1| in its update, in units of the mean clip range (GRPO: the median over its tokens);
-        None if it has no advantage, or if the policy still was pi_old.
+    ratio_spread: |s - 1| in its update, in units of the mean clip range (with clipping per token: the median
+        over its tokens of what the range bounds); None if it has no advantage, or if the policy still was
+        pi_old.
 
     Example, of a response of three tokens in a group of four with rewards 1, 0, 0, 0:
 
@@ -60,26 +64,31 @@ class Sample:
         """The advantage that the loss sees."""
         return 0.0 if self.masked else self.advantage
 
-    def sampler_gap(self, log_probs: torch.Tensor) -> float:
-        """Mean distance, in nats per token, between the sampler's log-probabilities and those of pi_old.
+    @property
+    def sampled_log_probs(self) -> torch.Tensor:
+        """(|y|,) float32: the sampler's log-probabilities, under the distribution that it sampled from."""
+        return torch.tensor(self.rollout.log_probs)
 
-        log_probs: (|y|,) under the present policy, which is pi_old if there are no others yet.
+    def sampler_gap(self, log_probs: torch.Tensor, pi_old: str) -> float:
+        """Mean distance, in nats per token, between the log-probabilities of sampler and trainer.
+
+        log_probs: (|y|,) under the present policy. It is compared if pi_old is "sampler", or not known yet;
+            else the trainer's pi_old is.
         """
-        old = log_probs if self.old_log_probs is None else self.old_log_probs
-        return (torch.tensor(self.rollout.log_probs) - old).abs().mean().item()
+        is_trainers = pi_old == "trainer" and self.old_log_probs is not None
+        trainers = self.old_log_probs if is_trainers else log_probs
+        return (self.sampled_log_probs - trainers).abs().mean().item()
 
-    def note_ratio(self, log_probs: torch.Tensor, mean_range: float, per_token: bool) -> None:
+    def note_ratio(self, log_probs: torch.Tensor, mean_range: float, movement: Movement) -> None:
         """Set ratio_spread from the present log-probabilities (|y|,), if the sample has an advantage.
 
-        mean_range: the mean of the left and the right clip range. per_token: as in GRPO.
+        mean_range: the mean of the left and the right clip range. movement: that of the Algorithm.
         """
         if not self.trained_advantage:
             return
-        log_ratio = log_probs - self.old_log_probs  # (|y|,)
-        if not per_token:
-            log_ratio = log_ratio.mean(dim=0, keepdim=True)
-        deviations = (log_ratio.exp() - 1).abs()
-        self.ratio_spread = float(np.median(deviations.numpy())) / mean_range
+        assert self.old_log_probs is not None
+        moved = movement(log_probs, self.old_log_probs).abs()  # (1,) or (|y|,)
+        self.ratio_spread = float(np.median(moved.numpy())) / mean_range
 
     def record(self) -> dict:
         """The sample as plain data, for a person to read."""

@@ -5,7 +5,7 @@ A new version of the weights is loaded before anything is sampled from it, and c
 
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,8 @@ from gspo.training.trained_weights import TrainedWeights
 from gspo.training.weights_folder import WeightsFolder
 from gspo.training.whole_folders import saving
 
+# Compares samples of a rollout batch with log pi_old, and may mask some. Returns metrics.
+Comparison = Callable[[Sequence[Sample]], dict[str, float]]
 # Bytes of AdamW's moments per trained parameter, by way of training. They are made in the first update, when
 # a server on the same GPU has its memory already.
 MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2.1, "lora": 8}
@@ -57,6 +59,23 @@ def rollout_engine(
         return ServerRollouts(config, weights, tokenizer, processes)
     engine = ShardedEngine if is_sharded(weights.model) else TransformersEngine
     return engine(weights.model, tokenizer, config.rollout_rows or MAX_ROWS)
+
+
+def comparison(engine: Any, config: GSPOConfig) -> Comparison | None:
+    """How to compare the sampler's log-probabilities with pi_old's; None if there is nothing to compare.
+
+    Sampler and trainer are the same policy in the same arithmetic, or pi_old is the sampler's.
+    """
+    if config.pi_old == "sampler":
+        return None
+    if config.sampling_dtype != config.dtype:
+        return lambda samples: mismatch(with_pi_old(samples), config.mismatch_mask)
+    return getattr(engine, "compare", None)
+
+
+def with_pi_old(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples that have log pi_old."""
+    return [sample for sample in samples if sample.old_log_probs is not None]
 
 
 class ShardedEngine(TransformersEngine):

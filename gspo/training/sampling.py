@@ -22,6 +22,8 @@ Generate = Callable[[Sequence, int], list[Rollout]]
 RewardFn = Callable[[list, list[str]], Sequence[float | dict[str, float] | None]]
 # What eval_samples.jsonl keeps of an evaluation: problems, responses to each, and characters of each text.
 EVAL_PROBLEMS_KEPT, EVAL_RESPONSES_KEPT, EVAL_CHARACTERS_KEPT = 100, 4, 4000
+# The responses of a group have the streams 0, 1, ... of a seed (gspo/policy/rollout.py).
+SHUFFLE_STREAM = 2**32 - 1
 # A sum of parts that should reach the pass threshold may miss it by a rounding error.
 THRESHOLD_TOLERANCE = 1e-9
 
@@ -87,6 +89,23 @@ def sample_and_reward(
             sample.passed = sample.reward >= pass_threshold - THRESHOLD_TOLERANCE
         samples.append(sample)
     return samples, metrics
+
+
+def shuffle_rewards(samples: Sequence[Sample], group_size: int, seed: int) -> None:
+    """Permute the rewards of each group at random among its responses, with what belongs to them: a control.
+
+    The rewards of a group stay what they are, so that all figures about rewards stay.
+
+    Args:
+        samples: groups contiguous.
+        seed: of the permutations; the responses' own random streams may have the same.
+    """
+    generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(SHUFFLE_STREAM,)))
+    for start in range(0, len(samples), group_size):
+        group = samples[start : start + group_size]
+        earned = [(sample.reward, sample.passed, sample.parts) for sample in group]
+        for sample, place in zip(group, generator.permutation(len(group)), strict=True):
+            sample.reward, sample.passed, sample.parts = earned[place]
 
 
 def evaluation_metrics(samples: Sequence[Sample], group_size: int) -> dict:

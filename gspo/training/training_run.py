@@ -409,6 +409,7 @@ class TrainingRun:
                 "train_problems": len(self.train_problems),
                 "eval_problems": len(self.eval_problems),
             },
+            "clips_per_token": self.trainer.clips_per_token,  # for the report, which reads no algorithm
             "reward_function": describe_function(self.trainer.reward_fn),
         }
         self._opened.begin(described)

@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 
@@ -126,9 +126,7 @@ def test_no_check_of_a_model_fails_without_a_fault():
 
 def added(monkeypatch, loss: Callable, reference: str | None) -> list[str]:
     """Names of the checks of losses that fail when ALGORITHMS has this loss, too, with GRPO's settings."""
-    grpo = loss_checks.ALGORITHMS["grpo"]
-    settings = {name: getattr(grpo, name) for name in ("clip_unit", "left_clip_range", "right_clip_range")}
-    entry = SimpleNamespace(**settings, loss=loss, reference=reference)
+    entry = replace(loss_checks.ALGORITHMS["grpo"], loss=loss, reference=reference)
     monkeypatch.setitem(loss_checks.ALGORITHMS, "new", entry)
     part = Part("Losses", "")
     for checks in loss_checks.CHECKS:

@@ -11,7 +11,7 @@ import pytest
 from gspo.report.curves import draw_curves
 from gspo.report.page import write_page
 from gspo.report.run_record import read_run
-from gspo.report.verdict import verdict
+from gspo.report.verdict import one_update, verdict
 from support import ROOT
 
 RECORDS = ROOT / "tests" / "report" / "records"
@@ -198,3 +198,11 @@ def test_what_is_damaged_is_said(copy_of):
     assert run.damage == [
         "metrics.jsonl, line 5: not valid JSON; the file is damaged; what follows is left out"
     ]
+
+
+def test_token_clipping_and_the_samplers_pi_old_are_read_from_the_configuration():
+    run = read_run(RECORDS / "one_update")
+    assert one_update(run) and not run.clips_per_token
+    assert not one_update(replace(run, config=run.config | {"pi_old": "sampler"}))
+    assert replace(run, config=run.config | {"algorithm": "cispo", "clips_per_token": True}).clips_per_token
+    assert replace(run, config=run.config | {"algorithm": "grpo"}).clips_per_token  # before it was recorded

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 
 DYNAMIC = ["--dynamic_sampling", "--batch_size", "2", "--mini_batch_size", "1", "--group_size", "2"]
+DYNAMIC += ["--shuffle_rewards", "--algorithm", "cispo"]  # permutations and tokens are those of all processes
 SHARDS = ["--shard", "full"]
 
 
