@@ -144,6 +144,12 @@ class GSPOConfig:
     kl_coef: float = flag(
         0.0, "objective", "weight of a KL penalty to the starting model; the paper has none", at_least=0
     )
+    routing_replay: bool = flag(
+        False,
+        "objective",
+        "of a mixture of experts: compute the policy with the experts that pi_old chose; GRPO needs it, GSPO "
+        "does not",
+    )
 
     num_epochs: int = flag(1, "training", "passes over the training problems", at_least=1)
     batch_size: int = flag(4, "training", "queries per rollout batch", at_least=1)
