@@ -448,12 +448,12 @@ class GSPOTrainer:
         self.processes = Processes(str(config.device))
         refuse_idle_processes(config, self.processes.count)
         self.stop = StopRequest(self.processes)
-        self.forward = ForwardPasses(config, self.processes)
         if config.device == "cpu":
             prepare_cpu()
         sharding = self.processes.sharding() if config.shard == "full" else None
         self.weights = trained_weights(model, config, self.processes.device, sharding)
         self.model, self.optimizer = self.weights.model, self.weights.optimizer
+        self.forward = ForwardPasses(config, self.processes, self.model)
         self.tokenizer = tokenizer
         self.reward_fn = reward_fn
         self.engine = engine or rollout_engine(config, self.weights, tokenizer, self.processes)
@@ -546,7 +546,7 @@ class GSPOTrainer:
             needed = []
             for sample in batch.samples:
                 sample.old_log_probs = sample.sampled_log_probs
-        for sample, log_probs in self.forward.all_log_probs(self.model, needed):
+        for sample, log_probs in self.forward.old_log_probs(self.model, needed, measures_noise):
             sample.old_log_probs = log_probs
         if compare:
             metrics |= compare(batch.samples)
@@ -672,12 +672,12 @@ class GSPOTrainer:
                 self.forward.empty_pass(self.model).backward()
                 continue
             chosen = [samples[row] for row in rows]
-            log_probs = self.forward.log_probs(self.model, chosen)
+            log_probs, routing = self.forward.updated_log_probs(self.model, chosen)
             with unread_metrics():
                 loss, unread = self._loss(chosen, log_probs, denominator, num_responses=len(samples))
             loss.backward()
-            loss_sum = loss.detach().double() * len(samples)
-            passes.append((rows, [values.detach() for values in log_probs], unread | {"loss_sum": loss_sum}))
+            unread |= routing | {"loss_sum": loss.detach().double() * len(samples)}
+            passes.append((rows, [values.detach() for values in log_probs], unread))
         # A GPU is waited for from here on, when it has all its work.
         parts: list[dict] = []
         computed: list[tuple[int, torch.Tensor]] = []

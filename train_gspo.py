@@ -200,6 +200,7 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
     """
     import torch
 
+    from gspo.policy.expert_routing import refuse_dense
     from gspo.policy.known_models import EMBEDDED_NAME
     from gspo.policy.model_loader import count_parameters
     from gspo.training.hardware import choose_device, choose_dtype, machine_for
@@ -239,6 +240,8 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
         print(f"model: {model_name} ({'the one for CPUs' if config.device == 'cpu' else 'no GPU found'})")
     shapes = config_of_model(replace(config, model_name=model_name))
     refuse_long_rows(shapes, config.max_length)
+    if config.routing_replay:
+        refuse_dense(shapes)
     num_parameters = count_parameters(shapes, config.trust_remote_code)
     chosen = for_model(model_name, num_parameters)
     if device == "cuda" and not plan:
@@ -416,7 +419,7 @@ def describe_objective(config: GSPOConfig) -> str:
         )
     elif not algorithm.clips:
         sentences.append(
-            "The first update sees a ratio of exactly 1, the others before pi_old is refreshed do not."
+            "The first update sees a ratio of exactly 1; those after it, of the same pi_old, do not."
         )
     else:
         sentences.append(
@@ -425,6 +428,8 @@ def describe_objective(config: GSPOConfig) -> str:
         )
     if algorithm.clip_unit == "response" and (updates_per_pi_old > 1 or config.pi_old == "sampler"):
         sentences += clip_range_advice(config)
+    if config.routing_replay:
+        sentences.append("Routing Replay: the policy is computed with the experts that pi_old chose.")
     return " ".join(sentences)
 
 

@@ -63,5 +63,6 @@ def _spread(gaps: Sequence[torch.Tensor]) -> dict:
 
 def _outside(log_ratios: torch.Tensor, algorithm: str) -> float:
     ratios, clip = log_ratios.exp(), ALGORITHMS[algorithm]
+    assert clip.left_clip_range is not None and clip.right_clip_range is not None
     outside = (ratios < 1 - clip.left_clip_range) | (ratios > 1 + clip.right_clip_range)
     return fmean(outside.tolist())

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
+from gspo.policy.expert_routing import same_routing
 from gspo.policy.packed_rows import PackedGroups
 from gspo.policy.padded_attention import FlashKernel, PlainKernel
 from gspo.policy.planned_device import device_type, gpu_has_flash_attention
@@ -82,9 +83,16 @@ def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManage
 
     This is the `context_fn` of torch.utils.checkpoint, which calls it before each layer. Backward recomputes
     the layer when packed_attention() has long ended, so the second context switches it on again, with the
-    groups of this pass.
+    groups of this pass. The layer has the same experts again, too.
     """
-    return nullcontext(), nullcontext() if _pass is None else packed_attention(*_pass)
+    packed = nullcontext() if _pass is None else packed_attention(*_pass)
+    return nullcontext(), _both(packed, same_routing())
+
+
+@contextmanager
+def _both(first: AbstractContextManager, second: AbstractContextManager) -> Iterator[None]:
+    with first, second:
+        yield
 
 
 def _attention(

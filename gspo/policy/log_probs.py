@@ -17,14 +17,16 @@ Shapes: B sequences, S positions of prompt and response, N response tokens of al
 tokens of a chunk, H hidden width, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from gspo.policy.expert_routing import Routing
 from gspo.policy.group_attention import can_pack, packed_attention
 from gspo.policy.packed_rows import PackedGroups
 from gspo.policy.planned_device import gpu_bytes
@@ -42,6 +44,8 @@ LOGIT_BYTES = 12  # per logit: itself, its softmax and its gradient in float32
 
 # Token ids of each row, prompts or responses.
 TokenRows = Sequence[Sequence[int]]
+# Routes the experts of a forward pass: what Routing.one_pass() is, once it knows the rows of the pass.
+Route = Callable[[Sequence[Sequence[int]], int, torch.device], AbstractContextManager]
 
 
 def token_log_probs(
@@ -49,6 +53,7 @@ def token_log_probs(
     prompts: TokenRows,
     responses: TokenRows,
     temperature: float = 1.0,
+    routing: Routing | None = None,
 ) -> list[torch.Tensor]:
     """Return log pi(y_t | x, y_<t) in nats for every response token, differentiable by the model's weights.
 
@@ -59,20 +64,24 @@ def token_log_probs(
             response may be empty.
         temperature: the temperature that the responses were sampled at. The log-probabilities are those of
             the distribution that was sampled from.
+        routing: records, compares or replays the experts of a mixture's tokens; None: nothing of that.
 
     Returns:
         One float32 tensor (len(response),) per row, in the order of the rows.
 
     Raises:
         ValueError: the numbers of prompts and responses differ, a prompt is empty, the temperature is not
-            positive, or a row is longer than the model's positions.
+            positive, a row is longer than the model's positions, or its routing is unknown (UnknownRouting).
     """
     _check_rows(model, prompts, responses, temperature)
     log_probs = [torch.empty(0)] * len(prompts)
     for rows in micro_batches(model, prompts, responses, MAX_FORWARD_TOKENS):
         row_prompts = [prompts[i] for i in rows]
         row_responses = [responses[i] for i in rows]
-        of_rows = _micro_batch_log_probs(model, row_prompts, row_responses, temperature)
+        route: Route = _no_routing
+        if routing is not None:
+            route = partial(routing.one_pass, rows, list(map(len, row_prompts)))
+        of_rows = _micro_batch_log_probs(model, row_prompts, row_responses, temperature, route)
         for i, row_log_probs in zip(rows, of_rows, strict=True):
             log_probs[i] = row_log_probs
     return log_probs
@@ -169,7 +178,7 @@ def _check_rows(model: torch.nn.Module, prompts: TokenRows, responses: TokenRows
 
 
 def _micro_batch_log_probs(
-    model: torch.nn.Module, prompts: TokenRows, responses: TokenRows, temperature: float
+    model: torch.nn.Module, prompts: TokenRows, responses: TokenRows, temperature: float, route: Route
 ) -> list[torch.Tensor]:
     """Return the log-probabilities (len(response),) of each row, from one forward pass."""
     device = model.get_input_embeddings().weight.device
@@ -177,9 +186,10 @@ def _micro_batch_log_probs(
     if not any(lengths):
         return [torch.zeros(0, device=device) for _ in responses]
     decoder_pass = _packed_pass if can_pack(model) else _padded_pass
-    output, predictors = decoder_pass(model, prompts, responses, device)
+    output, predictors = decoder_pass(model, prompts, responses, device, route)
     hidden = output.last_hidden_state.flatten(0, 1)
-    hidden = hidden.index_select(0, torch.tensor(predictors, device=device))  # (N, H)
+    indices = torch.tensor([i for of_row in predictors for i in of_row], device=device)  # (N,)
+    hidden = hidden.index_select(0, indices)  # (N, H)
     targets = torch.tensor([token for response in responses for token in response], device=device)  # (N,)
 
     chunk_size = logit_tokens(model.get_output_embeddings().weight.shape[0], gpu_bytes(device))
@@ -193,14 +203,18 @@ def _micro_batch_log_probs(
     return list(torch.cat(log_probs).split(lengths))
 
 
+def _no_routing(*_: Any) -> AbstractContextManager:
+    return nullcontext()
+
+
 def _packed_pass(
-    model: torch.nn.Module, prompts: TokenRows, responses: TokenRows, device: torch.device
-) -> tuple[Any, list[int]]:
+    model: torch.nn.Module, prompts: TokenRows, responses: TokenRows, device: torch.device, route: Route
+) -> tuple[Any, list[list[int]]]:
     """Send one packed row through the decoder.
 
     Returns:
-        The decoder's output, and N indices into the packed row: whose hidden states predict the response
-        tokens, row by row.
+        The decoder's output, and for each row indices into the packed row: whose hidden states predict its
+        response's tokens.
     """
     rows_by_prompt = _rows_by_prompt(prompts)
     groups = []
@@ -208,37 +222,36 @@ def _packed_pass(
         # A response's last token predicts nothing, so it need not be computed.
         groups.append((prompt, [responses[i][:-1] for i in rows]))
     packed = PackedGroups(groups, device)
-    with packed_attention(model, packed):
-        output = _decoder(model)(
-            input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False
-        )
     predictors_of_row: dict[int, list[int]] = {}
     for rows, group_predictors in zip(rows_by_prompt.values(), packed.predictors, strict=True):
         predictors_of_row.update(zip(rows, group_predictors, strict=True))
-    predictors = []
-    for i, response in enumerate(responses):
-        # An empty response has the prompt's last token as its one predictor, but nothing to predict.
-        predictors += predictors_of_row[i][: len(response)]
+    # An empty response has the prompt's last token as its one predictor, but nothing to predict.
+    predictors = [predictors_of_row[i][: len(response)] for i, response in enumerate(responses)]
+    with packed_attention(model, packed), route(predictors, packed.input_ids.numel(), device):
+        output = _decoder(model)(
+            input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False
+        )
     return output, predictors
 
 
 def _padded_pass(
-    model: torch.nn.Module, prompts: TokenRows, responses: TokenRows, device: torch.device
-) -> tuple[Any, list[int]]:
+    model: torch.nn.Module, prompts: TokenRows, responses: TokenRows, device: torch.device, route: Route
+) -> tuple[Any, list[list[int]]]:
     """Send right-padded rows (B, S) through the decoder.
 
     Returns:
-        The decoder's output, and N indices into the flattened rows (B * S,): whose hidden states predict the
-        response tokens, row by row.
+        The decoder's output, and for each row indices into the flattened rows (B * S,): whose hidden states
+        predict its response's tokens.
     """
     rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
     width = max(map(len, rows))
     padded = [row + [0] * (width - len(row)) for row in rows]
-    output = _decoder(model)(input_ids=torch.tensor(padded, device=device), use_cache=False)
-    predictors: list[int] = []
+    predictors = []
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         first = i * width + len(prompt) - 1  # the prompt's last token predicts the first response token
-        predictors += range(first, first + len(response))
+        predictors.append(list(range(first, first + len(response))))
+    with route(predictors, len(rows) * width, device):
+        output = _decoder(model)(input_ids=torch.tensor(padded, device=device), use_cache=False)
     return output, predictors
 
 

@@ -151,6 +151,12 @@ class GSPOConfig:
     kl_coef: float = flag(
         0.0, "objective", "weight of a KL penalty to the starting model; the paper has none", at_least=0
     )
+    routing_replay: bool = flag(
+        False,
+        "objective",
+        "of a mixture of experts: compute the policy with the experts that pi_old chose; GRPO needs it, GSPO "
+        "does not",
+    )
 
     shuffle_rewards: bool = flag(
         False,
@@ -338,6 +344,11 @@ class GSPOConfig:
                     f"--log_to {name}: it is not installed; python -m pip install {name}, or leave it out "
                     "(--log_to '' where a resumed run has it)"
                 )
+        if self.routing_replay and self.pi_old == "sampler":
+            raise ValueError(
+                "--routing_replay --pi_old sampler: the experts that are replayed are those of the trainer's "
+                "pi_old; leave out one of the two"
+            )
         if self.rollout_dtype != "auto" and self.rollout_engine == "vllm":
             raise ValueError(
                 "--rollout_dtype is for --rollout_engine transformers; vLLM servers sample in --dtype"

@@ -6,6 +6,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from gspo.policy.expert_routing import (
+    ExpertLayer,
+    Routing,
+    RowExperts,
+    UnknownRouting,
+    expert_layers,
+    refuse_dense,
+)
 from gspo.policy.log_probs import MAX_FORWARD_TOKENS, micro_batches, token_log_probs
 from gspo.policy.out_of_memory import is_out_of_memory
 from gspo.policy.sharded_model import call, is_sharded
@@ -26,9 +34,35 @@ class ForwardPasses:
     importance ratio of an unchanged policy is exactly 1.
     """
 
-    def __init__(self, config: GSPOConfig, processes: Processes):
+    def __init__(self, config: GSPOConfig, processes: Processes, policy: Any = None):
+        """policy: the model of the updates; None: one without experts.
+
+        Raises:
+            ValueError: its routing is to be replayed, and cannot be.
+        """
         self.config, self.processes = config, processes
         self.halvings = 0
+        self.expert_layers = self._known_expert_layers(policy)  # their routing is measured and replayed
+
+    def _known_expert_layers(self, model: Any) -> list[ExpertLayer]:
+        """The model's layers with experts, if a short pass shows that their routing is known."""
+        if model is None:
+            return []
+        if self.config.routing_replay:
+            refuse_dense(model.config)
+        layers = expert_layers(model)
+        unknown = "none of its layers has experts and a router that are known here"
+        if layers:
+            routing = Routing(layers, [None], records=True)
+            try:
+                with torch.no_grad(), self.compute_type():
+                    call(model, token_log_probs, [[0]], [[0, 0]], 1.0, routing)
+                return layers
+            except UnknownRouting as error:
+                unknown = str(error)
+        if self.config.routing_replay:
+            raise ValueError(f"--routing_replay: {model.config.model_type} cannot be replayed: {unknown}")
+        return []
 
     @property
     def max_tokens(self) -> int:
@@ -61,41 +95,74 @@ class ForwardPasses:
         split = micro_batches(model, prompts, responses, self.max_tokens)
         return [[share[i] for i in indices] for indices in split]
 
-    def log_probs(self, model: Any, samples: Sequence[Sample]) -> list[torch.Tensor]:
+    def log_probs(
+        self, model: Any, samples: Sequence[Sample], routing: Routing | None = None
+    ) -> list[torch.Tensor]:
         """One forward pass: log-probabilities (|y|,) of each sample's response, differentiable."""
         prompts = [sample.rollout.prompt_ids for sample in samples]
         responses = [sample.rollout.response_ids for sample in samples]
         with self.compute_type():
-            return call(model, token_log_probs, prompts, responses, self.config.temperature)
+            return call(model, token_log_probs, prompts, responses, self.config.temperature, routing)
+
+    def updated_log_probs(
+        self, model: Any, samples: Sequence[Sample]
+    ) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        """log_probs() in an update, with the experts of pi_old if they are replayed.
+
+        Returns: also the sums for routing_changed, unread, if that is measured.
+        """
+        experts = [sample.experts for sample in samples]
+        if not self.config.routing_replay and not any(experts):
+            return self.log_probs(model, samples), {}
+        # Without experts the policy still is pi_old, and its routers choose them.
+        routing = Routing(self.expert_layers, experts, replays=self.config.routing_replay)
+        return self.log_probs(model, samples, routing), routing.sums()
 
     def empty_pass(self, model: Any) -> torch.Tensor:
         """One forward pass of nothing, as others make one. Returns 0, differentiable."""
         with self.compute_type():
             return 0.0 * call(model, token_log_probs, [[0]], [[0]])[0].sum()
 
+    def old_log_probs(
+        self, policy: Any, minibatches: Sequence[Sequence[Sample]], measures_routing: bool
+    ) -> list[tuple[Sample, torch.Tensor]]:
+        """all_log_probs() of the policy while it is pi_old; records its experts if anything needs them."""
+        needs_experts = measures_routing or self.config.routing_replay
+        return self.all_log_probs(policy, minibatches, needs_experts and bool(self.expert_layers))
+
     def all_log_probs(
-        self, model: Any, minibatches: Sequence[Sequence[Sample]]
+        self, model: Any, minibatches: Sequence[Sequence[Sample]], records_experts: bool = False
     ) -> list[tuple[Sample, torch.Tensor]]:
         """Log-probabilities (|y|,) on the CPU, without gradients, of all samples with a signal.
 
         They are computed in the very forward passes that the updates on these minibatches run.
+
+        records_experts: set the samples' experts to those that the model's routers choose.
         """
 
-        def own_share() -> list[tuple[int, int, torch.Tensor]]:
-            computed = []
+        def own_share() -> list[tuple[int, int, torch.Tensor, RowExperts | None]]:
+            computed: list[tuple[int, int, torch.Tensor, RowExperts | None]] = []
             with torch.no_grad(), self.compute_type():  # entered once, so that the weights are cast once
                 for number, samples in enumerate(minibatches):
                     for rows in self.micro_batches(model, samples):
                         if not rows:
                             self.empty_pass(model)
                             continue
-                        log_probs = to_cpu(self.log_probs(model, [samples[row] for row in rows]))
-                        computed += [(number, row, x) for row, x in zip(rows, log_probs, strict=True)]
+                        chosen = [samples[row] for row in rows]
+                        routing = None
+                        if records_experts:
+                            routing = Routing(self.expert_layers, [None] * len(rows), records=True)
+                        log_probs = to_cpu(self.log_probs(model, chosen, routing))
+                        experts = [None] * len(rows) if routing is None else routing.recorded
+                        computed += zip([number] * len(rows), rows, log_probs, experts, strict=True)
             return computed
 
         everything = [sample for samples in minibatches for sample in samples]
         gathered = self.processes.gather(self.retry(own_share, everything))
-        return [(minibatches[number][row], log_probs) for number, row, log_probs in gathered]
+        if records_experts:
+            for number, row, _, experts in gathered:
+                minibatches[number][row].experts = experts
+        return [(minibatches[number][row], log_probs) for number, row, log_probs, _ in gathered]
 
     def compute_type(self) -> torch.autocast:
         return compute_type(self.config, self.processes.device.type)

@@ -13,7 +13,10 @@ METRIC_SUMS = (
     "tokens", "clipped_tokens", "eligible_tokens", "eligible_left_tokens", "eligible_right_tokens",
     "ratios", "ratio_deviations", "ratio_deviations_squared", "loss_sum", "kl_sum",
     "sampler_gap_sum", "sampler_gap_responses",
+    "expert_choices", "changed_experts",
 )  # fmt: skip
+# Sums that are there only with a KL term, or where the routing of a mixture of experts is measured.
+OPTIONAL_SUMS = ("kl_sum", "expert_choices", "changed_experts")
 
 
 def loss_metrics(
@@ -108,23 +111,25 @@ def pool_metrics(parts: Iterable[dict[str, float]], num_sequences: int, num_toke
     """The metrics of a whole from those of its parts: micro-batches, updates, processes.
 
     Args:
-        parts: what loss_metrics() returned for each, with loss_sum, the sums of the sampler's gap and
-            perhaps kl_sum.
+        parts: what loss_metrics() returned for each, with loss_sum, the sums of the sampler's gap, and
+            perhaps OPTIONAL_SUMS.
         num_sequences, num_tokens: those of the whole. It may have sequences without a signal, which are in no
             part: they add 0 to the loss and cannot clip. They have no KL either, and stay out of its mean.
     """
     parts = [part for part in parts if part["ratios"]]
     sums = {name: sum(part[name] for part in parts if name in part) for name in METRIC_SUMS}
-    has_kl = any("kl_sum" in part for part in parts)
-    if not has_kl:
-        del sums["kl_sum"]
+    for name in OPTIONAL_SUMS:
+        if not any(name in part for part in parts):
+            del sums[name]
     lowest = min((part["importance_ratio_min"] for part in parts), default=1.0)
     highest = max((part["importance_ratio_max"] for part in parts), default=1.0)
     metrics = {"loss": sums["loss_sum"] / num_sequences}
     metrics |= _with_averages(sums, lowest, highest, num_sequences, num_tokens)
     metrics["sampler_gap"] = sums["sampler_gap_sum"] / max(sums["sampler_gap_responses"], 1)
-    if has_kl:
+    if "kl_sum" in sums:
         metrics["kl"] = sums["kl_sum"] / max(sums["sequences"], 1)
+    if "expert_choices" in sums:
+        metrics["routing_changed"] = sums["changed_experts"] / max(sums["expert_choices"], 1)
     return metrics
 
 
@@ -132,9 +137,11 @@ def none_eligible(part: dict[str, float]) -> dict[str, float]:
     """The metrics of a part of the first update after sampling.
 
     Its ratios are 1 but for rounding. Tokens that rounding alone puts outside the clip range are in
-    clip_fraction, and not among those that can clip.
+    clip_fraction, and not among those that can clip. Likewise its experts are those of pi_old.
     """
-    return part | {"eligible_tokens": 0, "eligible_left_tokens": 0, "eligible_right_tokens": 0}
+    never = {"eligible_tokens", "eligible_left_tokens", "eligible_right_tokens"}
+    never |= {"expert_choices", "changed_experts"} & part.keys()
+    return part | dict.fromkeys(never, 0)
 
 
 def without_gap(part: dict[str, float]) -> dict[str, float]:

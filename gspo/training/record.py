@@ -53,6 +53,16 @@ GLOSSARY = {
         "tokens outside the clip range if log-probabilities are computed twice with the same weights; on the "
         "first rollout batch and on the one after each evaluation (--pi_old sampler: by sampler and trainer)",
     ),
+    "routing_changed": (
+        "share",
+        "experts chosen under pi_old that the policy's routers no longer choose, over the tokens of the "
+        "responses that have a signal, in the updates after the first; of mixtures of experts, on each "
+        "rollout batch with --routing_replay, else where null_clip_fraction is measured",
+    ),
+    "routing_changed_by_minibatch": (
+        "share",
+        "the same of each update that had a group with a signal; 0 for the first one after sampling",
+    ),
     "importance_ratio_mean": (
         "-",
         "mean ratio to pi_old, over the responses (all but GSPO: tokens) that have a signal; 1 if none has",
@@ -118,7 +128,8 @@ SECONDS = ("generation_s", "reward_s", "log_prob_s", "update_s", "tokens_per_s",
 # Metrics that some lines lack.
 OPTIONAL = (
     "kl", "code_timeouts", "reward_errors", "reward_timeouts", "reward_part/NAME", "null_clip_fraction",
-    "sampler_gap_max", "sampler_kl", "sampler_ess", "masked_fraction",
+    "sampler_gap_max", "sampler_kl", "sampler_ess", "masked_fraction", "routing_changed",
+    "routing_changed_by_minibatch",
 )  # fmt: skip
 # What every line of a file holds besides the step, as far as it is checked: each a number, or a list of them.
 LISTS = ("clip_fraction_by_minibatch", "interval_95", "pass_by_problem", "reward_by_problem")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gspo.policy.expert_routing import RowExperts
 from gspo.policy.rollout import Rollout
 from gspo.training.alarms import repetition, unreadable_characters
 from gspo.training.hardware import peak_memory_gb
@@ -32,6 +33,8 @@ class Sample:
         in the forward passes, whose shapes must not change, and in the denominator.
     old_log_probs: (|y|,) float32 on the CPU, log pi_old of the response's tokens; None until it is computed.
         With --pi_old sampler, these are the sampler's own.
+    experts: of a mixture of experts, those of the response and of its prompt under pi_old; None if they are
+        neither measured nor replayed, or if the update is to choose them.
     reference_log_probs: (|y|,) the same under the starting model; None without a KL penalty.
     ratio_spread: |s - 1| in its update, in units of the mean clip range (with clipping per token: the median
         over its tokens of what the range bounds); None if it has no advantage, or if the policy still was
@@ -49,6 +52,7 @@ class Sample:
     advantage: float = 0.0
     has_signal: bool = False
     old_log_probs: torch.Tensor | None = None
+    experts: RowExperts | None = None
     reference_log_probs: torch.Tensor | None = None
     ratio_spread: float | None = None
     passed: bool = False
@@ -179,10 +183,15 @@ class RolloutBatch:
         num_tokens = sum(sample.num_tokens for sample in self.samples)
         spreads = [sample.ratio_spread for sample in self.samples if sample.ratio_spread is not None]
         grad_norms = [update["grad_norm"] for update in self.updates]
+        by_minibatch = {
+            f"{name}_by_minibatch": [update[name] for update in self.updates]
+            for name in ("clip_fraction", "routing_changed")
+            if name == "clip_fraction" or any(name in update for update in self.updates)
+        }
         metrics = {
             **self.metrics,
             **without_sums(pool_metrics(self.updates, len(self.samples), num_tokens)),
-            "clip_fraction_by_minibatch": [update["clip_fraction"] for update in self.updates],
+            **by_minibatch,
             "ratio_spread": float(np.median(spreads)) if spreads else 0.0,
             "updates_without_signal": self.planned_updates - sum(norm > 0 for norm in grad_norms),
             "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0,

@@ -26,7 +26,7 @@ PREFIXES = {"metrics": "train", "eval": "eval"}
 # Lists of the record, and the names of their entries in a tracker. Those with an entry per held-out problem
 # are left out, since they would be as many charts: the table of texts has their rewards.
 LISTS = {"interval_95": ("interval_95_low", "interval_95_high")}
-MINIBATCHES = "clip_fraction_by_minibatch"
+MINIBATCHES = "_by_minibatch"  # the end of the names of lists with an entry per update
 # The figures of an evaluation that a summary has.
 SUMMARISED = ("pass_at_1", "reward_mean")
 
@@ -140,8 +140,8 @@ def single_figures(prefix: str, values: dict) -> dict[str, float]:
             figures[f"{prefix}/{name}"] = value
             continue
         names: Sequence[str] = LISTS.get(name, ())
-        if name == MINIBATCHES:
-            names = [f"clip_fraction_minibatch_{i}" for i in range(len(value))]
+        if name.endswith(MINIBATCHES):
+            names = [f"{name.removesuffix(MINIBATCHES)}_minibatch_{i}" for i in range(len(value))]
         figures |= {f"{prefix}/{one}": number for one, number in zip(names, value, strict=False)}
     return figures
 
