@@ -418,9 +418,7 @@ def describe_objective(config: GSPOConfig) -> str:
             "than --mini_batch_size makes more updates."
         )
     elif not algorithm.clips:
-        sentences.append(
-            "The first update sees a ratio of exactly 1; those after it, of the same pi_old, do not."
-        )
+        sentences.append("The first update sees a ratio of exactly 1; those after it do not.")
     else:
         sentences.append(
             f"The first update sees a ratio of exactly 1 and cannot clip; the other {updates_per_pi_old - 1} "
