@@ -40,6 +40,7 @@ from gspo.training.find_run import refuse_other_settings, resumed_folder, run_fo
 
 if TYPE_CHECKING:
     from gspo.training.alarms import EmergencyStop
+    from gspo.training.hardware import Machine
     from gspo.training.record import Sink
     from gspo.training.training_run import TrainingRun
     from gspo_implementation import GSPOTrainer
@@ -76,7 +77,7 @@ def train(config: GSPOConfig) -> int:
     from gspo.training.whole_folders import CannotSave
 
     try:
-        config = resolve_for_machine(config)
+        config = resolve_for_processes(config)
         settings = asdict(config)
         if config.resume:
             folder = run_folder(settings)
@@ -192,8 +193,22 @@ def with_settings_of_resumed_run(given: dict) -> dict:
 # ---- before training
 
 
-def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
+def resolve_for_processes(config: GSPOConfig) -> GSPOConfig:
+    """resolve_for_machine(); of several processes, the main one decides for all, by the smallest GPU."""
+    from gspo.training.hardware import choose_device, num_processes
+    from gspo.training.processes import Processes
+
+    if config.plan_for or num_processes() == 1:
+        return resolve_for_machine(config)
+    processes = Processes(choose_device(config.device))
+    machine = processes.least_machine()
+    return processes.on_main(resolve_for_machine, config, machine)
+
+
+def resolve_for_machine(config: GSPOConfig, machine: "Machine | None" = None) -> GSPOConfig:
     """Decide what depends on the machine, the model and the data set, and print the choices.
+
+    machine: None: the one that --plan_for names, or this one.
 
     Raises:
         ValueError: there is no such model, or training it does not fit the memory.
@@ -217,7 +232,7 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
         raise ValueError(f"--algorithm {config.algorithm}: choose one of {', '.join(ALGORITHMS)}")
     loss = ALGORITHMS[config.algorithm].loss
     device = "cuda" if config.plan_for else choose_device(config.device)
-    machine = machine_for(config.plan_for, device)
+    machine = machine or machine_for(config.plan_for, device)
     try:
         refuse_idle_processes(config, machine.processes)
     except ValueError as error:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from copy import copy
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from gspo.policy.sharded_model import Sharding
 from gspo.policy.vllm_server import EngineError
 from gspo.training.config import GSPOConfig
-from gspo.training.hardware import num_machines, processes_here
+from gspo.training.hardware import Machine, machine_for, num_machines, processes_here
 from gspo.training.whole_folders import CannotSave
 
 # Hours that the processes wait for one of them, longer than a vLLM server may take to answer, or a model to
@@ -113,6 +114,14 @@ class Processes:
         parts: list[Any] = [None] * self.count
         distributed.all_gather_object(parts, list(items), self._objects)
         return [item for part in parts for item in part]
+
+    def least_machine(self) -> Machine:
+        """What a plan is made for: the GPU of the process that has the least memory, or its main memory."""
+        machines = self.gather([machine_for(None, self.device.type)])
+        least = min(machines, key=lambda machine: machine.total_bytes)
+        if all(machine.total_bytes == least.total_bytes for machine in machines):
+            return least
+        return replace(least, name=f"the smallest of {self.count}, {least.name}")
 
     def any(self, flag: bool) -> bool:
         """True if the flag is set in at least one process."""
