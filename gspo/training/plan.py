@@ -23,6 +23,7 @@ from gspo.training.forward_passes import PASS_TOKENS
 from gspo.training.hardware import Machine, gigabytes
 from gspo.training.measured_memory import Memory, measure_sampling, measure_update, memory_while_serving
 from gspo.training.processes import Processes
+from gspo.training.sharded_memory import UnitSizes, moments_share
 
 # The fewest tokens of a forward pass with gradient checkpointing. Without it they are halved once at most.
 CHECKPOINTED_PASS_TOKENS = 512
@@ -319,7 +320,10 @@ def describe_disk(plan: Plan, model_config: PreTrainedConfig, machine: Machine) 
     """A line on the room that a run takes on the disk."""
     config = plan.config
     parameters = count_parameters(model_config, config.trust_remote_code)
-    moments = int(plan.memory.update["optimizer"]) * machine.shards_with(config.shard)
+    moments, shards = int(plan.memory.update["optimizer"]), machine.shards_with(config.shard)
+    if shards > 1:  # what each process has whole is written once
+        sizes = UnitSizes.of(model_config, config.trust_remote_code)
+        moments = round(moments / moments_share(sizes, config, shards))
     saved = getattr(model_config, "dtype", None) or torch.float32
     if config.method == "lora":  # a float32 adapter weight has two float32 moments
         parts = disk_bytes(moments // 8, torch.float32, torch.bfloat16, moments)
