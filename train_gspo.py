@@ -7,7 +7,8 @@
     python train_gspo.py --probe ...                              can the model learn from the task? 0 or 1
 
 Exit codes: 0 done; 1 failure; 2 bad input (one line: what, why, what to do); 3 emergency stop;
-130 interrupted. Whenever it stops, what was learnt is on disk and --resume continues.
+130 interrupted. Whenever it stops, what was learnt is on disk and --resume continues; with --shard full, what
+was learnt up to the last checkpoint, if a process is killed or fails in a computation of all of them.
 """
 
 # The imports up here are quick, so that --help and a mistyped flag are answered at once. Everything that
@@ -74,6 +75,7 @@ def train(config: GSPOConfig) -> int:
     from gspo.policy.vllm_server import EngineError
     from gspo.report.live import LiveReport
     from gspo.training.alarms import EmergencyStop
+    from gspo.training.processes import ProcessFailed
     from gspo.training.whole_folders import CannotSave
 
     try:
@@ -97,7 +99,7 @@ def train(config: GSPOConfig) -> int:
     except ValueError as error:
         complain(PROGRAM, error)
         return 2
-    except (CannotSave, EngineError, OSError) as error:
+    except (CannotSave, EngineError, OSError, ProcessFailed) as error:
         complain(PROGRAM, error)
         return 1
     run.trainer.stop.on_signals()
@@ -110,7 +112,7 @@ def train(config: GSPOConfig) -> int:
         if is_main:
             complain(PROGRAM, f"{error}; make room, then continue with --resume {run.folder.path}")
         return 1
-    except EngineError as error:
+    except (EngineError, ProcessFailed) as error:
         if is_main:
             complain(PROGRAM, f"{error}: continue with --resume {run.folder.path}")
         return 1
