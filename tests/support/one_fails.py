@@ -1,14 +1,18 @@
 """Runs of train_gspo.py of which one rank alone fails: `torchrun one_fails.py WHERE FLAGS ...`."""
 
 import json
+import math
 import os
+import resource
 import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import torch.distributed.checkpoint as dcp
 from torch import distributed
 
 import train_gspo
+from gspo.policy.sharded_model import local_part
 from gspo.policy.vllm_server import EngineError
 from gspo.tasks.rewards import RewardFunction
 from gspo.training.processes import Processes
@@ -16,8 +20,31 @@ from gspo.training.record import Record
 from gspo.training.rollout_engine import ShardedEngine
 from gspo_implementation import GSPOTrainer
 
-# The rank that fails, the function, its last call (from 0) before the failure, and with what. The first
-# rewards and the first samples are those of an evaluation, the first two losses those of null_clip_fraction.
+
+def spoil_gradient(sum_gradients, group, parameters):
+    """Make one value not finite in this rank's part of a gradient."""
+    sum_gradients(group, parameters)
+    local_part(parameters[1].grad).view(-1)[0] = math.nan
+
+
+def spoil_weights(finish_batch, trainer):
+    """The same with a weight, after an update."""
+    finish_batch(trainer)
+    local_part(trainer.weights.parameters[1].data).view(-1)[0] = math.inf
+
+
+def save_on_a_full_disk(save, *arguments, **settings):
+    """Write no file of more than 10,000 bytes, as on a disk that is full for this rank alone."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        save(*arguments, **settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+# The rank that fails, the function, which of its calls (from 0), and an error or what is done instead. The
+# first rewards and samples are those of an evaluation, and the first two losses those of null_clip_fraction.
 FAILURES = {
     "reward": (1, RewardFunction, "__call__", 2, KeyError("a bug in the reward")),
     "refusal": (1, RewardFunction, "__call__", 2, ValueError("a reward that is refused")),
@@ -26,6 +53,9 @@ FAILURES = {
     "record": (0, Record, "add_metrics", 1, KeyError("a bug in the record")),
     "loss": (1, GSPOTrainer, "_loss", 2, RuntimeError("a bug in the loss")),
     "memory": (1, GSPOTrainer, "_loss", 2, RuntimeError("CUDA out of memory. Tried to allocate")),
+    "gradient": (1, Processes, "sum_gradients", 1, spoil_gradient),
+    "weights": (1, GSPOTrainer, "finish_batch", 0, spoil_weights),
+    "disk": (1, dcp, "save", 2, save_on_a_full_disk),  # two calls for each checkpoint
 }
 
 
@@ -57,12 +87,14 @@ def errors(folder):
 
 
 def main(where, flags):
-    rank, owner, name, last, error = FAILURES[where]
+    rank, owner, name, last, failure = FAILURES[where]
     work, calls = getattr(owner, name), iter(range(1000))
 
     def fail(*arguments, **settings):
         if os.environ["RANK"] == str(rank) and next(calls) == last:
-            raise error
+            if isinstance(failure, Exception):
+                raise failure
+            return failure(work, *arguments, **settings)
         return work(*arguments, **settings)
 
     with patch.object(owner, name, fail):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -11,6 +12,8 @@ import torch
 from gspo.policy.model_loader import load_model
 from gspo.policy.sharded_model import Sharding, shard_model
 from gspo.training.adamw_8bit import MOMENT_TENSORS
+from gspo.training.checkpoints import STATE_FILE
+from gspo.training.whole_folders import damage
 from support import one_fails, sharded
 from support.commands import TINY, run_here
 from support.on_ranks import exit_codes, finish, on_ranks, start, wait_for_line
@@ -175,6 +178,46 @@ def test_all_end_soon_if_one_fails_in_the_middle_of_an_update(tmp_path, where):
     assert code == 1 and time.monotonic() - begun < 60
     assert f"[rank1]: RuntimeError: {one_fails.FAILURES[where][-1]}" in said
     assert ("--resume with --micro_batch_tokens" in said) == (where == "memory")
+
+
+@pytest.mark.parametrize(
+    ("where", "reason", "kept"),
+    [
+        ("gradient", "before the update: grad_norm is nan", ["step-1"]),
+        ("weights", "1 weight tensors are not finite", []),  # which are not saved
+    ],
+)
+def test_all_ranks_stop_before_a_bad_update_of_one(tmp_path, where, reason, kept):
+    flags = [*FLAGS, "--output_dir", tmp_path, "--num_epochs", 1, "--shard", "full", "--run_name", "run",
+             "--batch_size", 4]  # fmt: skip
+    code, said = finish(start(tmp_path, where, *flags, script=one_fails.__file__), tmp_path)
+    assert code == 1 and exit_codes(said) <= {"3", "-15"} and "3" in exit_codes(said), said
+    assert said.count("emergency stop in rollout batch 2, ") == 1 and reason in said
+    assert "[rank" not in said  # no traceback
+    run = tmp_path / "run"
+    assert len(lines_of(run / "metrics.jsonl")) == 1 and list((run / "emergency").iterdir())
+    assert [path.name for path in run.glob("checkpoints/*")] == kept
+
+
+def test_a_disk_that_is_full_for_one_rank_ends_all_and_the_checkpoint_before_stays(tmp_path):
+    flags = [*FLAGS, "--output_dir", tmp_path, "--num_epochs", 1, "--shard", "full", "--batch_size", 4]
+    code, said = finish(start(tmp_path, *flags, "--run_name", "whole"), tmp_path)
+    assert code == 0, said
+    (tmp_path / "log").unlink()
+    process = start(tmp_path, "disk", *flags, "--run_name", "run", script=one_fails.__file__)
+    code, said = finish(process, tmp_path)
+    assert code == 1 and exit_codes(said) <= {"1", "-15"} and "1" in exit_codes(said), said
+    assert (
+        len(re.findall("^train_gspo.py: cannot write .*step-2.*; make room, then continue with", said, re.M))
+        == 1
+    )
+    assert "[rank" not in said  # no traceback
+    run = tmp_path / "run"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-1"]
+    assert damage(run / "checkpoints" / "step-1", STATE_FILE) is None
+    code, said = finish(start(tmp_path, *flags, "--resume", run), tmp_path)
+    assert code == 0, said
+    assert record_of(run) == record_of(tmp_path / "whole")
 
 
 def test_a_stop_in_the_middle_of_sampling_keeps_the_float32_weights(tmp_path):
