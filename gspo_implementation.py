@@ -440,12 +440,12 @@ class GSPOTrainer:
         refuse_long_rows(model.config, config.max_length)
         num_parameters = sum(p.numel() for p in model.parameters())
         resolved = resolve(config, num_parameters)
+        self.processes = Processes(str(resolved.device))
         if resolved.device == "cuda" and config.micro_batch_tokens is None:  # train_gspo.py has planned it
             loss = ALGORITHMS[config.algorithm].loss
-            resolved = resolve(fit_to_gpu(config, model.config, resolved, loss), num_parameters)
-        self.config = config = resolved
+            config = fit_to_gpu(config, model.config, resolved, loss, self.processes)
+        self.config = config = self.processes.on_main(resolve, config, num_parameters)  # one for all
         self.algorithm = ALGORITHMS[config.algorithm]
-        self.processes = Processes(str(config.device))
         refuse_idle_processes(config, self.processes.count)
         self.stop = StopRequest(self.processes)
         if config.device == "cpu":

@@ -7,7 +7,8 @@
     python train_gspo.py --probe ...                              can the model learn from the task? 0 or 1
 
 Exit codes: 0 done; 1 failure; 2 bad input (one line: what, why, what to do); 3 emergency stop;
-130 interrupted. Whenever it stops, what was learnt is on disk and --resume continues.
+130 interrupted. Whenever it stops, what was learnt is on disk and --resume continues; with --shard full, what
+was learnt up to the last checkpoint, if a process is killed or fails in a computation of all of them.
 """
 
 # The imports up here are quick, so that --help and a mistyped flag are answered at once. Everything that
@@ -40,6 +41,7 @@ from gspo.training.find_run import refuse_other_settings, resumed_folder, run_fo
 
 if TYPE_CHECKING:
     from gspo.training.alarms import EmergencyStop
+    from gspo.training.hardware import Machine
     from gspo.training.record import Sink
     from gspo.training.training_run import TrainingRun
     from gspo_implementation import GSPOTrainer
@@ -73,10 +75,11 @@ def train(config: GSPOConfig) -> int:
     from gspo.policy.vllm_server import EngineError
     from gspo.report.live import LiveReport
     from gspo.training.alarms import EmergencyStop
+    from gspo.training.processes import ProcessFailed
     from gspo.training.whole_folders import CannotSave
 
     try:
-        config = resolve_for_machine(config)
+        config = resolve_for_processes(config)
         settings = asdict(config)
         if config.resume:
             folder = run_folder(settings)
@@ -96,7 +99,7 @@ def train(config: GSPOConfig) -> int:
     except ValueError as error:
         complain(PROGRAM, error)
         return 2
-    except (CannotSave, EngineError, OSError) as error:
+    except (CannotSave, EngineError, OSError, ProcessFailed) as error:
         complain(PROGRAM, error)
         return 1
     run.trainer.stop.on_signals()
@@ -109,7 +112,7 @@ def train(config: GSPOConfig) -> int:
         if is_main:
             complain(PROGRAM, f"{error}; make room, then continue with --resume {run.folder.path}")
         return 1
-    except EngineError as error:
+    except (EngineError, ProcessFailed) as error:
         if is_main:
             complain(PROGRAM, f"{error}: continue with --resume {run.folder.path}")
         return 1
@@ -192,8 +195,22 @@ def with_settings_of_resumed_run(given: dict) -> dict:
 # ---- before training
 
 
-def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
+def resolve_for_processes(config: GSPOConfig) -> GSPOConfig:
+    """resolve_for_machine(); of several processes, the main one decides for all, by the smallest GPU."""
+    from gspo.training.hardware import choose_device, num_processes
+    from gspo.training.processes import Processes
+
+    if config.plan_for or num_processes() == 1:
+        return resolve_for_machine(config)
+    processes = Processes(choose_device(config.device))
+    machine = processes.least_machine()
+    return processes.on_main(resolve_for_machine, config, machine)
+
+
+def resolve_for_machine(config: GSPOConfig, machine: "Machine | None" = None) -> GSPOConfig:
     """Decide what depends on the machine, the model and the data set, and print the choices.
+
+    machine: None: the one that --plan_for names, or this one.
 
     Raises:
         ValueError: there is no such model, or training it does not fit the memory.
@@ -218,7 +235,7 @@ def resolve_for_machine(config: GSPOConfig) -> GSPOConfig:
         raise ValueError(f"--algorithm {config.algorithm}: choose one of {', '.join(ALGORITHMS)}")
     loss = ALGORITHMS[config.algorithm].loss
     device = "cuda" if config.plan_for else choose_device(config.device)
-    machine = machine_for(config.plan_for, device)
+    machine = machine or machine_for(config.plan_for, device)
     try:
         refuse_idle_processes(config, machine.processes)
     except ValueError as error:

@@ -20,8 +20,10 @@ from gspo.policy.rollout import MAX_ROWS
 from gspo.training.config import GSPOConfig
 from gspo.training.disk_plan import disk_bytes
 from gspo.training.forward_passes import PASS_TOKENS
-from gspo.training.hardware import Machine, gigabytes, machine_for
+from gspo.training.hardware import Machine, gigabytes
 from gspo.training.measured_memory import Memory, measure_sampling, measure_update, memory_while_serving
+from gspo.training.processes import Processes
+from gspo.training.sharded_memory import UnitSizes, moments_share
 
 # The fewest tokens of a forward pass with gradient checkpointing. Without it they are halved once at most.
 CHECKPOINTED_PASS_TOKENS = 512
@@ -214,9 +216,13 @@ def require_plan(
 
 
 def fit_to_gpu(
-    config: GSPOConfig, model_config: PreTrainedConfig, resolved: GSPOConfig, loss: Callable[..., Any]
+    config: GSPOConfig,
+    model_config: PreTrainedConfig,
+    resolved: GSPOConfig,
+    loss: Callable[..., Any],
+    processes: Processes,
 ) -> GSPOConfig:
-    """The configuration with what it leaves open decided for this GPU.
+    """The configuration with what it leaves open decided for the smallest GPU of the processes; collective.
 
     resolved: the same configuration with its other settings decided.
 
@@ -224,7 +230,8 @@ def fit_to_gpu(
         ValueError: nothing fits (require_plan).
     """
     known = replace(config, device="cuda", dtype=resolved.dtype, max_new_tokens=resolved.max_new_tokens)
-    return require_plan(model_config, known, loss, machine_for(None, "cuda")).config
+    machine = processes.least_machine()
+    return processes.on_main(lambda: require_plan(model_config, known, loss, machine).config)
 
 
 def remedy(
@@ -313,7 +320,10 @@ def describe_disk(plan: Plan, model_config: PreTrainedConfig, machine: Machine) 
     """A line on the room that a run takes on the disk."""
     config = plan.config
     parameters = count_parameters(model_config, config.trust_remote_code)
-    moments = int(plan.memory.update["optimizer"]) * machine.shards_with(config.shard)
+    moments, shards = int(plan.memory.update["optimizer"]), machine.shards_with(config.shard)
+    if shards > 1:  # what each process has whole is written once
+        sizes = UnitSizes.of(model_config, config.trust_remote_code)
+        moments = round(moments / moments_share(sizes, config, shards))
     saved = getattr(model_config, "dtype", None) or torch.float32
     if config.method == "lora":  # a float32 adapter weight has two float32 moments
         parts = disk_bytes(moments // 8, torch.float32, torch.bfloat16, moments)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from copy import copy
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from gspo.policy.sharded_model import Sharding
 from gspo.policy.vllm_server import EngineError
 from gspo.training.config import GSPOConfig
-from gspo.training.hardware import num_machines, processes_here
+from gspo.training.hardware import Machine, machine_for, num_machines, processes_here
 from gspo.training.whole_folders import CannotSave
 
 # Hours that the processes wait for one of them, longer than a vLLM server may take to answer, or a model to
@@ -35,7 +36,7 @@ LAUNCHER_SETTINGS = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
 }
 # Errors that end a run with one line that says what to do. All processes raise the same one.
-REFUSALS = (ValueError, CannotSave, OSError, EngineError)
+REFUSALS = (CannotSave, EngineError, ValueError, OSError)
 
 
 def end_processes() -> None:
@@ -56,6 +57,10 @@ def refuse_idle_processes(config: GSPOConfig, count: int) -> None:
         )
 
 
+class ProcessFailed(Exception):
+    """Another process has failed with an error that is none of REFUSALS, and shows its traceback."""
+
+
 class _Abandoned(Exception):
     """Ends a context whose body has failed."""
 
@@ -64,6 +69,9 @@ class Processes:
     """This process among those that torchrun or accelerate's launcher has started; alone without a launcher.
 
     The methods but alone() and contiguous_share() are collective: all processes call them, in the same order.
+
+    Attributes:
+        shared_error: the error that has ended work of theirs, if all processes raise one for it.
 
     Raises:
         ValueError: accelerate does not use the device ("cpu" or "cuda"), or was launched with settings that
@@ -89,6 +97,7 @@ class Processes:
         self.rank: int = self._accelerator.process_index
         self.count: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
+        self.shared_error: Exception | None = None
         # Objects travel in a group of their own, on the CPU: in it, all wait for what one alone does.
         self._objects = None
         if self.count > 1:
@@ -114,6 +123,14 @@ class Processes:
         distributed.all_gather_object(parts, list(items), self._objects)
         return [item for part in parts for item in part]
 
+    def least_machine(self) -> Machine:
+        """What a plan is made for: the GPU of the process that has the least memory, or its main memory."""
+        machines = self.gather([machine_for(None, self.device.type)])
+        least = min(machines, key=lambda machine: machine.total_bytes)
+        if all(machine.total_bytes == least.total_bytes for machine in machines):
+            return least
+        return replace(least, name=f"the smallest of {self.count}, {least.name}")
+
     def any(self, flag: bool) -> bool:
         """True if the flag is set in at least one process."""
         return any(self.gather([flag]))
@@ -121,20 +138,21 @@ class Processes:
     def on_main(self, work: Callable, *arguments: Any) -> Any:
         """Do work(*arguments) on the main process, and return its result in all processes.
 
-        One of REFUSALS is raised in all of them, another exception on the main one alone.
+        If it fails, all of them raise an error as with each().
         """
-        result = error = None
+        if self.count == 1:
+            return work(*arguments)
+        own = None
+        outcome: list[Any] = [None, None]
         if self.is_main:
             try:
-                result = work(*arguments)
-            except REFUSALS as refusal:
-                error = refusal
-        if self.count > 1:
-            outcome = [result, error]
-            distributed.broadcast_object_list(outcome, 0, self._objects)
-            result, error = outcome
-        if error is not None:
-            raise error
+                outcome[0] = work(*arguments)
+            except Exception as error:
+                own, outcome[1] = error, self._told(error)
+        distributed.broadcast_object_list(outcome, 0, self._objects)
+        result, told = outcome
+        if told is not None:
+            raise self._shared(own or told)
         return result
 
     @contextmanager
@@ -163,11 +181,47 @@ class Processes:
 
             self.on_main(leave)
 
-    def together(self, work: Callable, *arguments: Any) -> Any:
-        """Do work(*arguments) in each process, and return its own result.
+    def each(self, work: Callable, *arguments: Any) -> Any:
+        """Do work(*arguments), in which no process waits for another, and return its own result.
 
-        If it ends with one of REFUSALS anywhere, the first of them is raised in all processes.
+        If it fails anywhere, all processes raise an error: where it failed their own, elsewhere the first of
+        these if it is one of REFUSALS, and otherwise a ProcessFailed.
         """
+        if self.count == 1:
+            return work(*arguments)
+        result = own = None
+        try:
+            result = work(*arguments)
+        except Exception as error:
+            own = error
+        told = self.gather([] if own is None else [self._told(own)])
+        if not told:
+            return result
+        # One kind everywhere, since around_main() treats them differently.
+        first = next((error for error in told if isinstance(error, ProcessFailed)), told[0])
+        if own is not None and isinstance(own, REFUSALS) == isinstance(first, REFUSALS):
+            raise self._shared(own)
+        raise self._shared(first)
+
+    def _told(self, error: Exception) -> Exception:
+        """What other processes are told of an error of this one, which they might not be able to make."""
+        for kind in REFUSALS:
+            if isinstance(error, kind):
+                return kind(str(error))
+        return ProcessFailed(f"process {self.rank} failed: {type(error).__name__}: {error}")
+
+    def _shared(self, error: Exception) -> Exception:
+        self.shared_error = error
+        return error
+
+    def together(self, work: Callable, *arguments: Any) -> Any:
+        """Do work(*arguments), in which processes wait for one another, and return its own result.
+
+        If it ends with one of REFUSALS anywhere, the first of them is raised in all processes. Another error
+        is raised where it happens, and the launcher ends the others.
+        """
+        if self.count == 1:
+            return work(*arguments)
         result, errors = None, []
         try:
             result = work(*arguments)
@@ -175,7 +229,7 @@ class Processes:
             errors = [refusal]
         errors = self.gather(errors)
         if errors:
-            raise errors[0]
+            raise self._shared(errors[0])
         return result
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:

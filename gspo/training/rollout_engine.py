@@ -118,12 +118,12 @@ class ServerRollouts:
             urls = config.vllm_urls
             if not urls:
                 model = self._write_model(tokenizer)
-                settings = self._server_settings(model)
-                self._process = processes.together(VLLMProcess, settings, model.parent)
+                settings = processes.each(self._server_settings, model)
+                self._process = processes.each(VLLMProcess, settings, model.parent)
                 parts.insert(0, self._process.stop)
                 urls = [self._process.url]
             make = partial(VLLMEngine, urls, weights.model, tokenizer, str(config.dtype))
-            self.engine: VLLMEngine = processes.together(
+            self.engine: VLLMEngine = processes.each(
                 partial(make, adapters=bool(config.lora_rank), process=self._process)
             )
         except BaseException:
@@ -156,7 +156,7 @@ class ServerRollouts:
         """
         if self._asleep:
             torch.cuda.empty_cache()
-            self.processes.together(self.engine.wake_up)
+            self.processes.each(self.engine.wake_up)
             self._asleep = False
         identity = self._identity(version)
         if not self.processes.any(identity != self._loaded):
@@ -166,13 +166,13 @@ class ServerRollouts:
             self.processes.together(self.weights.save_update, folder, self.engine.dtype)
         name = f"{self.run}-{self._count}"
         with gathered_weights(self.weights.model):  # one process may check them alone
-            self.processes.together(self._load if self._loads else self.engine.expect, folder, name)
+            self.processes.each(self._load if self._loads else self.engine.expect, folder, name)
         self._loaded = identity
 
     def rest(self) -> None:
         """Let a server on the trainer's own GPU give its memory up, until the next sync()."""
         if self._process is not None and self.processes.device.type == "cuda":
-            self.processes.together(self.engine.sleep)
+            self.processes.each(self.engine.sleep)
             self._asleep = True
 
     def compare(self, samples: Sequence[Sample]) -> dict[str, float]:

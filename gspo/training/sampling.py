@@ -59,13 +59,18 @@ def sample_and_reward(
     asked = [problem for problem in own for _ in range(group_size)]
     started = time.perf_counter()
     prepare()
-    rollouts = processes.together(lambda: generate(own, share.start) if own else [])
+    rollouts = processes.each(lambda: generate(own, share.start) if own else [])
     generated = time.perf_counter()
-    rewards = reward_fn(asked, [rollout.text for rollout in rollouts]) if own else []
-    if len(rewards) != len(rollouts):
-        raise ValueError(
-            f"reward_fn returned {len(rewards)} rewards for {len(rollouts)} responses: one for each"
-        )
+
+    def own_rewards() -> Sequence:
+        rewards = reward_fn(asked, [rollout.text for rollout in rollouts]) if own else []
+        if len(rewards) != len(rollouts):
+            raise ValueError(
+                f"reward_fn returned {len(rewards)} rewards for {len(rollouts)} responses: one for each"
+            )
+        return rewards
+
+    rewards = processes.each(own_rewards)
     metrics = {"generation_s": generated - started, "reward_s": time.perf_counter() - generated}
     own_sums = getattr(reward_fn, "metrics", {}) if own else {}
     for sums in processes.gather([own_sums]):

@@ -17,7 +17,7 @@ from gspo.training.adamw_8bit import rows_are_blocks
 from gspo.training.config import GSPOConfig
 
 GATHERED = "gathered weights"
-DIVIDED = ("weights", "gradients", "optimizer", "starting model")
+DIVIDED = ("weights", "gradients", "starting model")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,14 @@ class UnitSizes:
 
     @classmethod
     def of(cls, model_config: PreTrainedConfig, trust_remote_code: bool = False) -> "UnitSizes":
-        """Count them without memory."""
+        """Count them without memory, of each model once per process."""
+        key = model_config.to_json_string(use_diff=False)
+        if key not in _COUNTED:
+            _COUNTED[key] = cls._count(model_config, trust_remote_code)
+        return _COUNTED[key]
+
+    @classmethod
+    def _count(cls, model_config: PreTrainedConfig, trust_remote_code: bool) -> "UnitSizes":
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
         parameters = list(model.parameters())
@@ -43,6 +50,16 @@ class UnitSizes:
         layers = layers_of(model)
         in_layers = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
         return cls(total, total - in_layers, in_layers / max(1, len(layers)), divisible / total)
+
+
+_COUNTED: dict[str, UnitSizes] = {}  # by the model's configuration
+
+
+def moments_share(sizes: UnitSizes, config: GSPOConfig, shards: int) -> float:
+    """The part of the optimizer's moments that one of so many processes keeps."""
+    if config.method == "adamw_8bit":
+        return 1 - sizes.divisible * (1 - 1 / shards)
+    return 1 / shards
 
 
 def sharded_parts(
@@ -57,8 +74,7 @@ def sharded_parts(
     divided = {
         name: num_bytes / shards if name in DIVIDED else num_bytes for name, num_bytes in parts.items()
     }
-    if config.method == "adamw_8bit":
-        divided["optimizer"] = parts["optimizer"] * (1 - sizes.divisible * (1 - 1 / shards))
+    divided["optimizer"] = parts["optimizer"] * moments_share(sizes, config, shards)
     bytes_each = 4 if config.dtype == "float32" else 2
     if not trains:
         return [divided | {GATHERED: float(bytes_each * sizes.total)}]

@@ -142,7 +142,7 @@ class TrainingRun:
                 self._load(checkpoint)
             self.processes.on_main(self._begin, checkpoint is not None)
             if is_sharded(trainer.model):
-                self.processes.together(_refuse_own_folder, self.processes.on_main(lambda: self.folder.path))
+                self.processes.each(_refuse_own_folder, self.processes.on_main(lambda: self.folder.path))
         except BaseException:
             if self.processes.is_main:
                 self.close()
@@ -152,7 +152,8 @@ class TrainingRun:
         """Train to the end of the last epoch, or until a stop is requested (trainer.stop).
 
         However it ends, the state after the last whole update is on disk, if its weights are finite. With
-        sharded weights it is that of the last checkpoint, if one process fails alone.
+        sharded weights it is that of the last checkpoint, if a process dies, or fails in the middle of a
+        computation that all of them make together.
 
         Returns:
             The evaluations "before" and "after", and the "best" one, whose weights are in best_model (None:
@@ -162,10 +163,11 @@ class TrainingRun:
             EmergencyStop: the update in progress must not reach the weights; the evidence is in emergency/.
             EngineError: a server cannot sample any more, or not from the policy.
             CannotSave: the disk is full; the last whole checkpoint is as it was.
+            ProcessFailed: another process has failed.
         """
         if self.processes.is_main:
             say(f"run folder: {self.folder.path}")
-        end: Interrupted | EmergencyStop | EngineError | None = None
+        end: BaseException | None = None
         with ExitStack() as stack:
             if self.processes.is_main:
                 stack.callback(self.close)
@@ -178,10 +180,12 @@ class TrainingRun:
                 end = stop
             except CannotSave:
                 raise
-            except BaseException:  # perhaps in this process alone
-                if not is_sharded(self.trainer.model) and self.processes.is_main:
-                    self._save_if_whole(self.processes.alone())
-                raise
+            except BaseException as error:
+                if error is not self.processes.shared_error:  # perhaps in this process alone
+                    if not is_sharded(self.trainer.model) and self.processes.is_main:
+                        self._save_if_whole(self.processes.alone())
+                    raise
+                end = error
             if is_sharded(self.trainer.model):  # a stop in the middle of sampling has left them gathered
                 release_weights(self.trainer.model)
             if isinstance(end, EmergencyStop):
@@ -190,7 +194,7 @@ class TrainingRun:
             self._save_if_whole(self.processes)
             recorded = self._evaluations()
             folder = self.processes.on_main(lambda: self.folder.path)
-        if isinstance(end, EmergencyStop | EngineError):
+        if end is not None and not isinstance(end, Interrupted):
             raise end
         result: dict[str, Any] = {"before": None, "after": None, "best": None}
         if recorded:

@@ -9,20 +9,28 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config, Qwen2MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+)
 
 import train_gspo
 from gspo.policy import known_models
 from gspo.policy.fewer_layers import has_equal_layers
 from gspo.policy.model_cache import EMBEDDED_NAME
 from gspo.policy.model_loader import count_parameters
-from gspo.training import measured_memory
+from gspo.training import measured_memory, sharded_memory
 from gspo.training import plan as plans
 from gspo.training.config import GSPOConfig
 from gspo.training.hardware import Machine, machine_for
 from gspo.training.living_memory import LivingMemory
 from gspo.training.measured_memory import (
     CONTEXT_BYTES,
+    Memory,
     make_optimizer_state,
     measure_sampling,
     measure_update,
@@ -232,6 +240,29 @@ def test_shards_divide_what_training_keeps():
         2 * parameters, rel=1e-3
     )
     assert part["gathered weights"] == masters["gathered weights"] > 0
+
+
+def test_a_sharded_model_is_counted_once(monkeypatch):
+    made, make = [], AutoModelForCausalLM.from_config
+    monkeypatch.setattr(sharded_memory, "_COUNTED", {})
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_config", lambda *args, **more: made.append(1) or make(*args, **more)
+    )
+    first, again = (sharded_memory.UnitSizes.of(SMALL) for _ in range(2))
+    assert first == again and len(made) == 1
+    assert sharded_memory.UnitSizes.of(WIDE) != first
+
+
+@pytest.mark.parametrize("method", ("adamw", "adamw_8bit"))
+def test_moments_that_all_processes_have_are_one_on_the_disk(method, monkeypatch):
+    narrow = Qwen2Config(**{**SMALL.to_dict(), "hidden_size": 192})  # blocks of 256 reach across rows
+    written = []
+    monkeypatch.setattr(plans, "disk_bytes", lambda *args: written.append(args[-1]) or {"all": 1e9})
+    for shard in ("none", "full"):
+        config = settings(method, shard=shard)
+        update = measure_update(narrow, config, gspo_loss, machine(1e10, 4))
+        plans.describe_disk(plans.Plan(config, Memory(update, {})), narrow, machine(1e10, 4))
+    assert written[1] == pytest.approx(written[0], rel=1e-3)
 
 
 @pytest.mark.slow

@@ -1,13 +1,21 @@
-"""How work is dealt to several processes, and what they refuse. Here no second process is started."""
+"""How work is dealt to several processes, what they agree on, and what they refuse."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from gspo.policy.log_probs import MAX_FORWARD_TOKENS
 from gspo.training.config import GSPOConfig
 from gspo.training.forward_passes import ForwardPasses, deal_groups
 from gspo.training.processes import LAUNCHER_SETTINGS, Processes, refuse_idle_processes
+from support import one_fails, unequal_gpus
+from support.on_ranks import on_ranks
+
+distributed = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch was built without torch.distributed"
+)
 
 
 def samples(*groups):
@@ -72,3 +80,25 @@ def test_a_launcher_that_would_shard_is_refused(monkeypatch, variable, name):
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ValueError, match=f"launched with {name} .*give --shard full"):
         Processes("cpu")
+
+
+@distributed
+def test_the_smallest_gpu_decides_for_all_processes(tmp_path):
+    on_ranks(2, unequal_gpus.configurations, tmp_path, "[80, 18]")
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    for config in first:  # 80 GB have room for AdamW and 128 rows
+        assert config["optimizer"] == "adamw_8bit" and config["rollout_rows"] == 80
+
+
+@distributed
+def test_all_processes_raise_an_error_if_one_fails(tmp_path):
+    on_ranks(2, one_fails.errors, tmp_path)
+    main, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    odd = str(UnicodeDecodeError("utf-8", b"", 0, 1, "odd"))
+    bug, gone = ["KeyError", "'bug'"], ["EngineError", "gone"]
+    told = ["ProcessFailed", "process 1 failed: KeyError: 'bug'"]
+    unlucky, unlucky_told = ["UnicodeDecodeError", odd], ["ValueError", odd]
+    # Pairs of each() and on_main().
+    assert main == [0, 0, told, 0, gone, 0, told, unlucky, unlucky, unlucky]
+    assert other == [1, 0, bug, 0, gone, 0, bug, unlucky_told, unlucky_told, unlucky_told]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -11,9 +12,11 @@ import torch
 from gspo.policy.model_loader import load_model
 from gspo.policy.sharded_model import Sharding, shard_model
 from gspo.training.adamw_8bit import MOMENT_TENSORS
-from support import sharded
+from gspo.training.checkpoints import STATE_FILE
+from gspo.training.whole_folders import damage
+from support import one_fails, sharded
 from support.commands import TINY, run_here
-from support.on_ranks import finish, on_ranks, start, wait_for_line
+from support.on_ranks import exit_codes, finish, on_ranks, start, wait_for_line
 from support.records import lines_of, record_of, without_seconds
 
 pytestmark = [
@@ -136,6 +139,85 @@ def test_a_rank_that_is_killed_while_it_saves_loses_nothing(tmp_path):
     code, said = finish(start(tmp_path, *flags, "--resume", tmp_path / "run"), tmp_path)
     assert code == 0, said
     assert record_of(tmp_path / "run") == record_of(tmp_path / "whole")
+
+
+def test_a_rank_that_fails_on_its_own_work_loses_nothing(tmp_path):
+    """Without a checkpoint before."""
+    flags = [*FLAGS, "--output_dir", tmp_path, "--num_epochs", 1, "--shard", "full", "--save_frequency", 0,
+             "--batch_size", 4]  # fmt: skip
+    code, said = finish(start(tmp_path, *flags, "--run_name", "whole"), tmp_path)
+    assert code == 0, said
+    for where, lines in (
+        ("reward", ["[rank1]: KeyError: 'a bug in the reward'",
+                    "train_gspo.py: process 1 failed: KeyError: 'a bug in the reward': continue with"]),
+        ("refusal", [f"[rank{rank}]: ValueError: a reward that is refused" for rank in range(2)]),
+        ("sampling", ["[rank1]: RuntimeError: a bug in sampling",
+                      "train_gspo.py: process 1 failed: RuntimeError: a bug in sampling: continue with"]),
+        ("engine", ["train_gspo.py: the server is gone: continue with --resume"]),
+        ("record", ["[rank0]: KeyError: 'a bug in the record'"]),
+    ):  # fmt: skip
+        log = tmp_path / f"log-{where}"
+        log.mkdir()
+        failed = start(log, where, *flags, "--run_name", where, script=one_fails.__file__)
+        code, said = finish(failed, log)
+        assert code == 1 and exit_codes(said) <= {"1", "-15"} and "1" in exit_codes(said), said
+        assert all(line in said for line in lines), said
+        assert [path.name for path in (tmp_path / where / "checkpoints").iterdir()] == ["step-1"]
+    code, said = finish(start(tmp_path, *flags, "--resume", tmp_path / "reward"), tmp_path)
+    assert code == 0, said
+    assert record_of(tmp_path / "reward") == record_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("where", ("loss", "memory"))
+def test_all_end_soon_if_one_fails_in_the_middle_of_an_update(tmp_path, where):
+    flags = [*FLAGS, "--output_dir", tmp_path, "--num_epochs", 1, "--shard", "full", "--run_name", "run"]
+    process = start(tmp_path, where, *flags, script=one_fails.__file__)
+    wait_for_line(tmp_path / "run" / "eval.jsonl", 1, process)
+    begun = time.monotonic()
+    code, said = finish(process, tmp_path)
+    assert code == 1 and time.monotonic() - begun < 60
+    assert f"[rank1]: RuntimeError: {one_fails.FAILURES[where][-1]}" in said
+    assert ("--resume with --micro_batch_tokens" in said) == (where == "memory")
+
+
+@pytest.mark.parametrize(
+    ("where", "reason", "kept"),
+    [
+        ("gradient", "before the update: grad_norm is nan", ["step-1"]),
+        ("weights", "1 weight tensors are not finite", []),  # which are not saved
+    ],
+)
+def test_all_ranks_stop_before_a_bad_update_of_one(tmp_path, where, reason, kept):
+    flags = [*FLAGS, "--output_dir", tmp_path, "--num_epochs", 1, "--shard", "full", "--run_name", "run",
+             "--batch_size", 4]  # fmt: skip
+    code, said = finish(start(tmp_path, where, *flags, script=one_fails.__file__), tmp_path)
+    assert code == 1 and exit_codes(said) <= {"3", "-15"} and "3" in exit_codes(said), said
+    assert said.count("emergency stop in rollout batch 2, ") == 1 and reason in said
+    assert "[rank" not in said  # no traceback
+    run = tmp_path / "run"
+    assert len(lines_of(run / "metrics.jsonl")) == 1 and list((run / "emergency").iterdir())
+    assert [path.name for path in run.glob("checkpoints/*")] == kept
+
+
+def test_a_disk_that_is_full_for_one_rank_ends_all_and_the_checkpoint_before_stays(tmp_path):
+    flags = [*FLAGS, "--output_dir", tmp_path, "--num_epochs", 1, "--shard", "full", "--batch_size", 4]
+    code, said = finish(start(tmp_path, *flags, "--run_name", "whole"), tmp_path)
+    assert code == 0, said
+    (tmp_path / "log").unlink()
+    process = start(tmp_path, "disk", *flags, "--run_name", "run", script=one_fails.__file__)
+    code, said = finish(process, tmp_path)
+    assert code == 1 and exit_codes(said) <= {"1", "-15"} and "1" in exit_codes(said), said
+    assert (
+        len(re.findall("^train_gspo.py: cannot write .*step-2.*; make room, then continue with", said, re.M))
+        == 1
+    )
+    assert "[rank" not in said  # no traceback
+    run = tmp_path / "run"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-1"]
+    assert damage(run / "checkpoints" / "step-1", STATE_FILE) is None
+    code, said = finish(start(tmp_path, *flags, "--resume", run), tmp_path)
+    assert code == 0, said
+    assert record_of(run) == record_of(tmp_path / "whole")
 
 
 def test_a_stop_in_the_middle_of_sampling_keeps_the_float32_weights(tmp_path):
