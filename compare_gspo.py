@@ -30,9 +30,8 @@ from typing import TYPE_CHECKING
 
 from gspo.comparison.arms import Arm, arms_of, cells_of
 from gspo.comparison.cells import Cell, is_complete, record_of
-from gspo.printing import duration, escaped
+from gspo.printing import counted, duration, escaped
 from gspo.training.command_line import Parser, complain, plain_warnings
-from train_gspo import counted
 from train_gspo import parse as training_config
 
 if TYPE_CHECKING:

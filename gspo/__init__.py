@@ -6,6 +6,7 @@
     sandbox/    runs untrusted Python against tests; standard library only
     tasks/      problems, and what a response earns                         may import sandbox
     checks/     what validation measures                                    may import everything
+    comparison/ many runs, and what they say together                       may import everything
 
 printing.py and live_line.py, beside them, are for all of them: to say what they do and how far they are.
 tests/test_imports.py holds the imports to this table.

@@ -21,3 +21,8 @@ def duration(seconds: float) -> str:
 def escaped(text: str, keep: str = "") -> str:
     """The text with its unprintable characters, which could move the cursor, as \\x1b, but for `keep`."""
     return "".join(c if c.isprintable() or c in keep else f"\\x{ord(c):02x}" for c in text)
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun: of one, or of many (by default with an s)."""
+    return f"{number} {one}" if number == 1 else f"{number} {many or one + 's'}"

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "gspo.report": {"gspo.training"},
     "gspo_implementation": {"gspo.policy", "gspo.training"},
     "data_loader": {"gspo.sandbox", "gspo.tasks"},
+    "gspo.comparison": {"gspo.policy", "gspo.training", "gspo.report", "gspo_implementation", "data_loader"},
     "gspo.checks": {"gspo.policy", "gspo.training", "gspo.sandbox", "gspo.tasks", "gspo_implementation",
                     "data_loader"},
 }  # fmt: skip

@@ -24,6 +24,7 @@ from data_loader import DATASETS, Problem, reward_function
 from gspo.policy.model_loader import load_model
 from gspo.training.config import GSPOConfig
 from gspo.training.find_run import make_new_folder
+from gspo.training.objective import describe_objective, suggested_clip_range
 from gspo.training.record import GLOSSARY, OPTIONAL, glossary_table
 from gspo.training.stopping import StopRequest
 from gspo_implementation import ALGORITHMS, resolve
@@ -33,13 +34,11 @@ from support.models import make_model
 from train_gspo import (
     algorithm_names,
     default_clip_range,
-    describe_objective,
     difficulty_for,
     load_task,
     parse,
     prepare,
     resolve_for_machine,
-    suggested_clip_range,
 )
 
 
@@ -151,7 +150,8 @@ def test_updates_are_counted(num_problems, batch_size, mini_batch_size, num_epoc
 
 
 def objective(**settings):
-    return describe_objective(resolve(GSPOConfig(**{"device": "cpu", "max_new_tokens": 500, **settings}), 1))
+    config = GSPOConfig(**{"device": "cpu", "max_new_tokens": 500, **settings})
+    return describe_objective(resolve(config, 1), ALGORITHMS)
 
 
 @pytest.mark.parametrize(
@@ -247,11 +247,12 @@ def test_a_clip_range_that_an_algorithm_lacks_is_refused(algorithm, side, capsys
 
 
 def test_the_suggested_clip_range_by_hand():
+    paper = ALGORITHMS["gspo"]
     # 2,000 tokens are 4, 100 and 200 times as many: the range is 2, 10 and sqrt(200) = 14.14 times as wide
-    assert suggested_clip_range(500) == pytest.approx((6e-4, 8e-4))
-    assert suggested_clip_range(20) == pytest.approx((3e-3, 4e-3))
-    assert suggested_clip_range(10) == pytest.approx((4.243e-3, 5.657e-3), rel=1e-3)
-    assert suggested_clip_range(2000) == suggested_clip_range(8000) == (3e-4, 4e-4)
+    assert suggested_clip_range(500, paper) == pytest.approx((6e-4, 8e-4))
+    assert suggested_clip_range(20, paper) == pytest.approx((3e-3, 4e-3))
+    assert suggested_clip_range(10, paper) == pytest.approx((4.243e-3, 5.657e-3), rel=1e-3)
+    assert suggested_clip_range(2000, paper) == suggested_clip_range(8000, paper) == (3e-4, 4e-4)
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,9 @@ class Difference:
     """The mean of paired differences between two settings, and its 95 % interval.
 
     low, high: None with one seed and one problem, of which nothing follows.
-    num_seeds, num_problems: 1 problem: a figure that each seed has once.
-    seed_variance: of the difference of one seed. problem_variance: the part of the variance of the mean that
-    more seeds do not lower, since it comes from the choice of problems. Both None with one seed.
+    num_problems: 1 for a figure that each seed has once.
+    m_seeds, m_rest: mean squares. problem_variance: of a problem's true difference. 0 where there is one
+    problem, and None with one seed, where they are not known.
     """
 
     mean: float
@@ -41,8 +41,9 @@ class Difference:
     high: float | None
     num_seeds: int
     num_problems: int
-    seed_variance: float | None = None
-    problem_variance: float | None = None
+    m_seeds: float | None = None
+    problem_variance: float = 0.0
+    m_rest: float = 0.0
 
     @property
     def is_seen(self) -> bool:
@@ -56,12 +57,14 @@ class Difference:
 
         None: no number does, because the choice of problems alone hides it; or the variance is not known.
         """
-        if self.seed_variance is None or self.problem_variance is None or size <= 0:
+        if self.m_seeds is None or size <= 0:
             return None
         for seeds in range(2, MOST_SEEDS + 1):
-            error = math.sqrt(self.seed_variance / seeds + self.problem_variance)
-            quantiles = student_t(CONFIDENCE, seeds - 1) + student_t(POWER, seeds - 1)
-            if quantiles * error <= size:
+            m_problems = seeds * self.problem_variance + self.m_rest
+            mean_squares = self.m_seeds, m_problems, self.m_rest
+            square, degrees = _of_the_mean(*mean_squares, seeds, self.num_problems)
+            quantiles = student_t(CONFIDENCE, degrees) + student_t(POWER, degrees)
+            if quantiles * math.sqrt(square / (seeds * self.num_problems)) <= size:
                 return seeds
         return None
 
@@ -94,8 +97,8 @@ def paired_difference(first: Sequence[Sequence[float]], second: Sequence[Sequenc
         low = high = None
         if len(one_way) > 1:
             _, low, high = mean_interval(one_way.tolist())
-        variances = (float(one_way.var(ddof=1)), 0.0) if seeds > 1 else (None, None)
-        return Difference(mean, low, high, seeds, problems, *variances)
+        m_seeds = float(one_way.var(ddof=1)) if seeds > 1 else None
+        return Difference(mean, low, high, seeds, problems, m_seeds)
     by_seed, by_problem = d.mean(1, keepdims=True), d.mean(0, keepdims=True)  # (S, 1), (1, P)
     rest = d - by_seed - by_problem + mean
     m_seeds = problems * float(by_seed.var(ddof=1))
@@ -105,8 +108,7 @@ def paired_difference(first: Sequence[Sequence[float]], second: Sequence[Sequenc
     half = student_t(CONFIDENCE, degrees) * math.sqrt(square / d.size)
     return Difference(
         mean, mean - half, mean + half, seeds, problems,
-        seed_variance=m_seeds / problems,
-        problem_variance=max(0.0, m_problems - m_rest) / d.size,
+        m_seeds, problem_variance=max(0.0, m_problems - m_rest) / seeds, m_rest=m_rest,
     )  # fmt: skip
 
 
@@ -116,7 +118,7 @@ def _of_the_mean(
     """The mean square of the mean, and its degrees of freedom, from those of seeds, problems and the rest."""
     largest, degrees = max((m_seeds, seeds - 1), (m_problems, problems - 1))
     square = m_seeds + m_problems - m_rest
-    if square <= largest:
-        return largest, degrees
+    if square <= largest or problems == 1:
+        return largest, max(1, degrees)
     parts = ((m_seeds, seeds - 1), (m_problems, problems - 1), (m_rest, (seeds - 1) * (problems - 1)))
     return square, max(1, math.floor(square**2 / sum(m**2 / n for m, n in parts)))

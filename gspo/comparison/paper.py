@@ -33,7 +33,8 @@ class Scale:
     """Where the claims are tried, and on what.
 
     flags: of all runs. moe_flags: further ones of the mixture of experts. rates: values of --learning_rate.
-    staleness: values of --update_frequency beside 1. precision: the arguments of measure_precision().
+    staleness: values of --update_frequency beside 1. sampler: flags of a sampler in bfloat16. precision: the
+    arguments of measure_precision().
     """
 
     name: str
@@ -41,6 +42,7 @@ class Scale:
     moe_flags: tuple[str, ...]
     rates: tuple[str, ...]
     staleness: tuple[str, ...]
+    sampler: tuple[str, ...] = ("--rollout_dtype", "bfloat16")
     precision: tuple[str, str, int] | None = None
 
     @property
@@ -65,7 +67,7 @@ CPU = Scale(
     _flags("--model_name tiny-moe"),
     RATES,
     STALENESS,
-    SORTED,
+    precision=SORTED,
 )
 QUICK = Scale(
     "quick",
@@ -73,7 +75,7 @@ QUICK = Scale(
     _flags("--model_name tiny-moe"),
     (RATES[0], RATES[-1]),
     (STALENESS[-1],),
-    SORTED,
+    precision=SORTED,
 )
 GPU = Scale(
     "gpu",
@@ -84,6 +86,7 @@ GPU = Scale(
     _flags("--model_name Qwen/Qwen1.5-MoE-A2.7B-Chat"),
     ("1e-6", "5e-6", "2e-5"),
     STALENESS,
+    sampler=(),  # vLLM computes in bfloat16
 )
 SCALES = {scale.name: scale for scale in (CPU, QUICK, GPU)}
 
@@ -132,7 +135,7 @@ def sections(scale: Scale) -> list[Section]:
             "GRPO with Routing Replay", (*grpo, *rate, *scale.moe_flags, "--routing_replay"), baseline="GRPO"
         ),
     ]
-    sampler = ("--pi_old", "sampler", "--rollout_dtype", "bfloat16")
+    sampler = ("--pi_old", "sampler", *scale.sampler)
     precision = [
         Arm("GSPO", (*gspo, *rate)),
         Arm("GSPO, pi_old of a bfloat16 sampler", (*gspo, *rate, *sampler), baseline="GSPO"),

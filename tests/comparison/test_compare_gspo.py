@@ -1,0 +1,221 @@
+"""The command: settings, runs that are made once, tables; with runs that are made up, and with real ones."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import compare_gspo
+from gspo.comparison.arms import arms_of, cells_of
+from gspo.comparison.cells import cell_name
+from gspo.comparison.claims import markdown
+from gspo.comparison.paper import SCALES, sections
+from gspo.training.config import GSPOConfig
+from support import ROOT
+from train_gspo import parse
+
+FAKE = shlex.join([sys.executable, str(ROOT / "tests" / "support" / "fake_training.py")])
+
+
+def compare(folder, *arguments):
+    """Run the command here on made-up runs. Returns the exit code."""
+    return compare_gspo.main(["--launch", FAKE, "--output_dir", str(folder), "--name", "table", *arguments])
+
+
+def result_in(folder):
+    return json.loads((folder / "table" / "comparison.json").read_text())
+
+
+def starts(folder):
+    """How often each run was started."""
+    return {path.parent.name: path.read_text().count("started") for path in folder.glob("cells/*/starts.txt")}
+
+
+# ---- settings
+
+
+def labels(*arguments):
+    return [(arm.label, arm.baseline) for arm in arms_of(*arguments)]
+
+
+def test_settings_are_compared_with_the_first_value_of_the_first_axis():
+    assert labels("gspo,grpo", ["learning_rate=1,2"], []) == [
+        ("gspo, learning_rate 1", None),
+        ("gspo, learning_rate 2", "gspo, learning_rate 1"),
+        ("grpo, learning_rate 1", "gspo, learning_rate 1"),
+        ("grpo, learning_rate 2", "gspo, learning_rate 2"),
+    ]
+    assert labels(None, [], ["a: --kl_coef 1", "b:"]) == [("a", None), ("b", "a")]
+    assert [arm.flags for arm in arms_of(None, ["shuffle_rewards=off,on"], [])] == [
+        (),
+        ("--shuffle_rewards",),
+    ]
+
+
+def test_a_setting_that_is_named_twice_gets_other_seeds(tmp_path):
+    arms = arms_of("gspo,gspo", [], [])
+    cells = cells_of(arms, ["--seed", "3", "--output_dir", str(tmp_path)], 2, parse)
+    assert [(cell.arm, cell.index, cell.seed) for cell in cells] == [
+        ("gspo", 0, 3), ("gspo (other seeds)", 0, 1003), ("gspo", 1, 4), ("gspo (other seeds)", 1, 1004),
+    ]  # fmt: skip
+    assert len({cell.folder for cell in cells}) == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "nothing to compare"),
+        (["--vary", "learning=1,2"], "--vary learning=1,2: give a flag"),
+        (["--vary", "seed=1,2"], "--vary seed=1,2: give a flag"),
+        (["--arm", "wide"], "give a name and flags"),
+        (["--arm", "a:", "--arm", "a: --kl_coef 1"], "two settings are named 'a'"),
+        (["--algorithms", "gspo,grpo", "--run_name", "x"], "--run_name does not go with a comparison"),
+        (["--algorithms", "gspo,grpo", "--resume=latest"], "--resume does not go with a comparison"),
+        (["--algorithms", "gspo,grpo", "--kl_coef", "-1"], "--kl_coef must be at least 0"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, said, capsys):
+    assert compare_gspo.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_a_run_is_named_by_all_that_it_depends_on(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("one")
+
+    def name(**settings):
+        return cell_name(GSPOConfig(**{"seed": 1, "dataset_path": str(data)} | settings))
+
+    plain = name()
+    assert plain.startswith("auto-gspo-seed1-")
+    same = {"output_dir": "elsewhere", "log_to": "wandb", "micro_batch_tokens": 5, "save_frequency": 1}
+    assert [name(**{key: value}) for key, value in same.items()] == [plain] * len(same)
+    other = {"learning_rate": 1.0, "eval_frequency": 3, "num_epochs": 2, "data_seed": 1, "temperature": 0.5}
+    assert len({plain, *(name(**{key: value}) for key, value in other.items())}) == 1 + len(other)
+    data.write_text("two")
+    assert name() != plain
+
+
+# ---- made-up runs
+
+
+def test_figures_and_verdicts_of_made_up_runs(tmp_path, capsys):
+    assert compare(tmp_path, "--vary", "learning_rate=0.5,0.8,0.501", "--seeds", "4") == 0
+    result = result_in(tmp_path)
+    assert [arm["label"] for arm in result["arms"]] == [f"learning_rate {x}" for x in ("0.5", "0.8", "0.501")]
+    means = result["arms"][1]["means"]
+    # pass@1 goes from about 0 to .8 in one step, and its mean over the rollout batches is half of that
+    assert means["final pass@1"]["mean"] == pytest.approx(0.8, abs=0.05)
+    assert means["area under curve"]["mean"] == pytest.approx(0.4, abs=0.05)
+    assert means["clip_fraction"]["mean"] == pytest.approx(0.8) and means["responses"]["mean"] == 24
+    by_name = {(each["of"], each["measure"]): each for each in result["differences"]}
+    ahead = by_name["learning_rate 0.8", "final pass@1"]
+    # the noise is that of the seed and the problem, which both settings share: paired, it is gone
+    assert ahead["verdict"] == "learning_rate 0.8 is ahead" and ahead["mean"] == pytest.approx(0.3)
+    assert ahead["low"] == pytest.approx(0.3) and ahead["high"] == pytest.approx(0.3)
+    assert (tmp_path / "table" / "report.html").stat().st_size > 50_000
+    assert (tmp_path / "table" / "comparison.png").stat().st_size > 10_000
+    out = capsys.readouterr().out
+    assert (
+        "learning_rate 0.8 - learning_rate 0.5" in out
+        and (tmp_path / "table" / "table.txt").read_text() in out
+    )
+    assert not list(tmp_path.glob("cells/*/checkpoints"))
+
+
+def test_a_setting_against_itself_over_five_seeds(tmp_path):
+    arms = ["--arm", "a: --learning_rate 0.5", "--arm", "b: --learning_rate 0.5"]
+    assert compare(tmp_path, *arms, "--seeds", "5") == 0
+    result = result_in(tmp_path)
+    assert [each["verdict"] for each in result["differences"]] == ["no difference seen"] * 3
+    assert [seed["seed"] for seed in result["arms"][1]["seeds"]] == [1000, 1001, 1002, 1003, 1004]
+
+
+def test_a_sixth_seed_adds_to_five(tmp_path):
+    rates = ["--vary", "learning_rate=0.5,0.8"]
+    assert compare(tmp_path, *rates, "--seeds", "2") == 0
+    assert compare(tmp_path, *rates, "--seeds", "3") == 0
+    assert len(starts(tmp_path)) == 6 and set(starts(tmp_path).values()) == {1}
+    assert [seed["seed"] for seed in result_in(tmp_path)["arms"][0]["seeds"]] == [0, 1, 2]
+
+
+def test_a_run_that_is_stopped_for_good_counts_with_its_last_evaluation(tmp_path, capsys):
+    assert compare(tmp_path, "--vary", "learning_rate=0.5,1", "--seeds", "2") == 0
+    dead = result_in(tmp_path)["arms"][1]
+    assert dead["died"] == 2 and [seed["died"] for seed in dead["seeds"]] == ["loss is nan"] * 2
+    assert abs(dead["means"]["final pass@1"]["mean"]) < 0.05
+    assert "died: learning_rate 1, seed 0, after rollout batch 1: loss is nan" in capsys.readouterr().out
+    assert compare(tmp_path, "--vary", "learning_rate=0.5,1", "--seeds", "2") == 0
+    assert set(starts(tmp_path).values()) == {1}  # it would die again
+
+
+def test_a_failed_run_is_shown_and_goes_on_with_the_same_command(tmp_path, capsys):
+    assert compare(tmp_path, "--vary", "learning_rate=0.5,2", "--seeds", "2") == 1
+    out = capsys.readouterr().out
+    assert "FAILED: learning_rate 2, seed 0: no space left on device" in out
+    assert compare(tmp_path, "--vary", "learning_rate=0.5,2", "--seeds", "2") == 1
+    assert sorted(starts(tmp_path).values()) == [1, 1, 2, 2]
+
+
+def test_input_that_is_refused_ends_the_comparison_at_once(tmp_path, capsys):
+    assert compare(tmp_path, "--vary", "learning_rate=3,0.5", "--seeds", "50") == 2
+    assert capsys.readouterr().err.endswith("train_gspo.py: there is no such thing\n")
+    assert len(starts(tmp_path)) <= 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_comparison_that_is_stopped_twice_ends_as_one_that_was_not(tmp_path, number):
+    rates = ["--vary", "learning_rate=0.5,0.8", "--seeds", "3", "--jobs", "2"]
+    assert compare(tmp_path / "whole", *rates) == 0
+    stopped = tmp_path / "stopped"
+    command = [sys.executable, str(ROOT / "compare_gspo.py"), "--launch", FAKE, "--output_dir", str(stopped)]
+    slow = os.environ | {"FAKE_WAIT_S": "0.5"}
+    for runs in (1, 4):
+        process = subprocess.Popen([*command, "--name", "table", *rates], env=slow)
+        while len(starts(stopped)) < runs:
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(60) == (130 if number == signal.SIGTERM else -number)
+    # What a kill may leave behind before a run has a record.
+    empty = next(path for path in stopped.glob("cells/*") if path.is_dir())
+    leftover = empty.with_name(f"{empty.name}.log")
+    assert leftover.exists()
+    assert compare(stopped, *rates) == 0
+
+    def plain(folder):
+        return json.loads(json.dumps(result_in(folder)).replace(str(folder), ""))
+
+    assert plain(stopped) == plain(tmp_path / "whole")
+    assert (stopped / "table" / "table.txt").read_text() == (tmp_path / "whole/table/table.txt").read_text()
+
+
+# ---- the preset
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_every_run_of_the_preset_has_valid_flags(name, tmp_path):
+    scale = SCALES[name]
+    own = ["--output_dir", str(tmp_path)]
+    folders = set()
+    for section in sections(scale):
+        cells = cells_of(section.arms, [*scale.flags, *own], 3, parse)
+        assert {arm.baseline for arm in section.arms} - {None} <= {arm.label for arm in section.arms}
+        folders |= {cell.folder for cell in cells}
+    assert len(folders) < 3 * sum(len(section.arms) for section in sections(scale))  # some are shared
+
+
+def test_the_table_of_claims_is_made_of_the_json():
+    claim = {"claim": "more", "paper": ".15", "measured": ".1", "holds": "yes"}
+    environment = {"gpus": [], "cpu_cores": 2, "git_commit": "0123456789abcdef", "versions": {"torch": "2"}}
+    made = {"command": "--preset paper", "seeds": 3, "runs": 9, "environment": environment}
+    lines = markdown({"claims": [claim], **made}).splitlines()
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == 5
+    assert (
+        lines[2] == "| more | .15 | .1 | yes |" and "2 CPU cores" in lines[-1] and "0123456789." in lines[-1]
+    )
