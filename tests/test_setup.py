@@ -198,6 +198,7 @@ def test_pip_gets_the_package_and_no_side_effects(tmp_path):
     assert "wandb" in requirements and not {"pytest", "ruff"} & set(requirements)
     assert "License: Apache-2.0" in (information / "PKG-INFO").read_text().splitlines()
     modules = (information / "top_level.txt").read_text().split()
-    assert set(modules) == {"gspo", "data_loader", "gspo_implementation", "train_gspo", "validate_gspo"}
+    commands = {"train_gspo", "validate_gspo", "compare_gspo"}
+    assert set(modules) == {"gspo", "data_loader", "gspo_implementation", *commands}
     sources = (information / "SOURCES.txt").read_text()
     assert "gspo/policy/weights/tiny.safetensors" in sources

@@ -164,7 +164,7 @@ def test_the_samplers_pi_old_is_the_trainers_to_rounding():
             torch.testing.assert_close(sample.old_log_probs, same.old_log_probs, rtol=1e-4, atol=1e-4)
     assert compared and batch.metrics["null_clip_fraction"] == 0
     minibatches = []
-    t.forward.all_log_probs = lambda model, asked: minibatches.extend(asked) or []
+    t.forward.all_log_probs = lambda model, asked, *_: minibatches.extend(asked) or []
     batch = t.collect(problems(4), 1)
     assert minibatches == []
     metrics = t.update(batch)

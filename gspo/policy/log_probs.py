@@ -184,7 +184,9 @@ def _micro_batch_log_probs(
     device = model.get_input_embeddings().weight.device
     lengths = [len(response) for response in responses]
     if not any(lengths):
-        return [torch.zeros(0, device=device) for _ in responses]
+        # A pass is made all the same: with sharded weights other processes wait for it, here and in backward.
+        nothing = _micro_batch_log_probs(model, [[0]], [[0]], temperature, _no_routing)[0][:0]
+        return [nothing for _ in responses]
     decoder_pass = _packed_pass if can_pack(model) else _padded_pass
     output, predictors = decoder_pass(model, prompts, responses, device, route)
     hidden = output.last_hidden_state.flatten(0, 1)

@@ -166,7 +166,8 @@ def test_logits_are_held_for_as_many_tokens_as_the_gpu_has_memory_for(llama):
 
 
 def test_only_empty_responses(llama):
-    assert [x.shape for x in token_log_probs(llama, [[3], [4]], [[], []])] == [(0,), (0,)]
+    log_probs = token_log_probs(llama, [[3], [4]], [[], []])
+    assert [x.shape for x in log_probs] == [(0,), (0,)] and log_probs[0].requires_grad
 
 
 @pytest.mark.parametrize(

@@ -213,8 +213,8 @@ FAULTS = {
     "temperature missing in the trainer's log-probs": Fault(
         "gspo.training.forward_passes",
         "ForwardPasses.log_probs",
-        "responses, self.config.temperature)",
-        "responses)",
+        "responses, self.config.temperature, routing)",
+        "responses, routing=routing)",
         "trainer_updates",
         "four updates",
     ),
@@ -269,8 +269,8 @@ FAULTS = {
     "log-probs shifted by one": Fault(
         "gspo.policy.log_probs",
         "_micro_batch_log_probs",
-        "torch.tensor(predictors, device=device)",
-        "torch.tensor(predictors, device=device).sub(1).clamp(min=0)",
+        "torch.tensor([i for of_row in predictors for i in of_row], device=device)",
+        "torch.tensor([max(i - 1, 0) for of_row in predictors for i in of_row], device=device)",
         "log_probs",
         "log-probs equal a naive",
     ),

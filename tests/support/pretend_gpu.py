@@ -230,7 +230,7 @@ def pretend_gpu() -> Iterator[torch.device]:
         # Otherwise, module.to() would replace every parameter by a new one, and untie tied weights.
         torch.__future__.set_swap_module_params_on_conversion(True)
         stack.enter_context(
-            patch.object(gspo_implementation, "choose_device", lambda device: device or "cuda")
+            patch("gspo.training.decide.choose_device", lambda device: device or "cuda")
         )
         stack.enter_context(patch.object(gspo_implementation, "Processes", _PretendProcesses))
         # Everything fits.

@@ -15,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 import gspo.training.adamw_8bit as adamw_8bit_module
 import gspo_implementation
 import train_gspo
-from gspo.policy.sharded_model import copy_whole, is_sharded, whole_tensor
+from gspo.policy.log_probs import token_log_probs
+from gspo.policy.sharded_model import call, copy_whole, is_sharded, whole_tensor
 from gspo.training import processes, training_run
 from gspo.training.adamw_8bit import AdamW8bit
 from gspo.training.rollout_engine import ShardedEngine
@@ -106,6 +107,25 @@ def _trained(t):
 def _evaluated(t):
     t.evaluate(problems(5, 9))
     return t.evaluation_texts
+
+
+def empty_responses(path):
+    """Save the gradient of four rows, two for each of two processes; those of the second have no tokens."""
+    torch.set_num_threads(1)
+    t = trainer("tiny", shard="full" if "RANK" in os.environ else "none")
+    rows = [([5, 6, 7], [8, 9]), ([7, 6], [5]), ([8, 9], []), ([9, 8], [])]
+    rank, count = t.processes.rank, t.processes.count
+    own = rows[len(rows) // count * rank : len(rows) // count * (rank + 1)]
+    log_probs = call(
+        t.model, token_log_probs, [prompt for prompt, _ in own], [response for _, response in own]
+    )
+    assert [len(row) for row in log_probs] == [len(response) for _, response in own]
+    sum(row.sum() for row in log_probs).backward()
+    gradients = [whole_tensor(parameter.grad) for parameter in t.weights.parameters]
+    if t.processes.is_main:
+        torch.save(gradients, path)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 # ---- runs of train_gspo.py with something that happens to them: `torchrun sharded.py NAME FLAGS ...`

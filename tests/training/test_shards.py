@@ -74,6 +74,13 @@ def test_gradients_updates_and_samples_are_those_of_one_process(one, tmp_path, c
     assert max(empty) > 0, "a process must have had no response with a signal"
 
 
+def test_a_process_whose_responses_are_all_empty_keeps_up_with_the_others(tmp_path):
+    sharded.empty_responses(tmp_path / "one.pt")
+    on_ranks(2, sharded.empty_responses, tmp_path / "two.pt", timeout=60)
+    one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
+    assert error(two, one) < 1e-5
+
+
 def test_experts_that_are_modules_of_their_own_are_refused():
     model = load_model("tiny", device="cpu")[0]
     model.model.layers[0].mlp.experts = torch.nn.ModuleList([torch.nn.Linear(2, 2)])

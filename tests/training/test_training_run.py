@@ -244,10 +244,10 @@ def test_memory_that_runs_out_halves_the_pass_and_not_the_gradient(tmp_path, cap
     whole = [p.grad.clone() for p in t.model.parameters()]
     token_log_probs, most = forward_passes.token_log_probs, 3 * 34
 
-    def limited(model, prompts, responses, temperature):
+    def limited(model, prompts, responses, *others):
         if sum(map(len, responses)) > most:
             raise next(errors)
-        return token_log_probs(model, prompts, responses, temperature)
+        return token_log_probs(model, prompts, responses, *others)
 
     kinds = (
         RuntimeError("could not create a primitive"),
