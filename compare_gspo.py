@@ -30,8 +30,10 @@ from typing import TYPE_CHECKING
 
 from gspo.comparison.arms import Arm, arms_of, cells_of
 from gspo.comparison.cells import Cell, is_complete, record_of
+from gspo.comparison.gpu_hours import H100, hours_of_run
 from gspo.printing import counted, duration, escaped
 from gspo.training.command_line import Parser, complain, plain_warnings
+from gspo.training.config import GSPOConfig
 from train_gspo import parse as training_config
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--preset", choices=["paper"], help="the paper's claims, each with a comparison of its own")
     add("--quick", action="store_true", help="--preset paper in shorter runs, and fewer of them")
     add("--scale", choices=["cpu", "gpu"], default="cpu", help="what --preset paper trains (default: cpu)")
-    add("--seeds", type=int, default=3, help="runs of each setting; --seed is the first (default: 3)")
+    add("--seeds", type=int, help="runs of each setting; --seed is the first (default: 3; --preset paper: 5)")
     add("--jobs", type=int, help="runs side by side (default: 1, or as many as GPUs; --preset: CPU cores)")
     add("--launch", default="", help="in the place of python, such as 'torchrun --nproc_per_node 4'")
     add(
@@ -73,6 +75,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--estimate", action="store_true", help="say how long the runs that are missing take, and stop")
     add("--name", help="folder of the tables in OUTPUT_DIR (default: made of the settings)")
     options, flags = parser.parse_known_args(arguments)
+    if options.seeds is None:
+        options.seeds = 5 if options.preset and not options.quick else 3
     if options.seeds < 1 or (options.jobs or 1) < 1 or not options.detect > 0:
         parser.error("--seeds and --jobs must be at least 1, and --detect positive")
     if options.name and not re.fullmatch(r"[\w+-][\w.+-]{0,99}", options.name):
@@ -231,6 +235,27 @@ def visible_gpus() -> list[str]:
 
 def estimate(cells: Sequence[Cell], options: argparse.Namespace) -> int:
     """Print how long the runs that are missing take on this machine. Returns the exit code."""
+    gpus = visible_gpus()
+    elsewhere = options.scale == "gpu" and not gpus
+    seconds_of = seconds_on_gpu if elsewhere else seconds_here
+    total = 0.0
+    for arm in dict.fromkeys(cell.arm for cell in cells):
+        own = [cell for cell in cells if cell.arm == arm]
+        missing = [cell for cell in own if not is_complete(cell, record_of(cell))]
+        seconds = AROUND_RUN_S + seconds_of(training_config(list(own[0].flags)))
+        total += len(missing) * seconds
+        print(
+            f"{arm}: {len(missing)} of {len(own)} runs are missing, at most about {duration(seconds)} each",
+            flush=True,
+        )
+    total /= options.jobs or max(1, len(gpus))
+    where = f" on one {H100.name}, computed and not measured" if elsewhere else ""
+    print(f"in all: at most about {duration(total)}{where}")
+    return 0
+
+
+def seconds_here(config: GSPOConfig) -> float:
+    """Seconds of a run on this machine, from seconds of its work."""
     import torch
 
     from gspo.training.hardware import machine_for
@@ -238,27 +263,19 @@ def estimate(cells: Sequence[Cell], options: argparse.Namespace) -> int:
     from gspo_implementation import ALGORITHMS
     from train_gspo import config_of_model, load_task, resolve_for_machine
 
-    total = 0.0
-    for arm in dict.fromkeys(cell.arm for cell in cells):
-        own = [cell for cell in cells if cell.arm == arm]
-        missing = [cell for cell in own if not is_complete(cell, record_of(cell))]
-        with redirect_stdout(io.StringIO()):
-            config = resolve_for_machine(training_config(list(own[0].flags)))
-            num_problems = len(load_task(config)[0])
-        processes = machine_for(None, str(config.device)).processes
-        pace = estimate_pace(
-            config_of_model(config),
-            config,
-            ALGORITHMS[config.algorithm].loss,
-            torch.device(str(config.device)),
-            config.max_length // 4,
-            processes,
-        )
-        seconds = AROUND_RUN_S + pace.run(config.count_updates(num_problems)[0], config.eval_frequency)
-        total += len(missing) * seconds
-        print(f"{arm}: {len(missing)} of {len(own)} runs are missing, at most about {duration(seconds)} each")
-    print(f"in all: at most about {duration(total / (options.jobs or max(1, len(visible_gpus()))))}")
-    return 0
+    with redirect_stdout(io.StringIO()):
+        config = resolve_for_machine(config)
+        num_problems = len(load_task(config)[0])
+    device = torch.device(str(config.device))
+    loss = ALGORITHMS[config.algorithm].loss
+    processes = machine_for(None, str(config.device)).processes
+    pace = estimate_pace(config_of_model(config), config, loss, device, config.max_length // 4, processes)
+    return pace.run(config.count_updates(num_problems)[0], config.eval_frequency)
+
+
+def seconds_on_gpu(config: GSPOConfig) -> float:
+    """Seconds of a run on a GPU that is not here."""
+    return 3600 * hours_of_run(config, config.num_train_samples)
 
 
 if __name__ == "__main__":

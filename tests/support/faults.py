@@ -214,7 +214,7 @@ FAULTS = {
         "gspo.training.forward_passes",
         "ForwardPasses.log_probs",
         "responses, self.config.temperature, routing)",
-        "responses, routing=routing)",
+        "responses, 1.0, routing)",
         "trainer_updates",
         "four updates",
     ),

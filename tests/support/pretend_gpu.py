@@ -229,9 +229,7 @@ def pretend_gpu() -> Iterator[torch.device]:
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, swapping)
         # Otherwise, module.to() would replace every parameter by a new one, and untie tied weights.
         torch.__future__.set_swap_module_params_on_conversion(True)
-        stack.enter_context(
-            patch("gspo.training.decide.choose_device", lambda device: device or "cuda")
-        )
+        stack.enter_context(patch("gspo.training.decide.choose_device", lambda device: device or "cuda"))
         stack.enter_context(patch.object(gspo_implementation, "Processes", _PretendProcesses))
         # Everything fits.
         stack.enter_context(patch.object(gspo_implementation, "fit_to_gpu", lambda config, *_: config))
