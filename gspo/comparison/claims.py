@@ -142,8 +142,8 @@ def _by_minibatch(outcomes: Sequence[Outcome], metric: str) -> list[float]:
 
 
 def read_experts(result: Mapping[str, Any], arms: Arms) -> list[Claim]:
-    changed = _by_minibatch(arms["GSPO"], "routing_changed_by_minibatch")
-    grpo, replay = _difference(result, "GRPO", FINAL), _difference(result, "GRPO with Routing Replay", FINAL)
+    changed = _by_minibatch(arms["GSPO, experts"], "routing_changed_by_minibatch")
+    grpo, replay = _difference(result, "GRPO, experts", FINAL), _difference(result, "GRPO, Routing Replay", FINAL)
     after_one = changed[1] if len(changed) > 1 else 0.0
     return [
         Claim(
@@ -161,8 +161,8 @@ def read_experts(result: Mapping[str, Any], arms: Arms) -> list[Claim]:
         Claim(
             "GSPO needs none (figure 3)",
             "it converges without",
-            f"GSPO {_learned(arms['GSPO'])}; GSPO - GRPO in final pass@1: {_in_words(grpo, -1)}",
-            HOLDS if _has_learned(arms["GSPO"]) else UNSEEN,
+            f"GSPO {_learned(arms['GSPO, experts'])}; GSPO - GRPO in final pass@1: {_in_words(grpo, -1)}",
+            HOLDS if _has_learned(arms["GSPO, experts"]) else UNSEEN,
         ),
     ]
 

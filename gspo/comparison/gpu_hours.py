@@ -4,8 +4,8 @@
     log-probabilities   2 floating-point operations per weight and token
     updates             6 per weight and token; 8 with gradient checkpointing
 
-Every response is taken to be as long as it may be. Nothing here was measured: the shares of the peaks are what
-well-made systems reach, and the result is good to about a factor of two.
+Every response is taken to be as long as it may be. Nothing here was measured: the shares of the peaks are
+what well-made systems reach, and the result is good to about a factor of two.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ WEIGHTS = {
 
 @dataclass(frozen=True)
 class GPU:
-    """Peaks of the data sheet, in bfloat16 operations and bytes per second, and the shares that are reached."""
+    """Peaks of the data sheet, in bfloat16 operations and bytes per second, and the shares one reaches."""
 
     name: str
     operations: float

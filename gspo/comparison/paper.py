@@ -80,8 +80,9 @@ QUICK = Scale(
 GPU = Scale(
     "gpu",
     _flags(
-        "--dataset gsm8k --num_train_samples 7473 --num_eval_samples 500 --max_length 1024 --batch_size 128 "
-        "--mini_batch_size 32 --group_size 8 --eval_frequency 10 --rollout_engine vllm"
+        "--model_name Qwen/Qwen2.5-1.5B-Instruct --dataset gsm8k --num_train_samples 7473 "
+        "--num_eval_samples 500 --max_length 1024 --batch_size 128 --mini_batch_size 32 --group_size 8 "
+        "--eval_frequency 10 --rollout_engine vllm"
     ),
     _flags("--model_name Qwen/Qwen1.5-MoE-A2.7B-Chat"),
     ("1e-6", "5e-6", "2e-5"),
@@ -129,10 +130,12 @@ def sections(scale: Scale) -> list[Section]:
         ),
     ]
     experts = [
-        Arm("GSPO", (*gspo, *rate, *scale.moe_flags)),
-        Arm("GRPO", (*grpo, *rate, *scale.moe_flags), baseline="GSPO"),
+        Arm("GSPO, experts", (*gspo, *rate, *scale.moe_flags)),
+        Arm("GRPO, experts", (*grpo, *rate, *scale.moe_flags), baseline="GSPO, experts"),
         Arm(
-            "GRPO with Routing Replay", (*grpo, *rate, *scale.moe_flags, "--routing_replay"), baseline="GRPO"
+            "GRPO, Routing Replay",
+            (*grpo, *rate, *scale.moe_flags, "--routing_replay"),
+            baseline="GRPO, experts",
         ),
     ]
     sampler = ("--pi_old", "sampler", *scale.sampler)
