@@ -139,7 +139,7 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
         options.jobs = options.jobs or os.cpu_count()
     if options.estimate:
         return estimate(runs, options)
-    from gspo.comparison.claims import markdown
+    from gspo.comparison.claims import markdown, read_noise
     from gspo.comparison.page import write_claims
     from gspo.comparison.precision import measure_precision
     from gspo.comparison.table import render
@@ -156,7 +156,9 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
         for cell, why in failed.items():
             complain(PROGRAM, f"{cell.arm}, seed {cell.seed}: {why}; its output is in {cell.log}")
         return 1
-    outcomes, results, claims = {}, {}, []
+    noise = measure_precision(*scale.precision) if scale.precision else None
+    outcomes, results = {}, {}
+    claims = [read_noise(noise)] if noise else []
     for part in parts:
         outcomes[part.key], results[part.key] = compared(part.arms, cells[part.key], options.detect, {})
         claims += part.read(results[part.key], outcomes[part.key])
@@ -167,7 +169,7 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
         "runs": len(runs),
         "minutes": (time.monotonic() - started) / 60,
         "environment": describe_environment(),
-        "precision": measure_precision(*scale.precision) if scale.precision else None,
+        "precision": noise,
         "claims": [asdict(claim) for claim in claims],
         "sections": {part.key: {"title": part.title, **results[part.key]} for part in parts},
     }

@@ -143,7 +143,8 @@ def _by_minibatch(outcomes: Sequence[Outcome], metric: str) -> list[float]:
 
 def read_experts(result: Mapping[str, Any], arms: Arms) -> list[Claim]:
     changed = _by_minibatch(arms["GSPO, experts"], "routing_changed_by_minibatch")
-    grpo, replay = _difference(result, "GRPO, experts", FINAL), _difference(result, "GRPO, Routing Replay", FINAL)
+    grpo = _difference(result, "GRPO, experts", FINAL)
+    replay = _difference(result, "GRPO, Routing Replay", FINAL)
     after_one = changed[1] if len(changed) > 1 else 0.0
     return [
         Claim(
@@ -179,6 +180,20 @@ def _learned(outcomes: Sequence[Outcome]) -> str:
 def _has_learned(outcomes: Sequence[Outcome]) -> bool:
     low = _gains(outcomes)[1]
     return low is not None and low > 0
+
+
+def read_noise(noise: Mapping[str, Any]) -> Claim:
+    """What measure_precision() says."""
+    rows = noise["by_length"]
+    by_length = ", ".join(f"{row['gspo']:.0%} at {row['tokens']} tokens" for row in rows)
+    return Claim(
+        "sequence ratios bear a sampler of another precision (section 5.4)",
+        "GSPO bears it better; no figure",
+        f"bfloat16 moves a token's log-ratio by {noise['token_std']:.2g} and a response's mean by "
+        f"{noise['sequence_std']:.2g} (standard deviations). Without any update that is outside of GRPO's "
+        f"range for {noise['grpo']:.1%} of the tokens, of GSPO's for {noise['gspo']:.0%} ({by_length})",
+        HOLDS if noise["gspo"] <= noise["grpo"] else FAILS,
+    )
 
 
 def read_precision(result: Mapping[str, Any], arms: Arms) -> list[Claim]:
