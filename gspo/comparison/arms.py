@@ -96,13 +96,13 @@ def cells_of(
     flags.
 
     Raises:
-        ValueError: a flag that a comparison sets itself, or a bad value.
+        ValueError: a flag that a comparison sets itself, a bad value, or two settings that are the same.
     """
     for name in OWN - {"seed", "output_dir"}:
         given = [flag for arm in arms for flag in (*flags, *arm.flags) if flag.split("=")[0] == f"--{name}"]
         if given:
             raise ValueError(f"--{name} does not go with a comparison")
-    cells = []
+    cells: dict[Path, Cell] = {}
     for index in range(num_seeds):
         for arm in arms:
             own = [*flags, *arm.flags]
@@ -110,5 +110,7 @@ def cells_of(
             seed = first.seed + OTHER_SEEDS * arm.repeat + index
             own += ["--seed", str(seed)]
             folder = Path(first.output_dir) / "cells" / cell_name(parse(own))
-            cells.append(Cell(arm.label, index, seed, tuple(own), folder))
-    return cells
+            if folder in cells:
+                raise ValueError(f"{cells[folder].arm!r} and {arm.label!r} are the same setting")
+            cells[folder] = Cell(arm.label, index, seed, tuple(own), folder)
+    return list(cells.values())

@@ -8,8 +8,9 @@ differences is estimated by
     (M_S + M_P - M_E) / (S P)
 
 in the random-effects model (Cornfield and Tukey, 1956, "Average values of mean squares in factorials"), and
-its degrees of freedom by Satterthwaite's formula. Where M_E is larger than one of the others, which is noise,
-the larger of these two alone counts.
+its degrees of freedom by Satterthwaite's formula. M_S and M_P are expected to be at least M_E, and where
+chance has made one of them smaller, M_E stands for it. So few seeds that happen to agree give no narrow
+interval.
 """
 
 import math
@@ -116,9 +117,10 @@ def _of_the_mean(
     m_seeds: float, m_problems: float, m_rest: float, seeds: int, problems: int
 ) -> tuple[float, int]:
     """The mean square of the mean, and its degrees of freedom, from those of seeds, problems and the rest."""
-    largest, degrees = max((m_seeds, seeds - 1), (m_problems, problems - 1))
-    square = m_seeds + m_problems - m_rest
-    if square <= largest or problems == 1:
-        return largest, max(1, degrees)
-    parts = ((m_seeds, seeds - 1), (m_problems, problems - 1), (m_rest, (seeds - 1) * (problems - 1)))
+    seed_part, problem_part = max(m_seeds, m_rest), max(m_problems, m_rest)
+    square = seed_part + problem_part - m_rest
+    if square == 0:
+        return 0.0, 1
+    rest_degrees = (seeds - 1) * max(1, problems - 1)
+    parts = ((seed_part, seeds - 1), (problem_part, max(1, problems - 1)), (m_rest, rest_degrees))
     return square, max(1, math.floor(square**2 / sum(m**2 / n for m, n in parts)))

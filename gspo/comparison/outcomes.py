@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
-from gspo.comparison.cells import Cell
+from gspo.comparison.cells import Cell, is_complete
 from gspo.report.run_record import RunRecord
 
 SECONDS = ("generation_s", "reward_s", "log_prob_s", "update_s")
@@ -70,8 +70,9 @@ class Outcome:
 
 
 def outcomes_of(cells: Sequence[Cell], read: Callable[[Cell], RunRecord | None]) -> list[Outcome]:
-    """The outcomes of the seeds of one setting, of those that have an evaluation."""
-    runs = [(cell, run) for cell in cells if (run := read(cell)) and run.evaluations]
+    """The outcomes of the seeds of one setting, of the runs that are complete and have an evaluation."""
+    records = [(cell, read(cell)) for cell in cells]
+    runs = [(cell, run) for cell, run in records if run and run.evaluations and is_complete(cell, run)]
     finished = [run.step for _, run in runs if not run.emergency]
     end = max(finished or [run.step for _, run in runs], default=0)
     return [Outcome(cell, run, max(end, run.step)) for cell, run in runs]

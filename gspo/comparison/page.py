@@ -11,12 +11,14 @@ from typing import Any
 from gspo.comparison.claims import made_on, markdown
 from gspo.comparison.outcomes import Outcome
 from gspo.comparison.table import difference_rows, render, setting_rows
+from gspo.printing import counted
 from gspo.report.charts import COLOURS, Group
 from gspo.report.page import folded, section, table, tag, text, write_page
 from gspo.report.run_record import RunRecord
 from gspo.training.whole_folders import write_whole
 
 TITLE = "Is the paper right? (GSPO, arXiv 2507.18071)"
+DASHES = ("-", "--", ":")  # where there are more lines than colours
 DIFFERENCES = (
     "Paired by seed and by problem, with 95 % intervals over both: other seeds and other problems would give "
     "a difference in this interval 19 times in 20."
@@ -81,12 +83,12 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
     FigureCanvasAgg(figure)
     passed, clipped = figure.subplots(1, 2)
     for i, (label, runs) in enumerate(groups):
-        colour = COLOURS[i % len(COLOURS)]
+        style = {"color": COLOURS[i % len(COLOURS)], "ls": DASHES[i // len(COLOURS) % len(DASHES)]}
         evaluations = [{e["step"]: e["pass_at_1"] for e in run.evaluations} for run in runs]
-        _draw_mean(passed, evaluations, colour, label)
+        _draw_mean(passed, evaluations, style, label)
         name = "clip_fraction_eligible"
         fractions = [{m["step"]: m[name] for m in run.metrics if name in m} for run in runs]
-        _draw_mean(clipped, fractions, colour, label)
+        _draw_mean(clipped, fractions, style, label)
     passed.set_title("Held-out pass@1", loc="left", fontweight="bold")
     clipped.set_title("Clipped, of the tokens that can clip", loc="left", fontweight="bold")
     clipped.set_yscale("symlog", linthresh=1e-3)
@@ -102,9 +104,10 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
     write_whole(path, picture.getvalue())
 
 
-def _draw_mean(ax: Any, seeds: Sequence[Mapping[int, float]], colour: str, label: str) -> None:
+def _draw_mean(ax: Any, seeds: Sequence[Mapping[int, float]], style: Mapping[str, str], label: str) -> None:
     """Draw the mean over the seeds at the steps that all of them have."""
     steps = sorted(set[int]().union(*seeds).intersection(*seeds))
     values = [[seed[step] for seed in seeds] for step in steps]
-    ax.fill_between(steps, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.2, lw=0)
-    ax.plot(steps, list(map(fmean, values)), color=colour, label=f"{label} ({len(seeds)} seeds)", lw=2)
+    low, high = list(map(min, values)), list(map(max, values))
+    ax.fill_between(steps, low, high, color=style["color"], alpha=0.2, lw=0)
+    ax.plot(steps, list(map(fmean, values)), label=f"{label} ({counted(len(seeds), 'seed')})", lw=2, **style)

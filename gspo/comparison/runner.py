@@ -1,6 +1,7 @@
 """Make the runs of a comparison, one after another or side by side, each in a process of its own."""
 
 import ctypes
+import fcntl
 import os
 import shlex
 import signal
@@ -8,7 +9,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from gspo.training.command_line import on_stop_signals
 TRAIN = Path(__file__).resolve().parents[2] / "train_gspo.py"
 POLL_S = 0.2
 # Exit codes of train_gspo.py.
-DONE, BAD_INPUT, EMERGENCY, INTERRUPTED = 0, 2, 3, 130
+BAD_INPUT, INTERRUPTED = 2, 130
+LOCK = ".lock"
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -44,53 +47,56 @@ class Runner:
         self.running: dict[int, tuple[Cell, subprocess.Popen]] = {}
         self.stopped = False
 
-    def run(self, cells: Iterable[Cell]) -> dict[Cell, str]:
+    def run(self, cells: Sequence[Cell]) -> dict[Cell, str]:
         """Make the runs that are not complete.
 
         Returns:
             The runs that failed, and why: their last line. An emergency stop is a result and no failure.
 
         Raises:
-            ValueError: train_gspo.py refuses the input; all runs that were going have been stopped.
+            ValueError: train_gspo.py refuses the input, and all runs have been stopped; or another comparison
+                is at work in the folder of the runs.
             Interrupted: a signal has come.
         """
-        missing = []
-        for cell in cells:
-            run = record_of(cell)
-            if is_complete(cell, run):
-                make_room(cell, run)
-            else:
-                missing.append(cell)
-        waiting, failed = deque(missing), {}
-        on_stop_signals(self._stop)
-        with Bar(len(missing), "comparing", "runs") as bar:
-            while (waiting and not self.stopped) or self.running:
-                self._start(waiting)
-                time.sleep(POLL_S)
-                bar.update(0)
-                for ended, code in self._ended():
-                    if code == BAD_INPUT:
-                        self._stop()
-                        self._wait()
-                        raise ValueError(last_line(ended.log))
-                    if code in (DONE, EMERGENCY):
-                        make_room(ended, record_of(ended))
-                        self.tell(ended)
-                        bar.update(1)
-                    elif code != INTERRUPTED or not self.stopped:
-                        failed[ended] = last_line(ended.log) or f"ended with exit code {code}"
-        if self.stopped:
-            raise Interrupted
-        return failed
+        with _locked(cells[0].folder.parent):
+            waiting = deque(cell for cell in cells if not self._is_there(cell))
+            failed: dict[Cell, str] = {}
+            on_stop_signals(self._stop)
+            with Bar(len(waiting), "comparing", "runs") as bar:
+                while (waiting and not self.stopped) or self.running:
+                    self._start(waiting)
+                    time.sleep(POLL_S)
+                    bar.update(0)
+                    for cell, code in self._ended():
+                        if code == BAD_INPUT:
+                            self._stop()
+                            self._wait()
+                            raise ValueError(last_line(cell.log))
+                        if self._is_there(cell):
+                            self.tell(cell)
+                            bar.update(1)
+                        elif code != INTERRUPTED or not self.stopped:
+                            failed[cell] = last_line(cell.log) or f"ended with exit code {code}"
+            if self.stopped:
+                raise Interrupted
+            return failed
+
+    def _is_there(self, cell: Cell) -> bool:
+        """True if the run is complete, whose checkpoints are then deleted."""
+        run = record_of(cell)
+        if not is_complete(cell, run):
+            return False
+        make_room(cell, run)
+        return True
 
     def _start(self, waiting: deque[Cell]) -> None:
-        """Fill the free places with runs that no other process is at work on."""
+        """Fill the free places."""
         for place in range(self.jobs):
             if place in self.running or not waiting or self.stopped:
                 continue
             cell = waiting.popleft()
             run = record_of(cell)
-            if run and run.going:
+            if run and run.going:  # of a comparison that was killed; it is about to end
                 waiting.append(cell)
                 return
             make_room(cell, run)
@@ -131,6 +137,20 @@ class Runner:
     def _wait(self) -> None:
         for _cell, process in self.running.values():
             process.wait()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other comparisons from making the same runs; a kill releases the lock. Raises ValueError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"another comparison is at work in {folder}: wait for it, or give another --output_dir"
+            ) from None
+        yield
 
 
 def last_line(log: Path) -> str:

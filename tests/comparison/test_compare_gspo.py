@@ -1,5 +1,6 @@
 """The command: settings, runs that are made once, tables; with runs that are made up, and with real ones."""
 
+import fcntl
 import json
 import os
 import shlex
@@ -161,6 +162,27 @@ def test_a_failed_run_is_shown_and_goes_on_with_the_same_command(tmp_path, capsy
     assert "FAILED: learning_rate 2, seed 0: no space left on device" in out
     assert compare(tmp_path, "--vary", "learning_rate=0.5,2", "--seeds", "2") == 1
     assert sorted(starts(tmp_path).values()) == [1, 1, 2, 2]
+
+
+def test_a_failed_run_takes_no_part_in_the_figures(tmp_path):
+    assert compare(tmp_path, "--vary", "learning_rate=0.5,2", "--seeds", "3") == 1
+    result = result_in(tmp_path)
+    assert result["arms"][1]["seeds"] == [] and "mean" not in result["differences"][0]
+    assert len(result["failed"]) == 3
+
+
+def test_one_setting_under_two_names_is_refused(tmp_path, capsys):
+    arms = ["--arm", "a: --learning_rate 0.5", "--arm", "b: --learning_rate 0.5 --kl_coef 0"]
+    assert compare(tmp_path, *arms) == 2
+    assert "'a' and 'b' are the same setting" in capsys.readouterr().err
+
+
+def test_two_comparisons_at_once_in_one_folder_are_refused(tmp_path, capsys):
+    (tmp_path / "cells").mkdir()
+    with (tmp_path / "cells" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert compare(tmp_path, "--vary", "learning_rate=0.5,0.8") == 2
+    assert "another comparison is at work" in capsys.readouterr().err and not starts(tmp_path)
 
 
 def test_input_that_is_refused_ends_the_comparison_at_once(tmp_path, capsys):
