@@ -22,7 +22,6 @@ import json
 import os
 import re
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -77,7 +76,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     options, flags = parser.parse_known_args(arguments)
     if options.seeds is None:
         options.seeds = 5 if options.preset and not options.quick else 3
-    if options.seeds < 1 or (options.jobs or 1) < 1 or not options.detect > 0:
+    jobs = 1 if options.jobs is None else options.jobs
+    if min(options.seeds, jobs) < 1 or not options.detect > 0:
         parser.error("--seeds and --jobs must be at least 1, and --detect positive")
     if options.name and not re.fullmatch(r"[\w+-][\w.+-]{0,99}", options.name):
         parser.error(f"--name {options.name!r} must be a plain name: letters, digits, '.', '_', '+', '-'")
@@ -143,11 +143,9 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
     from gspo.comparison.page import write_claims
     from gspo.comparison.precision import measure_precision
     from gspo.comparison.table import render
-    from gspo.training.hardware import describe_environment
     from gspo.training.whole_folders import CannotSave
 
     folder = runs[0].folder.parents[1] / (options.name or f"paper-{scale.name}")
-    started = time.monotonic()
     print(f"the paper's claims in {len(runs)} runs: {folder}", flush=True)
     failed = make_runs(runs, options)
     if failed is None:
@@ -167,8 +165,7 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
         "command": f"--preset paper{' --quick' if options.quick else ''} --scale {options.scale}",
         "seeds": options.seeds,
         "runs": len(runs),
-        "minutes": (time.monotonic() - started) / 60,
-        "environment": describe_environment(),
+        "environment": next(iter(outcomes["curves"].values()))[0].run.config["environment"],
         "precision": noise,
         "claims": [asdict(claim) for claim in claims],
         "sections": {part.key: {"title": part.title, **results[part.key]} for part in parts},

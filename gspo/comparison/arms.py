@@ -11,6 +11,11 @@ from gspo.training.config import GSPOConfig
 
 # Flags of train_gspo.py that a comparison sets itself, or that make no run.
 OWN = {"run_name", "output_dir", "resume", "dry_run", "plan_for", "probe", "seed"}
+# Flags that say which problems are held out, and how a response to them is judged.
+EVALUATION = (
+    "dataset", "dataset_path", "eval_path", "difficulty", "data_seed", "num_eval_samples", "prompt_column",
+    "answer_column", "reward", "code_reward", "pass_threshold", "eval_temperature",
+)  # fmt: skip
 # A setting that is named again gets seeds of its own, so many further on.
 OTHER_SEEDS = 1000
 
@@ -96,17 +101,25 @@ def cells_of(
     flags.
 
     Raises:
-        ValueError: a flag that a comparison sets itself, a bad value, or two settings that are the same.
+        ValueError: a flag that a comparison sets itself, a bad value, settings that are evaluated in
+            different ways, or two that are the same.
     """
     for name in OWN - {"seed", "output_dir"}:
         given = [flag for arm in arms for flag in (*flags, *arm.flags) if flag.split("=")[0] == f"--{name}"]
         if given:
             raise ValueError(f"--{name} does not go with a comparison")
+    configs = [parse([*flags, *arm.flags]) for arm in arms]
+    for name in EVALUATION:
+        values = list(dict.fromkeys(getattr(config, name) for config in configs))
+        if len(values) > 1:
+            raise ValueError(
+                f"--{name} differs between settings ({', '.join(map(str, values))}): all must be evaluated "
+                "on the same problems, in the same way"
+            )
     cells: dict[Path, Cell] = {}
     for index in range(num_seeds):
-        for arm in arms:
+        for arm, first in zip(arms, configs, strict=True):
             own = [*flags, *arm.flags]
-            first = parse(own)
             seed = first.seed + OTHER_SEEDS * arm.repeat + index
             own += ["--seed", str(seed)]
             folder = Path(first.output_dir) / "cells" / cell_name(parse(own))

@@ -32,6 +32,12 @@ class Outcome:
         """The last evaluation's figures by problem."""
         return self.run.evaluations[-1][figure]
 
+    def held_out(self) -> list[tuple]:
+        """What tells the held-out problems from others: their number, and prompts and answers on record."""
+        lines = self.run.eval_samples
+        first = [line for line in lines if line["step"] == lines[0]["step"]]
+        return [(len(self.final()),), *((str(line.get("prompt")), str(line.get("answer"))) for line in first)]
+
     def before(self) -> float:
         return self.run.evaluations[0]["pass_at_1"]
 

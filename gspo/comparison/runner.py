@@ -23,6 +23,7 @@ POLL_S = 0.2
 # Exit codes of train_gspo.py.
 BAD_INPUT, INTERRUPTED = 2, 130
 LOCK = ".lock"
+LAST_LINES = 40  # of a log, in which a launcher may have the last word
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -154,12 +155,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def last_line(log: Path) -> str:
-    """The last line that a run has printed."""
+    """The last line that a run has printed, or the last in which train_gspo.py complains."""
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    said = [line.strip() for line in lines if line.strip()][-LAST_LINES:]
+    complaints = [line for line in said if line.startswith(f"{TRAIN.name}:")]
+    return ([""] + said + complaints[-1:])[-1]
 
 
 def _end_with_parent() -> None:

@@ -42,6 +42,7 @@ def compare(
     """
     measures = [name for name in MEASURES if name != REWARD or _rewards_differ(arms)]
     return {
+        "detect": detect,
         "arms": [_summary(label, outcomes, measures) for label, outcomes in arms.items()],
         "differences": [
             _difference(name, baseline, other, arms, detect)
@@ -93,7 +94,10 @@ def _difference(
     found = {"measure": measure, "of": other, "to": first, "num_seeds": len(common)}
     if not common:
         return found | {"verdict": "no seed of both is there to compare"}
-    difference = paired_difference(*([each[i] for i in common] for each in figures))
+    pairs = [[each[i] for i in common] for each in figures]
+    if not _same_problems(arms[first], arms[other]):
+        pairs = [[[_mean(by_problem)] for by_problem in each] for each in pairs]
+    difference = paired_difference(*pairs)
     return found | {
         "mean": difference.mean, "low": difference.low, "high": difference.high,
         "num_problems": difference.num_problems, "is_seen": difference.is_seen,
@@ -101,6 +105,12 @@ def _difference(
         "seeds_to_see_it_again": difference.seeds_to_see(abs(difference.mean)),
         "verdict": _verdict(difference, other, first),
     }  # fmt: skip
+
+
+def _same_problems(*arms: Sequence[Outcome]) -> bool:
+    """True if all runs were evaluated on the same held-out problems. Those with long prompts are left out."""
+    outcomes = [outcome for arm in arms for outcome in arm]
+    return all(outcome.held_out() == outcomes[0].held_out() for outcome in outcomes)
 
 
 def _verdict(difference: Difference, other: str, first: str) -> str:
@@ -119,6 +129,11 @@ def _notes(arms: Mapping[str, Sequence[Outcome]], failed: Mapping[Cell, str]) ->
         if outcome.died:
             who = f"{outcome.cell.arm}, seed {outcome.cell.seed}, after rollout batch {outcome.run.step}"
             notes.append(f"died: {who}: {outcome.died}; its last evaluation counts from there on")
+    if not _same_problems(*arms.values()):
+        notes.append(
+            "settings were evaluated on different held-out problems, such as without those whose prompts are "
+            "too long: between these, differences are paired by seed alone"
+        )
     finished = [outcome for outcome in outcomes if not outcome.died]
     sampled = {outcome.responses for outcome in finished}
     if len(sampled) > 1:
@@ -168,8 +183,7 @@ def setting_rows(result: Mapping[str, Any]) -> list[list[str]]:
 
 def difference_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """A row for each difference under a header, with the seeds that it takes to see one of a given size."""
-    detect = result["differences"][0].get("detect", 0)
-    rows = [["", "", "mean (95 % interval)", "verdict", f"seeds to see {detect:g}"]]
+    rows = [["", "", "mean (95 % interval)", "verdict", f"seeds to see {result['detect']:g}"]]
     for each in result["differences"]:
         seeds = each.get("seeds_to_detect")
         needed = str(seeds) if seeds else "-" if each["num_seeds"] < 2 else "more problems"

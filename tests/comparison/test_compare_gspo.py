@@ -77,6 +77,7 @@ def test_a_setting_that_is_named_twice_gets_other_seeds(tmp_path):
         (["--arm", "a:", "--arm", "a: --kl_coef 1"], "two settings are named 'a'"),
         (["--algorithms", "gspo,grpo", "--run_name", "x"], "--run_name does not go with a comparison"),
         (["--algorithms", "gspo,grpo", "--resume=latest"], "--resume does not go with a comparison"),
+        (["--vary", "data_seed=0,1"], "--data_seed differs between settings (0, 1)"),
         (["--algorithms", "gspo,grpo", "--kl_coef", "-1"], "--kl_coef must be at least 0"),
     ],
 )

@@ -37,14 +37,18 @@ def simulated(rng, seeds, problems, deviations, mean=0.0):
     return mean + values + rng.normal(0, rest, (seeds, problems))
 
 
-@pytest.mark.parametrize("deviations", [(0.02, 0, 0.3), (0, 0.1, 0.3), (0.05, 0.1, 0.3), (0, 0, 0.3)])
-@pytest.mark.parametrize("seeds, problems", [(3, 50), (5, 30)])
+@pytest.mark.parametrize(
+    "deviations", [(0.02, 0, 0.3), (0, 0.1, 0.3), (0.05, 0.1, 0.3), (0.15, 0.1, 0.3), (0, 0, 0.3)]
+)
+@pytest.mark.parametrize("seeds, problems", [(2, 80), (3, 50), (5, 30)])
 def test_the_interval_holds_the_true_difference_nineteen_times_in_twenty(deviations, seeds, problems):
     rng = np.random.default_rng(0)
     zeros = np.zeros((seeds, problems))
     found = [paired_difference(zeros, simulated(rng, seeds, problems, deviations)) for _ in range(400)]
     held = np.mean([difference.low <= 0 <= difference.high for difference in found])
-    assert 0.92 <= held <= 0.995
+    assert held >= 0.93
+    if deviations[0] == 0.15 and seeds > 2:  # where seeds are known to differ, no interval is too wide
+        assert held <= 0.98
 
 
 def test_the_variance_is_that_of_both_seeds_and_problems():
