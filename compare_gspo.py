@@ -139,9 +139,8 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
         options.jobs = options.jobs or os.cpu_count()
     if options.estimate:
         return estimate(runs, options)
-    from gspo.comparison.claims import markdown, read_noise
+    from gspo.comparison.claims import markdown
     from gspo.comparison.page import write_claims
-    from gspo.comparison.precision import measure_precision
     from gspo.comparison.table import render
     from gspo.training.whole_folders import CannotSave
 
@@ -154,19 +153,18 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
         for cell, why in failed.items():
             complain(PROGRAM, f"{cell.arm}, seed {cell.seed}: {why}; its output is in {cell.log}")
         return 1
-    noise = measure_precision(*scale.precision) if scale.precision else None
-    outcomes, results = {}, {}
-    claims = [read_noise(noise)] if noise else []
+    outcomes, results, claims = {}, {}, []
     for part in parts:
         outcomes[part.key], results[part.key] = compared(part.arms, cells[part.key], options.detect, {})
+        if part.measure:
+            results[part.key]["measured"] = part.measure()
         claims += part.read(results[part.key], outcomes[part.key])
         print(escaped(f"\n{part.title}\n{render(results[part.key])}", "\n"))
     result = {
         "command": f"--preset paper{' --quick' if options.quick else ''} --scale {options.scale}",
         "seeds": options.seeds,
         "runs": len(runs),
-        "environment": next(iter(outcomes["curves"].values()))[0].run.config["environment"],
-        "precision": noise,
+        "environment": made_with(next(iter(outcomes["curves"].values()))[0]),
         "claims": [asdict(claim) for claim in claims],
         "sections": {part.key: {"title": part.title, **results[part.key]} for part in parts},
     }
@@ -177,6 +175,12 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
         return 1
     print(escaped(f"\n{markdown(result)}\n\nreport: {folder / 'report.html'}", "\n"))
     return 0
+
+
+def made_with(outcome: "Outcome") -> dict:
+    """The machine and the versions that a run was made with."""
+    environment = outcome.run.config["environment"]
+    return {name: value for name, value in environment.items() if name != "command_line"}
 
 
 def make_runs(cells: Sequence[Cell], options: argparse.Namespace) -> dict[Cell, str] | None:

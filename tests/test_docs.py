@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import shlex
 
@@ -131,3 +132,10 @@ def test_readme_is_short():
 def test_every_page_is_linked_from_the_readme():
     readme = (ROOT / "README.md").read_text()
     assert [page.name for page in PAGES[1:] if f"{page.relative_to(ROOT)})" not in readme] == []
+
+
+def test_the_readmes_table_of_claims_is_that_of_the_measurement():
+    from gspo.comparison.claims import markdown
+
+    measured = json.loads((ROOT / "docs" / "claims.json").read_text())
+    assert markdown(measured) in (ROOT / "README.md").read_text()

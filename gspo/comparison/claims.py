@@ -234,6 +234,7 @@ def read_noise(noise: Mapping[str, Any]) -> Claim:
 
 
 def read_precision(result: Mapping[str, Any], arms: Arms) -> list[Claim]:
+    claims = [read_noise(result["measured"])] if "measured" in result else []
     said = []
     for name in ("GSPO", "GRPO"):
         own = f"{name}, pi_old of a bfloat16 sampler"
@@ -245,14 +246,15 @@ def read_precision(result: Mapping[str, Any], arms: Arms) -> list[Claim]:
         )
     own = "GSPO, pi_old of a bfloat16 sampler"
     hurt = _is_worse(_difference(result, own, FINAL))
-    return [
+    claims.append(
         Claim(
             "the sampler's likelihoods may serve as pi_old (section 5.4)",
             "GSPO tolerates a sampler of another precision",
             "; ".join(said),
             FAILS if hurt else HOLDS if _has_learned(arms[own]) else UNSEEN,
         )
-    ]
+    )
+    return claims
 
 
 def read_staleness(result: Mapping[str, Any], arms: Arms) -> list[Claim]:

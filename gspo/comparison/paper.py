@@ -6,6 +6,7 @@ not every claim can be seen: the table says so where it is so.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from gspo.comparison.arms import Arm
@@ -97,12 +98,20 @@ class Section:
     """A comparison, and what is to be read in it.
 
     read: makes claims of the result of table.compare() and of the outcomes by label.
+    measure: what is measured beside the runs; read() finds it in the result as "measured".
     """
 
     key: str
     title: str
     arms: list[Arm]
     read: Callable[[Mapping[str, Any], Arms], list[Claim]]
+    measure: Callable[[], dict] | None = None
+
+
+def _noise(model_name: str, dataset: str, max_new_tokens: int) -> dict:
+    from gspo.comparison.precision import measure_precision  # here, since it imports torch
+
+    return measure_precision(model_name, dataset, max_new_tokens)
 
 
 def sections(scale: Scale) -> list[Section]:
@@ -154,11 +163,12 @@ def sections(scale: Scale) -> list[Section]:
         Arm("GSPO", (*gspo, *rate)),
         Arm("shuffled rewards", (*gspo, *rate, "--shuffle_rewards"), baseline="GSPO"),
     ]
+    measure = partial(_noise, *scale.precision) if scale.precision else None
     return [
         Section("curves", "1. Training at equal compute", curves, read_curves),
         Section("clipping", "2. Clip fractions", clipping, read_clipping),
         Section("experts", "3. Mixture of experts", experts, read_experts),
-        Section("precision", "4. Precision of the sampler", precision, read_precision),
+        Section("precision", "4. Precision of the sampler", precision, read_precision, measure),
         Section("staleness", "5. Staleness of pi_old", stale, read_staleness),
         Section("control", "6. Control: shuffled rewards", control, read_control),
     ]

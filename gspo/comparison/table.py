@@ -50,7 +50,7 @@ def compare(
             for name in measures
         ],
         "notes": _notes(arms, failed),
-        "failed": {str(cell.folder): why for cell, why in failed.items()},
+        "failed": {cell.folder.name: why for cell, why in failed.items()},
     }
 
 
@@ -67,7 +67,7 @@ def _mean(values: Sequence[float]) -> float:
 def _summary(label: str, outcomes: Sequence[Outcome], measures: Sequence[str]) -> dict:
     seeds = []
     for outcome in outcomes:
-        figures: dict[str, Any] = {"seed": outcome.cell.seed, "folder": str(outcome.cell.folder)}
+        figures: dict[str, Any] = {"seed": outcome.cell.seed, "folder": outcome.cell.folder.name}
         figures["before"] = outcome.before()
         figures |= {name: _mean(MEASURES[name](outcome)) for name in measures}
         figures |= {name: outcome.mean(name) for name in METRICS}
