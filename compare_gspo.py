@@ -95,7 +95,7 @@ def compare_settings(options: argparse.Namespace, flags: list[str]) -> int:
         ValueError: there is nothing to compare, or train_gspo.py refuses the input.
     """
     arms = arms_of(options.algorithms, options.vary, options.arm)
-    cells = cells_of(arms, flags, options.seeds, training_config)
+    cells = cells_of(arms, flags, options.seeds, training_config, default_device())
     if options.estimate:
         return estimate(cells, options)
     from gspo.comparison.page import write_comparison
@@ -129,7 +129,9 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
     scale = SCALES["quick" if options.quick else options.scale]
     parts = sections(scale)
     cells = {
-        part.key: cells_of(part.arms, [*scale.flags, *flags], options.seeds, training_config)
+        part.key: cells_of(
+            part.arms, [*scale.flags, *flags], options.seeds, training_config, default_device()
+        )
         for part in parts
     }
     # A run that two comparisons have in common is made once. All runs of a seed come before the next seed.
@@ -191,6 +193,11 @@ def make_runs(cells: Sequence[Cell], options: argparse.Namespace) -> dict[Cell, 
     """
     from gspo.comparison.runner import Interrupted, Runner
 
+    missing = [cell for cell in cells if not is_complete(cell, record_of(cell))]
+    if not options.launch:  # with several processes, more may fit
+        for cell in {cell.arm: cell for cell in missing}.values():
+            resolved(training_config(list(cell.flags)))
+
     def tell(cell: Cell) -> None:
         run = record_of(cell)
         if run and run.evaluations:
@@ -223,17 +230,35 @@ def compared(
 def default_name(arms: Sequence[Arm], cells: Sequence[Cell]) -> str:
     """The name of the folder of the tables: the same for every number of seeds."""
     words = "-".join(re.sub(r"[^\w.+-]+", "_", arm.label) for arm in arms)[:60]
-    flags = [cell.flags for cell in cells if cell.index == 0]
-    return f"compare-{words}-{hashlib.sha256(json.dumps(flags).encode()).hexdigest()[:6]}"
+    runs = [cell.folder.name for cell in cells if cell.index == 0]
+    return f"compare-{words}-{hashlib.sha256(json.dumps(runs).encode()).hexdigest()[:6]}"
 
 
 def visible_gpus() -> list[str]:
     """The names of the GPUs as CUDA_VISIBLE_DEVICES has them."""
-    if given := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return [name.strip() for name in given.split(",") if name.strip()]
     import torch
 
-    return [str(i) for i in range(torch.cuda.device_count())]
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None or not torch.cuda.is_available():
+        return [str(i) for i in range(torch.cuda.device_count())]
+    return [name.strip() for name in given.split(",") if name.strip()]
+
+
+def default_device() -> str:
+    return "cuda" if visible_gpus() else "cpu"
+
+
+def resolved(config: GSPOConfig) -> tuple[GSPOConfig, int]:
+    """The configuration as a run on this machine resolves it, and the number of its training problems.
+
+    Raises:
+        ValueError: a run would be refused.
+    """
+    from train_gspo import load_task, resolve_for_machine
+
+    with redirect_stdout(io.StringIO()):
+        config = resolve_for_machine(config)
+        return config, len(load_task(config)[0])
 
 
 def estimate(cells: Sequence[Cell], options: argparse.Namespace) -> int:
@@ -264,11 +289,9 @@ def seconds_here(config: GSPOConfig) -> float:
     from gspo.training.hardware import machine_for
     from gspo.training.pace import estimate_pace
     from gspo_implementation import ALGORITHMS
-    from train_gspo import config_of_model, load_task, resolve_for_machine
+    from train_gspo import config_of_model
 
-    with redirect_stdout(io.StringIO()):
-        config = resolve_for_machine(config)
-        num_problems = len(load_task(config)[0])
+    config, num_problems = resolved(config)
     device = torch.device(str(config.device))
     loss = ALGORITHMS[config.algorithm].loss
     processes = machine_for(None, str(config.device)).processes

@@ -5,12 +5,15 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from gspo.comparison.cells import Cell, cell_name
 from gspo.training.config import GSPOConfig
 
 # Flags of train_gspo.py that a comparison sets itself, or that make no run.
 OWN = {"run_name", "output_dir", "resume", "dry_run", "plan_for", "probe", "seed"}
+# Those of them that may be given for all settings together.
+SHARED = {"seed", "output_dir"}
 # Flags that say which problems are held out, and how a response to them is judged.
 EVALUATION = (
     "dataset", "dataset_path", "eval_path", "difficulty", "data_seed", "num_eval_samples", "prompt_column",
@@ -71,11 +74,12 @@ def arms_of(algorithms: str | None, vary: Sequence[str], named: Sequence[str]) -
 
 def _varied(text: str) -> list[tuple[str, list[str]]]:
     name, _, values = text.removeprefix("--").partition("=")
+    types = get_type_hints(GSPOConfig)
     if name not in {f.name for f in fields(GSPOConfig)} - OWN or not values:
         raise ValueError(
             f"--vary {text}: give a flag of train_gspo.py and its values, as in learning_rate=1e-6,1e-5"
         )
-    is_switch = next(f for f in fields(GSPOConfig) if f.name == name).default is False
+    is_switch = bool in get_args(types[name]) or types[name] is bool
     settings = []
     for value in values.split(","):
         if is_switch and value not in ("on", "off"):
@@ -93,21 +97,27 @@ def _named(text: str) -> tuple[str, list[str]]:
 
 
 def cells_of(
-    arms: Sequence[Arm], flags: Sequence[str], num_seeds: int, parse: Callable[[list[str]], GSPOConfig]
+    arms: Sequence[Arm],
+    flags: Sequence[str],
+    num_seeds: int,
+    parse: Callable[[list[str]], GSPOConfig],
+    device: str = "cpu",
 ) -> list[Cell]:
     """The runs of a comparison, all settings of a seed one after another.
 
     flags: of train_gspo.py, for all settings; its --seed is the first seed. parse: makes a configuration of
-    flags.
+    flags. device: where there is no --device.
 
     Raises:
         ValueError: a flag that a comparison sets itself, a bad value, settings that are evaluated in
             different ways, or two that are the same.
     """
-    for name in OWN - {"seed", "output_dir"}:
-        given = [flag for arm in arms for flag in (*flags, *arm.flags) if flag.split("=")[0] == f"--{name}"]
-        if given:
-            raise ValueError(f"--{name} does not go with a comparison")
+    own_flags = [flag for arm in arms for flag in arm.flags]
+    for name in sorted(OWN):
+        where = own_flags if name in SHARED else [*flags, *own_flags]
+        if any(flag.split("=")[0] == f"--{name}" for flag in where):
+            of_one = " of one setting" if name in SHARED else ""
+            raise ValueError(f"--{name}{of_one} does not go with a comparison")
     configs = [parse([*flags, *arm.flags]) for arm in arms]
     for name in EVALUATION:
         values = list(dict.fromkeys(getattr(config, name) for config in configs))
@@ -122,7 +132,7 @@ def cells_of(
             own = [*flags, *arm.flags]
             seed = first.seed + OTHER_SEEDS * arm.repeat + index
             own += ["--seed", str(seed)]
-            folder = Path(first.output_dir) / "cells" / cell_name(parse(own))
+            folder = Path(first.output_dir) / "cells" / cell_name(parse(own), first.device or device)
             if folder in cells:
                 raise ValueError(f"{cells[folder].arm!r} and {arm.label!r} are the same setting")
             cells[folder] = Cell(arm.label, index, seed, tuple(own), folder)

@@ -42,10 +42,11 @@ class Cell:
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
-def cell_name(config: GSPOConfig) -> str:
+def cell_name(config: GSPOConfig, device: str = "cpu") -> str:
     """The name of a run's folder: model, algorithm, seed and a digest of its settings and its files.
 
-    A setting at its default does not count, so that a new one does not give every run another name.
+    A setting at its default does not count, so that a new one does not give every run another name. device:
+    where it is trained, on which the type of its computations depends.
     """
     default = asdict(GSPOConfig())
     settings = {
@@ -55,6 +56,11 @@ def cell_name(config: GSPOConfig) -> str:
     for path in (config.dataset_path, config.eval_path, reward_file):
         if path and Path(path).is_file():
             settings[f"contents of {path}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if device != "cpu":
+        settings["device"] = device
+    if Path(config.model_name).is_dir():
+        files = [(path.name, path.stat()) for path in sorted(Path(config.model_name).iterdir())]
+        settings["model's files"] = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     model = re.sub(r"[^\w.+-]", "-", Path(config.model_name).name)[:80].lstrip(".") or "model"
     return f"{model}-{config.algorithm}-seed{config.seed}-{digest}"

@@ -77,6 +77,9 @@ def test_a_setting_that_is_named_twice_gets_other_seeds(tmp_path):
         (["--arm", "a:", "--arm", "a: --kl_coef 1"], "two settings are named 'a'"),
         (["--algorithms", "gspo,grpo", "--run_name", "x"], "--run_name does not go with a comparison"),
         (["--algorithms", "gspo,grpo", "--resume=latest"], "--resume does not go with a comparison"),
+        (["--arm", "a:", "--arm", "b: --seed 1"], "--seed of one setting does not go with a comparison"),
+        (["--vary", "rollout_rows=1,2"], "'rollout_rows 1' and 'rollout_rows 2' are the same setting"),
+        (["--algorithms", "gspo,sapo", "--left_clip_range", "1e-3"], "sapo clips nothing on that side"),
         (["--vary", "data_seed=0,1"], "--data_seed differs between settings (0, 1)"),
         (["--algorithms", "gspo,grpo", "--kl_coef", "-1"], "--kl_coef must be at least 0"),
     ],
@@ -102,6 +105,7 @@ def test_a_run_is_named_by_all_that_it_depends_on(tmp_path):
     assert len({plain, *(name(**{key: value}) for key, value in other.items())}) == 1 + len(other)
     data.write_text("two")
     assert name() != plain
+    assert cell_name(GSPOConfig(), "cuda") != cell_name(GSPOConfig(), "cpu")
 
 
 # ---- made-up runs
