@@ -50,6 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         complain(PROGRAM, error)
         return 2
+    except OSError as error:
+        complain(PROGRAM, error)
+        return 1
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:

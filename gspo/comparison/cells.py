@@ -67,10 +67,10 @@ def cell_name(config: GSPOConfig, device: str = "cpu") -> str:
 
 
 def record_of(cell: Cell) -> RunRecord | None:
-    """What is on record of a run; None if it has not come so far as to have a record."""
+    """What is on record of a run; None if it has not come so far as to have a record. Raises OSError."""
     try:
         return read_run(cell.folder)
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
 
 
@@ -86,7 +86,7 @@ def is_complete(cell: Cell, run: RunRecord | None) -> bool:
 
 def make_room(cell: Cell, run: RunRecord | None) -> None:
     """Delete a folder that a kill has left without a record, or the checkpoints of a run that is complete."""
-    if run is None:
+    if run is None and not (cell.folder / "config.json").exists():
         shutil.rmtree(cell.folder, ignore_errors=True)
-    elif is_complete(cell, run) and not run.emergency:
+    elif run and is_complete(cell, run) and not run.emergency:
         shutil.rmtree(cell.folder / "checkpoints", ignore_errors=True)

@@ -75,10 +75,17 @@ class Outcome:
         return sum(batch.get(part, 0.0) for batch in self.run.metrics for part in SECONDS)
 
 
+def _planned(run: RunRecord) -> int:
+    """The rollout batches that a run would have made, as far as its configuration tells."""
+    problems = run.config.get("data", {}).get("train_problems", 0)
+    batches = run.setting("num_epochs") * -(-problems // max(1, run.setting("batch_size")))
+    return max(run.step, int(batches))
+
+
 def outcomes_of(cells: Sequence[Cell], read: Callable[[Cell], RunRecord | None]) -> list[Outcome]:
     """The outcomes of the seeds of one setting, of the runs that are complete and have an evaluation."""
     records = [(cell, read(cell)) for cell in cells]
     runs = [(cell, run) for cell, run in records if run and run.evaluations and is_complete(cell, run)]
     finished = [run.step for _, run in runs if not run.emergency]
-    end = max(finished or [run.step for _, run in runs], default=0)
+    end = max(finished or [_planned(run) for _, run in runs], default=0)
     return [Outcome(cell, run, max(end, run.step)) for cell, run in runs]

@@ -56,7 +56,13 @@ def write_claims(
 
 
 def _groups(arms: Mapping[str, Sequence[Outcome]]) -> list[Group]:
-    return [Group(label, [_named(outcome) for outcome in outcomes]) for label, outcomes in arms.items()]
+    """Each setting's runs under names of their own, to be drawn as one line.
+
+    A run that died keeps its last evaluation, as in the tables.
+    """
+    outcomes = [outcome for arm in arms.values() for outcome in arm]
+    steps = sorted({evaluation["step"] for outcome in outcomes for evaluation in outcome.run.evaluations})
+    return [Group(label, [_drawn(outcome, steps) for outcome in own]) for label, own in arms.items()]
 
 
 def _tables(result: Mapping[str, Any]) -> str:
@@ -66,8 +72,13 @@ def _tables(result: Mapping[str, Any]) -> str:
     return head + section("Notes", "", [tag("p", text(note)) for note in result["notes"]])
 
 
-def _named(outcome: Outcome) -> RunRecord:
-    return replace(outcome.run, name=f"{outcome.cell.arm}, seed {outcome.cell.seed}")
+def _drawn(outcome: Outcome, steps: Sequence[int]) -> RunRecord:
+    evaluations = list(outcome.run.evaluations)
+    if outcome.died:
+        last = evaluations[-1]
+        evaluations += [last | {"step": step} for step in steps if last["step"] < step <= outcome.end]
+    name = f"{outcome.cell.arm}, seed {outcome.cell.seed}"
+    return replace(outcome.run, name=name, evaluations=evaluations)
 
 
 def draw_comparison(groups: Sequence[Group], path: Path) -> None:

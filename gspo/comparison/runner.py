@@ -46,6 +46,7 @@ class Runner:
         self.jobs, self.gpus, self.tell = jobs, gpus, tell
         self.launch = shlex.split(launch) or [sys.executable]
         self.running: dict[int, tuple[Cell, subprocess.Popen]] = {}
+        self.resumed: set[Cell] = set()
         self.stopped = False
 
     def run(self, cells: Sequence[Cell]) -> dict[Cell, str]:
@@ -62,14 +63,13 @@ class Runner:
         with _locked(cells[0].folder.parent):
             waiting = deque(cell for cell in cells if not self._is_there(cell))
             failed: dict[Cell, str] = {}
-            on_stop_signals(self._stop)
-            with Bar(len(waiting), "comparing", "runs") as bar:
+            with _stopped_by_signals(self._stop), Bar(len(waiting), "comparing", "runs") as bar:
                 while (waiting and not self.stopped) or self.running:
                     self._start(waiting)
                     time.sleep(POLL_S)
                     bar.update(0)
                     for cell, code in self._ended():
-                        if code == BAD_INPUT:
+                        if code == BAD_INPUT and cell not in self.resumed:
                             self._stop()
                             self._wait()
                             raise ValueError(last_line(cell.log))
@@ -101,10 +101,13 @@ class Runner:
                 waiting.append(cell)
                 return
             make_room(cell, run)
-            self.running[place] = (cell, self._process(cell, place, resumed=run is not None))
+            if run:
+                self.resumed.add(cell)
+            self.running[place] = (cell, self._process(cell, place))
 
-    def _process(self, cell: Cell, place: int, resumed: bool) -> subprocess.Popen:
-        where = ["--resume", str(cell.folder)] if resumed else ["--run_name", cell.folder.name]
+    def _process(self, cell: Cell, place: int) -> subprocess.Popen:
+        is_new = cell not in self.resumed
+        where = ["--run_name", cell.folder.name] if is_new else ["--resume", str(cell.folder)]
         command = [*self.launch, str(TRAIN), *cell.flags, "--output_dir", str(cell.folder.parent), *where]
         environment = dict(os.environ)
         if self.jobs > 1:
@@ -138,6 +141,19 @@ class Runner:
     def _wait(self) -> None:
         for _cell, process in self.running.values():
             process.wait()
+
+
+@contextmanager
+def _stopped_by_signals(stop: Callable[..., None]) -> Iterator[None]:
+    """Call stop() on the signals that end a program, while runs are made."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    on_stop_signals(stop)
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 @contextmanager

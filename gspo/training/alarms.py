@@ -199,7 +199,7 @@ def warnings_of(history: Sequence[dict], clips_per_token: bool = False) -> dict[
     if noise > 0.01:
         warnings["null clip"] = (
             f"null_clip_fraction is {noise:.3g}: the noise of the log-probabilities alone leaves the clip "
-            "range; use --dtype float32 or a wider range"
+            "range; use --dtype float32, --pi_old trainer or a wider range"
         )
     first_gap = next((batch["sampler_gap"] for batch in history if batch["sampler_gap"]), 0.0)
     if last["sampler_gap"] > 3 * max(1e-3, first_gap):
