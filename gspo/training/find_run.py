@@ -6,7 +6,10 @@ import json
 import os
 import re
 import time
+from dataclasses import fields
 from pathlib import Path
+
+from gspo.training.config import GSPOConfig
 
 # Settings that a resumed run may change: they do not affect what it has already done.
 FREE_ON_RESUME = (
@@ -82,13 +85,17 @@ def settings_of(folder: Path) -> dict | None:
 def refuse_other_settings(where: Path, saved: dict, config: dict) -> None:
     """Compare the settings of a resumed run with those saved in a run folder or checkpoint.
 
+    A run that was made before a setting was there had its default.
+
     Raises:
         ValueError: a setting differs that shaped what the run has already done; the message names each.
     """
+    decided = {f.name: f.default for f in fields(GSPOConfig) if f.default not in (None, "auto")}
+    before = decided | saved
     differing = [
-        f"--{name} {saved[name]} (now {value})"
+        f"--{name} {before[name]} (now {value})"
         for name, value in config.items()
-        if name not in FREE_ON_RESUME and name in saved and saved[name] != value
+        if name not in FREE_ON_RESUME and name in before and before[name] != value
     ]
     if differing:
         raise ValueError(f"--resume: {where} was made with {', '.join(differing)}; use its settings")

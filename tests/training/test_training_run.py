@@ -8,12 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 
 from gspo.training import record
 from gspo.training.alarms import EmergencyStop
+from gspo.training.config import GSPOConfig
+from gspo.training.find_run import refuse_other_settings
 from gspo.training.record import FIELDS
 from gspo.training.stopping import Interrupted
 from gspo.training.training_run import TrainingRun
@@ -194,6 +198,14 @@ def dies_after(count, patch):
 
     for name in ("remove", "write_whole"):
         patch.setattr(record, name, dying(getattr(record, name)))
+
+
+def test_a_run_from_before_a_setting_was_there_had_its_default():
+    now = asdict(GSPOConfig())
+    old = {name: value for name, value in now.items() if name != "shuffle_rewards"}
+    refuse_other_settings(Path("old"), old, now)
+    with pytest.raises(ValueError, match="old was made with --shuffle_rewards False .now True"):
+        refuse_other_settings(Path("old"), old, now | {"shuffle_rewards": True})
 
 
 def test_a_kill_while_the_record_is_rewound_is_made_good(uninterrupted, tmp_path, monkeypatch):
