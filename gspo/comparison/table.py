@@ -70,7 +70,8 @@ def _summary(label: str, outcomes: Sequence[Outcome], measures: Sequence[str]) -
         figures: dict[str, Any] = {"seed": outcome.cell.seed, "folder": outcome.cell.folder.name}
         figures["before"] = outcome.before()
         figures |= {name: _mean(MEASURES[name](outcome)) for name in measures}
-        figures |= {name: outcome.mean(name) for name in METRICS}
+        can_clip = bool(outcome.mean("eligible_fraction"))  # never with sapo
+        figures |= {name: outcome.mean(name) if can_clip else None for name in METRICS}
         figures |= {"rollout_batches": outcome.run.step, "responses": outcome.responses}
         seeds.append(figures | {"seconds": outcome.seconds, "died": outcome.died})
     means = {}
