@@ -12,7 +12,7 @@ Each run is an ordinary one in OUTPUT_DIR/cells and is never made twice. A compa
 with the same command, and a larger --seeds adds to the runs that are there. Several axes are combined: each
 value of the first one is compared with the first value.
 
-Exit codes: 0 done; 1 a run failed, and the others are compared; 2 bad input; 130 interrupted.
+Exit codes: 0 done; 1 a run failed (the others are compared, but for --preset); 2 bad input; 130 interrupted.
 """
 
 import argparse
@@ -309,4 +309,8 @@ def seconds_on_gpu(config: GSPOConfig) -> float:
 
 if __name__ == "__main__":
     plain_warnings()
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # before or after the runs
+        complain(PROGRAM, "interrupted: the same command goes on from here")
+        sys.exit(130)

@@ -88,7 +88,7 @@ def read_curves(result: Mapping[str, Any], arms: Arms) -> list[Claim]:
         Claim(
             "GSPO-token with one advantage per response is GSPO (section 4.3)",
             "same objective, same gradient",
-            f"final pass@1, GSPO-token - GSPO: {_in_words(token)}",
+            f"learning rate {comfortable}: final pass@1, GSPO-token - GSPO {_in_words(token)}",
             _is_nothing(token),
         ),
     ]
