@@ -131,12 +131,8 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
 
     scale = SCALES["quick" if options.quick else options.scale]
     parts = sections(scale)
-    cells = {
-        part.key: cells_of(
-            part.arms, [*scale.flags, *flags], options.seeds, training_config, default_device()
-        )
-        for part in parts
-    }
+    flags, device = [*scale.flags, *flags], default_device()
+    cells = {part.key: cells_of(part.arms, flags, options.seeds, training_config, device) for part in parts}
     # A run that two comparisons have in common is made once. All runs of a seed come before the next seed.
     by_folder = {cell.folder: cell for part in parts for cell in cells[part.key]}
     runs = sorted(by_folder.values(), key=lambda cell: cell.index)

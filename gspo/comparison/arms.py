@@ -12,7 +12,7 @@ from gspo.training.config import GSPOConfig
 
 # Flags of train_gspo.py that a comparison sets itself, or that make no run.
 OWN = {"run_name", "output_dir", "resume", "dry_run", "plan_for", "probe", "seed"}
-# Those of them that may be given for all settings together.
+# The flags of OWN that all settings together may be given.
 SHARED = {"seed", "output_dir"}
 # Flags that say which problems are held out, and how a response to them is judged.
 EVALUATION = (

@@ -38,7 +38,7 @@ class Cell:
 
     @property
     def log(self) -> Path:
-        """What the run prints."""
+        """The file with all that the run prints."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
@@ -67,7 +67,7 @@ def cell_name(config: GSPOConfig, device: str = "cpu") -> str:
 
 
 def record_of(cell: Cell) -> RunRecord | None:
-    """What is on record of a run; None if it has not come so far as to have a record. Raises OSError."""
+    """Read the record of a run; None if it has not come so far as to have one. Raises OSError."""
     try:
         return read_run(cell.folder)
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""What the comparisons of the paper preset say about the paper's claims, and the table of them.
+"""Read the paper's claims off the comparisons of `--preset paper`, and print them as a table.
 
     python -m gspo.comparison.claims gspo_outputs/paper/paper.json        the table of README, in Markdown
 

@@ -44,6 +44,8 @@ def hours_of_run(config: GSPOConfig, num_problems: int, gpu: GPU = H100) -> floa
     Raises:
         ValueError: the model is none of WEIGHTS.
     """
+    from gspo.training.pace import Pace  # here, since it imports torch
+
     if config.model_name not in WEIGHTS:
         raise ValueError(
             f"--model_name {config.model_name}: without a GPU here, hours are known for {', '.join(WEIGHTS)}"
@@ -62,7 +64,10 @@ def hours_of_run(config: GSPOConfig, num_problems: int, gpu: GPU = H100) -> floa
     updates_each = max(1, updates // num_batches)
     scored = 0.0 if config.pi_old == "sampler" else 2 * active * tokens * (updates_each - 1) / updates_each
     trained = (8 if config.gradient_checkpointing else 6) * active * tokens
-    batch = sampling(responses) + (scored + trained) / operations
-    evaluations = 2 + (num_batches - 1) // (config.eval_frequency or num_batches)
-    evaluated = sampling(config.num_eval_samples * (config.eval_samples or config.group_size))
-    return (num_batches * batch + evaluations * evaluated) / 3600
+    pace = Pace(
+        sampling=sampling(responses),
+        log_probs=scored / operations,
+        updates=trained / operations,
+        evaluation=sampling(config.num_eval_samples * (config.eval_samples or config.group_size)),
+    )
+    return pace.run(num_batches, config.eval_frequency) / 3600

@@ -6,9 +6,8 @@ from itertools import pairwise
 from statistics import fmean
 
 from gspo.comparison.cells import Cell, is_complete
+from gspo.report.charts import SECONDS
 from gspo.report.run_record import RunRecord
-
-SECONDS = ("generation_s", "reward_s", "log_prob_s", "update_s")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from gspo.comparison.cells import Cell
@@ -60,16 +61,12 @@ def _rewards_differ(arms: Mapping[str, Sequence[Outcome]]) -> bool:
     return any(outcome.final() != outcome.final("reward_by_problem") for outcome in outcomes)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _summary(label: str, outcomes: Sequence[Outcome], measures: Sequence[str]) -> dict:
     seeds = []
     for outcome in outcomes:
         figures: dict[str, Any] = {"seed": outcome.cell.seed, "folder": outcome.cell.folder.name}
         figures["before"] = outcome.before()
-        figures |= {name: _mean(MEASURES[name](outcome)) for name in measures}
+        figures |= {name: fmean(MEASURES[name](outcome)) for name in measures}
         can_clip = bool(outcome.mean("eligible_fraction"))  # never with sapo
         figures |= {name: outcome.mean(name) if can_clip else None for name in METRICS}
         figures |= {"rollout_batches": outcome.run.step, "responses": outcome.responses}
@@ -97,7 +94,7 @@ def _difference(
         return found | {"verdict": "no seed of both is there to compare"}
     pairs = [[each[i] for i in common] for each in figures]
     if not _same_problems(arms[first], arms[other]):
-        pairs = [[[_mean(by_problem)] for by_problem in each] for each in pairs]
+        pairs = [[[fmean(by_problem)] for by_problem in each] for each in pairs]
     difference = paired_difference(*pairs)
     return found | {
         "mean": difference.mean, "low": difference.low, "high": difference.high,
