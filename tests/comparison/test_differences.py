@@ -62,6 +62,15 @@ def test_the_variance_is_that_of_both_seeds_and_problems():
     assert np.median(widths) == pytest.approx(true, rel=0.1)
 
 
+def test_seeds_that_agree_by_chance_make_no_narrow_interval():
+    rng = np.random.default_rng(4)
+    d = rng.normal(0, 1, (2, 50))
+    d -= d.mean(1, keepdims=True)  # both seeds have the same mean, exactly
+    difference = paired_difference(np.zeros_like(d), d)
+    over_problems_alone = mean_interval(d.mean(0).tolist())
+    assert difference.high - difference.low > 2 * (over_problems_alone[2] - over_problems_alone[1])
+
+
 def test_a_setting_against_itself_has_no_difference():
     same = [[0.5, 0.25], [0.75, 1.0]]
     difference = paired_difference(same, same)
