@@ -12,7 +12,7 @@ Each run is an ordinary one in OUTPUT_DIR/cells and is never made twice. A compa
 with the same command, and a larger --seeds adds to the runs that are there. Several axes are combined: each
 value of the first one is compared with the first value.
 
-Exit codes: 0 done; 1 a run failed (the others are compared, but for --preset); 2 bad input; 130 interrupted.
+Exit codes: 0 done; 1 a run failed (the others are compared); 2 bad input; 130 interrupted.
 """
 
 import argparse
@@ -22,8 +22,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ from gspo.comparison.gpu_hours import H100, hours_of_run
 from gspo.printing import counted, duration, escaped
 from gspo.training.command_line import Parser, complain, plain_warnings
 from gspo.training.config import GSPOConfig
+from train_gspo import given_flags
 from train_gspo import parse as training_config
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def compare_settings(options: argparse.Namespace, flags: list[str]) -> int:
         ValueError: there is nothing to compare, or train_gspo.py refuses the input.
     """
     arms = arms_of(options.algorithms, options.vary, options.arm)
-    cells = cells_of(arms, flags, options.seeds, training_config, default_device())
+    cells = cells_of(arms, flags, options.seeds, given_flags, default_device())
     if options.estimate:
         return estimate(cells, options)
     from gspo.comparison.page import write_comparison
@@ -132,7 +133,7 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
     scale = SCALES["quick" if options.quick else options.scale]
     parts = sections(scale)
     flags, device = [*scale.flags, *flags], default_device()
-    cells = {part.key: cells_of(part.arms, flags, options.seeds, training_config, device) for part in parts}
+    cells = {part.key: cells_of(part.arms, flags, options.seeds, given_flags, device) for part in parts}
     # A run that two comparisons have in common is made once. All runs of a seed come before the next seed.
     by_folder = {cell.folder: cell for part in parts for cell in cells[part.key]}
     runs = sorted(by_folder.values(), key=lambda cell: cell.index)
@@ -150,22 +151,26 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
     failed = make_runs(runs, options)
     if failed is None:
         return 130
-    if failed:
-        for cell, why in failed.items():
-            complain(PROGRAM, f"{cell.arm}, seed {cell.seed}: {why}; its output is in {cell.log}")
-        return 1
+    why = {cell.folder: reason for cell, reason in failed.items()}
     outcomes, results, claims = {}, {}, []
     for part in parts:
-        outcomes[part.key], results[part.key] = compared(part.arms, cells[part.key], options.detect, {})
-        if part.measure:
-            results[part.key]["measured"] = part.measure()
-        claims += part.read(results[part.key], outcomes[part.key])
+        own = {cell: why[cell.folder] for cell in cells[part.key] if cell.folder in why}
+        outcomes[part.key], results[part.key] = compared(part.arms, cells[part.key], options.detect, own)
+        if not own:  # failures would choose the seeds that a claim is read off
+            if part.measure:
+                results[part.key]["measured"] = part.measure()
+            claims += part.read(results[part.key], outcomes[part.key])
         print(escaped(f"\n{part.title}\n{render(results[part.key])}", "\n"))
+    made = [outcome for arms in outcomes.values() for arm in arms.values() for outcome in arm]
+    if not made:
+        complain(PROGRAM, "all runs failed")
+        return 1
     result = {
         "command": f"--preset paper{' --quick' if options.quick else ''} --scale {options.scale}",
         "seeds": options.seeds,
         "runs": len(runs),
-        "environment": made_with(next(iter(outcomes["curves"].values()))[0]),
+        "failed": len(failed),
+        "environment": made_with(made[0]),
         "claims": [asdict(claim) for claim in claims],
         "sections": {part.key: {"title": part.title, **results[part.key]} for part in parts},
     }
@@ -175,7 +180,7 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
         complain(PROGRAM, error)
         return 1
     print(escaped(f"\n{markdown(result)}\n\nreport: {folder / 'report.html'}", "\n"))
-    return 0
+    return 1 if failed else 0
 
 
 def made_with(outcome: "Outcome") -> dict:
@@ -192,10 +197,9 @@ def make_runs(cells: Sequence[Cell], options: argparse.Namespace) -> dict[Cell, 
     """
     from gspo.comparison.runner import Interrupted, Runner
 
-    missing = [cell for cell in cells if not is_complete(cell, record_of(cell))]
-    if not options.launch:  # with several processes, more may fit
-        for cell in {cell.arm: cell for cell in missing}.values():
-            resolved(training_config(list(cell.flags)))
+    missing = any(not is_complete(cell, record_of(cell)) for cell in cells)
+    if missing and not options.launch:  # with several processes, more may fit
+        look_at_tasks({cell.arm: cell for cell in cells}.values())
 
     def tell(cell: Cell) -> None:
         run = record_of(cell)
@@ -247,17 +251,41 @@ def default_device() -> str:
     return "cuda" if visible_gpus() else "cpu"
 
 
-def resolved(config: GSPOConfig) -> tuple[GSPOConfig, int]:
-    """The configuration as a run on this machine resolves it, and the number of its training problems.
+def look_at_tasks(cells: Iterable[Cell]) -> None:
+    """Look at a run of each setting as far as one can without its model's weights.
+
+    Raises:
+        ValueError: a run would be refused, or two settings have different held-out problems.
+    """
+    from gspo.training.training_run import questions_digest
+
+    said: dict[str, None] = {}  # once, though all settings may be told it
+    first: dict[str, str] = {}
+    for cell in cells:
+        with redirect_stderr(io.StringIO()) as told:
+            config, _, held_out, _ = resolved(training_config(list(cell.flags)))
+        said |= dict.fromkeys(told.getvalue().splitlines())
+        first.setdefault(questions_digest(held_out), f"{cell.arm} ({config.difficulty})")
+    if len(first) > 1:
+        raise ValueError(
+            f"held-out problems differ between {' and '.join(first.values())}: --difficulty auto goes by the "
+            "model's size, so name one"
+        )
+    print("\n".join(said), file=sys.stderr, end="\n" if said else "")
+
+
+def resolved(config: GSPOConfig) -> tuple[GSPOConfig, list, list, int | None]:
+    """The configuration as a run on this machine resolves it, its problems, and the tokens of a prompt.
 
     Raises:
         ValueError: a run would be refused.
     """
-    from train_gspo import load_task, resolve_for_machine
+    from train_gspo import check_task, load_task, resolve_for_machine
 
     with redirect_stdout(io.StringIO()):
         config = resolve_for_machine(config)
-        return config, len(load_task(config)[0])
+        problems = load_task(config)
+        return config, *problems, check_task(config, *problems)
 
 
 def estimate(cells: Sequence[Cell], options: argparse.Namespace) -> int:
@@ -290,12 +318,13 @@ def seconds_here(config: GSPOConfig) -> float:
     from gspo_implementation import ALGORITHMS
     from train_gspo import config_of_model
 
-    config, num_problems = resolved(config)
+    config, problems, _, prompt_tokens = resolved(config)
     device = torch.device(str(config.device))
     loss = ALGORITHMS[config.algorithm].loss
     processes = machine_for(None, str(config.device)).processes
-    pace = estimate_pace(config_of_model(config), config, loss, device, config.max_length // 4, processes)
-    return pace.run(config.count_updates(num_problems)[0], config.eval_frequency)
+    prompt_tokens = prompt_tokens or config.max_length // 4
+    pace = estimate_pace(config_of_model(config), config, loss, device, prompt_tokens, processes)
+    return pace.run(config.count_updates(len(problems))[0], config.eval_frequency)
 
 
 def seconds_on_gpu(config: GSPOConfig) -> float:

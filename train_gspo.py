@@ -134,6 +134,16 @@ def parse(arguments: list[str] | None) -> GSPOConfig:
 
     A bad flag ends the program with one line and exit code 2; a bad value may also be a ValueError.
     """
+    given = given_flags(arguments)
+    if "resume" in given:
+        given = with_settings_of_resumed_run(given)
+    config = GSPOConfig(**given)
+    dataset_named(config.dataset)  # a ValueError if there is none
+    return config
+
+
+def given_flags(arguments: list[str] | None) -> dict[str, Any]:
+    """The flags among the arguments, also those in an @FILE, and their values."""
     parser = Parser(str(__doc__))
     types = get_type_hints(GSPOConfig)
     choices_of = {"algorithm": algorithm_names()}
@@ -156,12 +166,7 @@ def parse(arguments: list[str] | None) -> GSPOConfig:
             if f.default is not None:
                 help += f" (default: {f.default})"
         groups[group].add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=help, **options)
-    given = vars(parser.parse_args(arguments))
-    if "resume" in given:
-        given = with_settings_of_resumed_run(given)
-    config = GSPOConfig(**given)
-    dataset_named(config.dataset)  # a ValueError if there is none
-    return config
+    return vars(parser.parse_args(arguments))
 
 
 def algorithm_names() -> tuple[str, ...]:

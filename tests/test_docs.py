@@ -55,12 +55,12 @@ TYPED = (
 
 @pytest.mark.parametrize("page, flags", commands_of("compare_gspo.py"))
 def test_comparing_commands_parse(page, flags):
-    from compare_gspo import arms_of, cells_of, parse, training_config
+    from compare_gspo import arms_of, cells_of, given_flags, parse
 
     options, others = parse([word for word in shlex.split(flags, comments=True) if word != "[...]"])
     if not options.preset:
         arms = arms_of(options.algorithms, options.vary, options.arm)
-        assert len(cells_of(arms, others, options.seeds, training_config)) >= 2
+        assert len(cells_of(arms, others, options.seeds, given_flags)) >= 2
 
 
 @pytest.mark.parametrize("page, flags", [*commands_of("train_gspo.py"), *(("typed", t) for t in TYPED)])

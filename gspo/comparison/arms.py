@@ -2,11 +2,12 @@
 
 import itertools
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
+from data_loader import dataset_named
 from gspo.comparison.cells import Cell, cell_name
 from gspo.training.config import GSPOConfig
 
@@ -19,6 +20,8 @@ EVALUATION = (
     "dataset", "dataset_path", "eval_path", "difficulty", "data_seed", "num_eval_samples", "prompt_column",
     "answer_column", "reward", "code_reward", "pass_threshold", "eval_temperature",
 )  # fmt: skip
+# Those of EVALUATION that with an --eval_path say what is trained on alone.
+TRAINING_DATA = {"dataset", "dataset_path"}
 # A setting that is named again gets seeds of its own, so many further on.
 OTHER_SEEDS = 1000
 
@@ -100,40 +103,48 @@ def cells_of(
     arms: Sequence[Arm],
     flags: Sequence[str],
     num_seeds: int,
-    parse: Callable[[list[str]], GSPOConfig],
+    given: Callable[[list[str]], Mapping[str, Any]],
     device: str = "cpu",
 ) -> list[Cell]:
     """The runs of a comparison, all settings of a seed one after another.
 
-    flags: of train_gspo.py, for all settings; its --seed is the first seed. parse: makes a configuration of
-    flags. device: where there is no --device.
+    flags: of train_gspo.py, for all settings; its --seed is the first seed. given: makes settings by name of
+    flags, as train_gspo.given_flags() does. device: where there is no --device.
 
     Raises:
         ValueError: a flag that a comparison sets itself, a bad value, settings that are evaluated in
             different ways, or two that are the same.
     """
-    own_flags = [flag for arm in arms for flag in arm.flags]
-    for name in sorted(OWN):
-        where = own_flags if name in SHARED else [*flags, *own_flags]
-        if any(flag.split("=")[0] == f"--{name}" for flag in where):
+    for arm in arms:
+        own, shared = given([*arm.flags]), given([*flags])
+        for name in sorted(OWN & own.keys() | (OWN - SHARED) & shared.keys()):
             of_one = " of one setting" if name in SHARED else ""
             raise ValueError(f"--{name}{of_one} does not go with a comparison")
-    configs = [parse([*flags, *arm.flags]) for arm in arms]
+    configs = [GSPOConfig(**given([*flags, *arm.flags])) for arm in arms]
+    for config in configs:
+        dataset_named(config.dataset)
+    _refuse_other_evaluations(configs)
+    cells: dict[Path, Cell] = {}
+    for index in range(num_seeds):
+        for arm, first in zip(arms, configs, strict=True):
+            seed = first.seed + OTHER_SEEDS * arm.repeat + index
+            config = replace(first, seed=seed)
+            folder = Path(first.output_dir) / "cells" / cell_name(config, first.device or device)
+            if folder in cells:
+                raise ValueError(f"{cells[folder].arm!r} and {arm.label!r} are the same setting")
+            own_flags = (*flags, *arm.flags, "--seed", str(seed))
+            cells[folder] = Cell(arm.label, index, seed, own_flags, folder)
+    return list(cells.values())
+
+
+def _refuse_other_evaluations(configs: Sequence[GSPOConfig]) -> None:
+    """Raise a ValueError if settings are evaluated in different ways, or on different problems."""
+    eval_paths = {config.eval_path for config in configs}
+    free = TRAINING_DATA if len(eval_paths) == 1 and None not in eval_paths else set()
     for name in EVALUATION:
         values = list(dict.fromkeys(getattr(config, name) for config in configs))
-        if len(values) > 1:
+        if len(values) > 1 and name not in free:
             raise ValueError(
                 f"--{name} differs between settings ({', '.join(map(str, values))}): all must be evaluated "
                 "on the same problems, in the same way"
             )
-    cells: dict[Path, Cell] = {}
-    for index in range(num_seeds):
-        for arm, first in zip(arms, configs, strict=True):
-            own = [*flags, *arm.flags]
-            seed = first.seed + OTHER_SEEDS * arm.repeat + index
-            own += ["--seed", str(seed)]
-            folder = Path(first.output_dir) / "cells" / cell_name(parse(own), first.device or device)
-            if folder in cells:
-                raise ValueError(f"{cells[folder].arm!r} and {arm.label!r} are the same setting")
-            cells[folder] = Cell(arm.label, index, seed, tuple(own), folder)
-    return list(cells.values())

@@ -307,8 +307,11 @@ def made_on(result: Mapping[str, Any]) -> str:
     environment = result["environment"]
     machine = ", ".join(environment["gpus"]) or f"{environment['cpu_cores']} CPU cores"
     commit = str(environment["git_commit"])[:10]
+    runs = f"{result['runs']} runs"
+    if result.get("failed"):
+        runs += f" ({result['failed']} of them failed, and the claims that need them are left out)"
     return (
-        f"`python compare_gspo.py {result['command']}`, {result['seeds']} seeds, {result['runs']} runs, "
+        f"`python compare_gspo.py {result['command']}`, {result['seeds']} seeds, {runs}, "
         f"{machine}, torch {environment['versions']['torch']}, commit {commit}."
     )
 

@@ -31,11 +31,9 @@ class Outcome:
         """The last evaluation's figures by problem."""
         return self.run.evaluations[-1][figure]
 
-    def held_out(self) -> list[tuple]:
-        """What tells the held-out problems from others: their number, and prompts and answers on record."""
-        lines = self.run.eval_samples
-        first = [line for line in lines if line["step"] == lines[0]["step"]]
-        return [(len(self.final()),), *((str(line.get("prompt")), str(line.get("answer"))) for line in first)]
+    def held_out(self) -> tuple[int, str]:
+        """What tells the held-out problems from others: their number, and a digest of them."""
+        return len(self.final()), str(self.run.config.get("data", {}).get("held_out"))
 
     def before(self) -> float:
         return self.run.evaluations[0]["pass_at_1"]

@@ -31,9 +31,9 @@ def write_comparison(result: Mapping[str, Any], arms: Mapping[str, Sequence[Outc
     write_whole(folder / "comparison.json", json.dumps(result, indent=1))
     write_whole(folder / "table.txt", render(result) + "\n")
     title = " and ".join(arms) if len(arms) < 3 else f"{len(arms)} settings"
-    groups = _groups(arms)
-    runs = [run for group in groups for run in group.runs]
+    runs = _named_runs(arms)
     if runs:
+        groups = _groups(arms)
         write_page(runs, folder / "report.html", groups, tag("h1", text(title)) + _tables(result))
         draw_comparison(groups, folder / "comparison.png")
 
@@ -51,12 +51,18 @@ def write_claims(
     for key, section_result in result["sections"].items():
         head += folded(text(section_result["title"]), _tables(section_result))
         draw_comparison(_groups(outcomes[key]), folder / f"{key}.png")
-    groups = _groups(next(iter(outcomes.values())))
-    write_page([run for group in groups for run in group.runs], folder / "report.html", groups, head)
+    first = next(arms for arms in outcomes.values() if any(arms.values()))
+    write_page(_named_runs(first), folder / "report.html", _groups(first), head)
+
+
+def _named_runs(arms: Mapping[str, Sequence[Outcome]]) -> list[RunRecord]:
+    """The runs under their setting's name."""
+    outcomes = [outcome for arm in arms.values() for outcome in arm]
+    return [replace(each.run, name=f"{each.cell.arm}, seed {each.cell.seed}") for each in outcomes]
 
 
 def _groups(arms: Mapping[str, Sequence[Outcome]]) -> list[Group]:
-    """Each setting's runs under names of their own, to be drawn as one line.
+    """Each setting's runs, to be drawn as one line.
 
     A run that died keeps its last evaluation, as in the tables.
     """
@@ -77,8 +83,7 @@ def _drawn(outcome: Outcome, steps: Sequence[int]) -> RunRecord:
     if outcome.died:
         last = evaluations[-1]
         evaluations += [last | {"step": step} for step in steps if last["step"] < step <= outcome.end]
-    name = f"{outcome.cell.arm}, seed {outcome.cell.seed}"
-    return replace(outcome.run, name=name, evaluations=evaluations)
+    return replace(outcome.run, evaluations=evaluations)
 
 
 def draw_comparison(groups: Sequence[Group], path: Path) -> None:

@@ -3,6 +3,7 @@
 import ctypes
 import fcntl
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -23,7 +24,8 @@ POLL_S = 0.2
 # Exit codes of train_gspo.py.
 BAD_INPUT, INTERRUPTED = 2, 130
 LOCK = ".lock"
-LAST_LINES = 40  # of a log, in which a launcher may have the last word
+# The last line of a traceback, before which torch may name the process.
+ERROR = re.compile(r"^(\[rank\d+\]: ?)?(?P<error>[\w.]*(Error|Exception): .+)")
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -47,6 +49,7 @@ class Runner:
         self.launch = shlex.split(launch) or [sys.executable]
         self.running: dict[int, tuple[Cell, subprocess.Popen]] = {}
         self.resumed: set[Cell] = set()
+        self.logged: dict[Cell, int] = {}  # bytes in the log before the run was started
         self.stopped = False
 
     def run(self, cells: Sequence[Cell]) -> dict[Cell, str]:
@@ -72,12 +75,12 @@ class Runner:
                         if code == BAD_INPUT and cell not in self.resumed:
                             self._stop()
                             self._wait()
-                            raise ValueError(last_line(cell.log))
+                            raise ValueError(self._last_line(cell))
                         if self._is_there(cell):
                             self.tell(cell)
                             bar.update(1)
                         elif code != INTERRUPTED or not self.stopped:
-                            failed[cell] = last_line(cell.log) or f"ended with exit code {code}"
+                            failed[cell] = self._last_line(cell) or f"ended with exit code {code}"
             if self.stopped:
                 raise Interrupted
             return failed
@@ -104,6 +107,8 @@ class Runner:
             if run:
                 self.resumed.add(cell)
             self.running[place] = (cell, self._process(cell, place))
+            if self.stopped:  # a signal came before the process was known
+                self._stop()
 
     def _process(self, cell: Cell, place: int) -> subprocess.Popen:
         is_new = cell not in self.resumed
@@ -117,6 +122,7 @@ class Runner:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]
         cell.log.parent.mkdir(parents=True, exist_ok=True)
         with cell.log.open("ab") as log:
+            self.logged[cell] = log.tell()
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
                 start_new_session=True, preexec_fn=_end_with_parent,
@@ -137,6 +143,9 @@ class Runner:
         self.stopped = True
         for _cell, process in self.running.values():
             process.send_signal(signal.SIGTERM)
+
+    def _last_line(self, cell: Cell) -> str:
+        return last_line(cell.log, self.logged[cell])
 
     def _wait(self) -> None:
         for _cell, process in self.running.values():
@@ -163,22 +172,27 @@ def _locked(folder: Path) -> Iterator[None]:
     with (folder / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(
                 f"another comparison is at work in {folder}: wait for it, or give another --output_dir"
             ) from None
         yield
 
 
-def last_line(log: Path) -> str:
-    """The last line that a run has printed, or the last in which train_gspo.py complains."""
+def last_line(log: Path, begin: int = 0) -> str:
+    """What a run says of its end: its complaint, the last line of a traceback, or else its last line.
+
+    begin: the bytes of the log that are not its own. A launcher has the last word in it, with a traceback of
+    its own that ends without a message, and a box of "=".
+    """
     try:
-        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+        text = log.read_bytes()[begin:].decode(errors="replace")
     except OSError:
         return ""
-    said = [line.strip() for line in lines if line.strip()][-LAST_LINES:]
+    said = [line.strip() for line in text.split("\n") if re.search(r"\w", line)]
     complaints = [line for line in said if line.startswith(f"{TRAIN.name}:")]
-    return ([""] + said + complaints[-1:])[-1]
+    errors = [found["error"] for found in map(ERROR.search, said) if found]
+    return ([""] + said[-1:] + errors[-1:] + complaints[-1:])[-1]
 
 
 def _end_with_parent() -> None:

@@ -21,6 +21,8 @@ MEASURES: dict[str, Figures] = {
 }
 # Metrics of training that the table has, as means over rollout batches and seeds.
 METRICS = {"clip_fraction": "clipped", "clip_fraction_eligible": "of eligible"}
+# Settings of the sampler, which evaluations use as well.
+SAMPLERS = ("rollout_engine", "rollout_dtype")
 WIDTH = 110
 
 
@@ -132,6 +134,12 @@ def _notes(arms: Mapping[str, Sequence[Outcome]], failed: Mapping[Cell, str]) ->
             "settings were evaluated on different held-out problems, such as without those whose prompts are "
             "too long: between these, differences are paired by seed alone"
         )
+    samplers = {tuple(str(outcome.run.config.get(name)) for name in SAMPLERS) for outcome in outcomes}
+    if len(samplers) > 1:
+        notes.append(
+            "evaluations sample as training does, and so differ between settings too "
+            f"({', '.join(f'--{name}' for name in SAMPLERS)})"
+        )
     finished = [outcome for outcome in outcomes if not outcome.died]
     sampled = {outcome.responses for outcome in finished}
     if len(sampled) > 1:
@@ -156,7 +164,7 @@ def render(result: Mapping[str, Any]) -> str:
     """The tables and the notes as text."""
     lines = columns(setting_rows(result))
     if result["differences"]:
-        lines += ["", "differences, paired by seed and by problem, with 95 % intervals:"]
+        lines += ["", "differences, paired by seed and by held-out problem, with 95 % intervals:"]
         lines += [f"  {line}" for line in columns(difference_rows(result))]
     lines += [""] if result["notes"] else []
     for note in result["notes"]:
@@ -184,7 +192,8 @@ def difference_rows(result: Mapping[str, Any]) -> list[list[str]]:
     rows = [["", "", "mean (95 % interval)", "verdict", f"seeds to see {result['detect']:g}"]]
     for each in result["differences"]:
         seeds = each.get("seeds_to_detect")
-        needed = str(seeds) if seeds else "-" if each["num_seeds"] < 2 else "more problems"
+        unknown = each["num_seeds"] < 2 or each["low"] == each["high"]  # nothing has varied
+        needed = "-" if unknown else str(seeds) if seeds else "more problems"
         rows.append([f"{each['of']} - {each['to']}", each["measure"], signed(each), each["verdict"], needed])
     return rows
 
@@ -192,12 +201,10 @@ def difference_rows(result: Mapping[str, Any]) -> list[list[str]]:
 def with_interval(figure: Mapping[str, Any] | None, spread: bool = True) -> str:
     if figure is None:
         return "-"
-    mean = (
-        f"{figure['mean']:.3g}" if figure["mean"] and abs(figure["mean"]) < 0.01 else f"{figure['mean']:.3f}"
-    )
-    if not spread or figure["low"] is None:
-        return mean
-    return f"{mean} ({figure['low']:.3f} to {figure['high']:.3f})"
+    mean = figure["mean"]
+    if spread and figure["low"] is not None:
+        return f"{mean:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
+    return f"{mean:.3g}" if 0 < abs(mean) < 0.01 else f"{mean:.3f}"
 
 
 def signed(difference: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ there. So a run that was killed at any point and resumed writes what it would ha
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import lru_cache, partial
@@ -412,6 +412,7 @@ class TrainingRun:
                 "source": self.source,
                 "train_problems": len(self.train_problems),
                 "eval_problems": len(self.eval_problems),
+                "held_out": questions_digest(self.eval_problems),
             },
             "clips_per_token": self.trainer.clips_per_token,  # for the report, which reads no algorithm
             "reward_function": describe_function(self.trainer.reward_fn),
@@ -501,5 +502,15 @@ def drop_long_prompts(
 
 def problems_digest(problems: Sequence) -> str:
     """A digest of all problems in their order: a rollout batch is known by its place in them."""
-    texts = [[problem.prompt, str(getattr(problem, "answer", None))] for problem in problems]
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    return _digest([problem.prompt, str(getattr(problem, "answer", None))] for problem in problems)
+
+
+def questions_digest(problems: Sequence) -> str:
+    """A digest of the questions in their order, without what --prompt_suffix and the like add to them."""
+    questions = [getattr(problem, "id", problem.prompt) for problem in problems]
+    answers = [getattr(problem, "answer", None) for problem in problems]
+    return _digest([str(question), str(answer)] for question, answer in zip(questions, answers, strict=True))
+
+
+def _digest(texts: Iterable[list]) -> str:
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()

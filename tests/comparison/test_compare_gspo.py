@@ -12,13 +12,17 @@ import time
 import pytest
 
 import compare_gspo
+from data_loader import RowFormat, load_problems
 from gspo.comparison.arms import arms_of, cells_of
-from gspo.comparison.cells import cell_name
+from gspo.comparison.cells import Cell, cell_name
 from gspo.comparison.claims import markdown
 from gspo.comparison.paper import SCALES, sections
+from gspo.comparison.runner import Interrupted, Runner, last_line
+from gspo.policy.known_models import known_config
 from gspo.training.config import GSPOConfig
+from gspo.training.training_run import questions_digest
 from support import ROOT
-from train_gspo import parse
+from train_gspo import given_flags
 
 FAKE = shlex.join([sys.executable, str(ROOT / "tests" / "support" / "fake_training.py")])
 
@@ -60,11 +64,34 @@ def test_settings_are_compared_with_the_first_value_of_the_first_axis():
 
 def test_a_setting_that_is_named_twice_gets_other_seeds(tmp_path):
     arms = arms_of("gspo,gspo", [], [])
-    cells = cells_of(arms, ["--seed", "3", "--output_dir", str(tmp_path)], 2, parse)
+    cells = cells_of(arms, ["--seed", "3", "--output_dir", str(tmp_path)], 2, given_flags)
     assert [(cell.arm, cell.index, cell.seed) for cell in cells] == [
         ("gspo", 0, 3), ("gspo (other seeds)", 0, 1003), ("gspo", 1, 4), ("gspo (other seeds)", 1, 1004),
     ]  # fmt: skip
     assert len({cell.folder for cell in cells}) == 4
+
+
+def test_settings_may_differ_in_training_data_where_the_held_out_problems_are_given(tmp_path):
+    arms = arms_of(None, ["dataset_path=a.jsonl,b.jsonl"], [])
+    with pytest.raises(ValueError, match="--dataset_path differs"):
+        cells_of(arms, [], 1, given_flags)
+    assert len(cells_of(arms, ["--eval_path", "held_out.jsonl"], 1, given_flags)) == 2
+
+
+def test_flags_in_a_file_of_one_setting_are_looked_at_too(tmp_path):
+    (tmp_path / "flags.txt").write_text("--kl_coef 1 --seed 7")
+    arms = arms_of(None, [], ["a:", f"b: @{tmp_path / 'flags.txt'}"])
+    with pytest.raises(ValueError, match="--seed of one setting does not go with a comparison"):
+        cells_of(arms, [], 1, given_flags)
+
+
+def test_models_that_would_get_problems_of_other_levels_are_refused(tmp_path, capsys):
+    known_config("Qwen/Qwen2.5-0.5B-Instruct").save_pretrained(tmp_path)
+    models = ["--vary", f"model_name=tiny,{tmp_path}", "--dataset", "math", "--device", "cpu"]
+    own = ["--output_dir", str(tmp_path / "out"), "--num_train_samples", "4", "--num_eval_samples", "4"]
+    assert compare_gspo.main([*models, *own]) == 2
+    said = capsys.readouterr().err
+    assert "held-out problems differ between" in said and "(easy) and" in said and "(medium)" in said
 
 
 @pytest.mark.parametrize(
@@ -106,6 +133,18 @@ def test_a_run_is_named_by_all_that_it_depends_on(tmp_path):
     data.write_text("two")
     assert name() != plain
     assert cell_name(GSPOConfig(), "cuda") != cell_name(GSPOConfig(), "cpu")
+
+
+def test_held_out_problems_are_known_by_their_questions_alone(tmp_path):
+    rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(20)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+
+    def digest(suffix, count=4):
+        form = RowFormat(prompt_suffix=suffix)
+        return questions_digest(load_problems("file", "eval", count, path=str(data), form=form))
+
+    assert digest(" Think.") == digest(" Be brief.") != digest(" Think.", 3)
 
 
 # ---- made-up runs
@@ -176,6 +215,47 @@ def test_a_failed_run_takes_no_part_in_the_figures(tmp_path):
     assert len(result["failed"]) == 3
 
 
+def test_other_held_out_problems_are_paired_by_seed_alone(tmp_path, capsys):
+    assert compare(tmp_path, "--learning_rate", "0.5", "--vary", "max_length=512,99", "--seeds", "2") == 0
+    assert result_in(tmp_path)["differences"][0]["num_problems"] == 1
+    assert "differences are paired by seed alone" in capsys.readouterr().out
+
+
+def test_a_run_fails_for_the_reason_that_it_gives_itself(tmp_path):
+    log = tmp_path / "log"
+    box = "=" * 60
+    launcher = (
+        f"torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n{box}\nRoot Cause:\n{box}\n"
+    )
+    log.write_text("train_gspo.py: of an earlier start\n")
+    begin = log.stat().st_size
+    for said, reason in {
+        "": "",
+        "Killed\n": "Killed",
+        "a\n[rank1]: ZeroDivisionError: division by zero\n" + launcher: "ZeroDivisionError: division by zero",
+        "ValueError: b\ntrain_gspo.py: no space\n" + launcher: "train_gspo.py: no space",
+    }.items():
+        with log.open("r+") as file:
+            file.truncate(begin)
+            file.seek(begin)
+            file.write(said)
+        assert last_line(log, begin) == reason
+
+
+def test_a_signal_in_the_instant_of_a_start_ends_the_run(tmp_path):
+    class Signalled(Runner):
+        def _process(self, cell, place):
+            process = super()._process(cell, place)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return process
+
+    cell = Cell("a", 0, 0, (), tmp_path / "cells" / "run")
+    begin = time.monotonic()
+    with pytest.raises(Interrupted):
+        Signalled(1, "sh -c 'sleep 60'").run([cell])
+    assert time.monotonic() - begin < 30
+
+
 def test_one_setting_under_two_names_is_refused(tmp_path, capsys):
     arms = ["--arm", "a: --learning_rate 0.5", "--arm", "b: --learning_rate 0.5 --kl_coef 0"]
     assert compare(tmp_path, *arms) == 2
@@ -225,13 +305,25 @@ def test_a_comparison_that_is_stopped_twice_ends_as_one_that_was_not(tmp_path, n
 # ---- the preset
 
 
+def test_claims_whose_runs_failed_are_left_out(tmp_path, monkeypatch, capsys):
+    own = ["--launch", FAKE, "--output_dir", str(tmp_path), "--jobs", "2", "--seeds", "2"]
+    monkeypatch.setenv("FAKE_FAILS", "gspo_token")
+    assert compare_gspo.main(["--preset", "paper", "--quick", *own]) == 1
+    failed = json.loads((tmp_path / "paper-quick" / "paper.json").read_text())
+    assert failed["failed"] == 4 and "(4 of them failed" in capsys.readouterr().out
+    monkeypatch.delenv("FAKE_FAILS")
+    assert compare_gspo.main(["--preset", "paper", "--quick", *own]) == 0
+    whole = json.loads((tmp_path / "paper-quick" / "paper.json").read_text())
+    assert whole["failed"] == 0 and whole["claims"][3:] == failed["claims"]  # three are read off the curves
+
+
 @pytest.mark.parametrize("name", SCALES)
 def test_every_run_of_the_preset_has_valid_flags(name, tmp_path):
     scale = SCALES[name]
     own = ["--output_dir", str(tmp_path)]
     folders = set()
     for section in sections(scale):
-        cells = cells_of(section.arms, [*scale.flags, *own], 3, parse)
+        cells = cells_of(section.arms, [*scale.flags, *own], 3, given_flags)
         assert {arm.baseline for arm in section.arms} - {None} <= {arm.label for arm in section.arms}
         folders |= {cell.folder for cell in cells}
     assert len(folders) < 3 * sum(len(section.arms) for section in sections(scale))  # some are shared

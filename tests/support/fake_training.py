@@ -3,7 +3,8 @@
     python fake_training.py train_gspo.py --learning_rate R --seed S --output_dir D --run_name N
 
 It waits FAKE_WAIT_S seconds before each of its rollout batches, and goes on where the record ends. A learning
-rate of 1 is stopped for good in rollout batch 2, one of 2 fails, and one of 3 is bad input.
+rate of 1 is stopped for good in rollout batch 2, one of 2 fails, and one of 3 is bad input. The algorithm
+that FAKE_FAILS names fails too. With a --max_length of 99 other problems are held out.
 """
 
 import json
@@ -14,21 +15,28 @@ import sys
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from train_gspo import given_flags  # noqa: E402
+
 BATCHES, PROBLEMS = 3, 8
-HEALTHY = Path(__file__).parents[1] / "report" / "records" / "healthy" / "metrics.jsonl"
+HEALTHY = ROOT / "tests" / "report" / "records" / "healthy" / "metrics.jsonl"
 
 
 def main() -> int:
-    flags = dict(zip(sys.argv[2::2], sys.argv[3::2], strict=False))
-    rate, seed = float(flags["--learning_rate"]), int(flags["--seed"])
-    folder = Path(flags.get("--resume") or Path(flags["--output_dir"]) / flags["--run_name"])
+    flags = given_flags(sys.argv[2:])
+    rate, seed = flags["learning_rate"], flags["seed"]
+    algorithm = flags.get("algorithm", "gspo")
+    folder = Path(flags.get("resume") or Path(flags["output_dir"]) / flags["run_name"])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
     if rate == 3:
         print("train_gspo.py: there is no such thing", file=sys.stderr)
         return 2
-    folder.mkdir(parents=True, exist_ok="--resume" in flags)
-    config = {"algorithm": "gspo", "environment": {}, "num_epochs": 1, "group_size": 4, "seed": seed}
-    (folder / "config.json").write_text(json.dumps(config | {"data": {"train_problems": 2 * BATCHES}}))
+    folder.mkdir(parents=True, exist_ok="resume" in flags)
+    environment = {"gpus": [], "cpu_cores": 2, "git_commit": "0123456789abcdef", "versions": {"torch": "2"}}
+    config = {"algorithm": algorithm, "environment": environment, "num_epochs": 1, "group_size": 4}
+    data = {"train_problems": 2 * BATCHES, "held_out": str(flags.get("max_length") == 99)}
+    (folder / "config.json").write_text(json.dumps(config | {"seed": seed, "data": data}))
     (folder / "checkpoints").mkdir(exist_ok=True)
     with (folder / "starts.txt").open("a") as starts:
         starts.write("started\n")
@@ -39,7 +47,7 @@ def main() -> int:
         write(evaluations, evaluation(0, 0.0, 0))
     for step in range(done + 1, BATCHES + 1):
         time.sleep(float(os.environ.get("FAKE_WAIT_S", 0)))
-        if rate == 2 and step == 2:
+        if (rate == 2 or algorithm == os.environ.get("FAKE_FAILS")) and step == 2:
             print("no space left on device", file=sys.stderr)
             return 1
         if rate == 1 and step == 2:
