@@ -67,6 +67,9 @@ PANELS = (
         "Tied groups; responses cut off", TIES | {"truncated_fraction": "cut off"}, ("no signal",), top=1.0
     ),
     Panel("Seconds per rollout batch", SECONDS, top=0.1),
+    Panel(  # of mixtures of experts
+        "Experts that changed since pi_old", {"routing_changed": "share of the choices"}, top=0.01
+    ),
     Panel(  # of runs that sample with vLLM
         "Sampler against trainer",
         {"masked_fraction": "masked", "sampler_ess": "effective sample size"},

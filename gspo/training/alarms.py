@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 # The rules on text, ties, ratios, gradient norm and entropy look at this many rollout batches in a row.
 WINDOW = 5
+# The rule on the sampler's log-probabilities looks at this many in a row. In bfloat16 the rounding of a single
+# rollout batch of short responses may be three times that of the first one.
+STALE_WINDOW = 3
 # The rules on the clip fraction look at this many in a row.
 CLIP_WINDOW = 10
 # An update with an importance ratio outside these bounds is not made; the lower one is for whole responses.
@@ -202,7 +205,8 @@ def warnings_of(history: Sequence[dict], clips_per_token: bool = False) -> dict[
             "range; use --dtype float32, --pi_old trainer or a wider range"
         )
     first_gap = next((batch["sampler_gap"] for batch in history if batch["sampler_gap"]), 0.0)
-    if last["sampler_gap"] > 3 * max(1e-3, first_gap):
+    gaps = [batch["sampler_gap"] for batch in history[-STALE_WINDOW:]]
+    if len(gaps) == STALE_WINDOW and min(gaps) > 3 * max(1e-3, first_gap):
         warnings["stale sampler"] = (
             f"the log-probabilities of sampler and trainer differ by {last['sampler_gap']:.3g} nats per "
             f"token, at the start by {first_gap:.3g}: does the sampler get the new weights?"

@@ -109,6 +109,13 @@ def with_vllm(run):
     return replace(run, metrics=metrics, config=run.config | {"rollout_engine": "vllm"})
 
 
+def test_experts_have_a_chart_where_there_are_some():
+    run = read_run(RECORDS / "healthy")
+    metrics = [run.metrics[0], *(batch | {"routing_changed": 0.1} for batch in run.metrics[1:])]
+    titles = [[chart.title for chart in charts([each])] for each in (run, replace(run, metrics=metrics))]
+    assert titles[1] == [*titles[0], "Experts that changed since pi_old"]
+
+
 def test_sampler_and_trainer_have_a_chart_where_they_are_two():
     run = read_run(RECORDS / "healthy")
     assert not any("Sampler against" in chart.title for chart in charts([run]))
