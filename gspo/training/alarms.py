@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 # The rules on text, ties, ratios, gradient norm and entropy look at this many rollout batches in a row.
 WINDOW = 5
-# The rule on the sampler's log-probabilities looks at this many in a row. In bfloat16 the rounding of one rollout
-# batch of short responses may be three times that of the first one.
+# The rule on the sampler looks at this many in a row. In bfloat16 the rounding of one rollout batch of short
+# responses may be three times that of the first one.
 STALE_WINDOW = 3
 # The rules on the clip fraction look at this many in a row.
 CLIP_WINDOW = 10
