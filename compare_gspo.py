@@ -34,7 +34,6 @@ from gspo.printing import counted, duration, escaped
 from gspo.training.command_line import Parser, complain, plain_warnings
 from gspo.training.config import GSPOConfig
 from train_gspo import given_flags
-from train_gspo import parse as training_config
 
 if TYPE_CHECKING:
     from gspo.comparison.outcomes import Outcome
@@ -67,7 +66,12 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--quick", action="store_true", help="--preset paper in shorter runs, and fewer of them")
     add("--scale", choices=["cpu", "gpu"], default="cpu", help="what --preset paper trains (default: cpu)")
     add("--seeds", type=int, help="runs of each setting; --seed is the first (default: 3; --preset paper: 5)")
-    add("--jobs", type=int, help="runs side by side (default: 1, or as many as GPUs; --preset: CPU cores)")
+    add(
+        "--jobs",
+        type=int,
+        help="runs side by side, among which GPUs and CPU cores are divided (default: one on each GPU; with "
+        "--launch or --vllm_url 1; --preset paper: CPU cores)",
+    )
     add("--launch", default="", help="in the place of python, such as 'torchrun --nproc_per_node 4'")
     add(
         "--detect",
@@ -199,7 +203,7 @@ def make_runs(cells: Sequence[Cell], options: argparse.Namespace) -> dict[Cell, 
 
     missing = any(not is_complete(cell, record_of(cell)) for cell in cells)
     if missing and not options.launch:  # with several processes, more may fit
-        look_at_tasks({cell.arm: cell for cell in cells}.values())
+        check_settings({cell.arm: cell for cell in cells}.values())
 
     def tell(cell: Cell) -> None:
         run = record_of(cell)
@@ -208,12 +212,27 @@ def make_runs(cells: Sequence[Cell], options: argparse.Namespace) -> dict[Cell, 
             died = f", died: {run.emergency['reason']}" if run.emergency else ""
             print(escaped(f"{cell.arm}, seed {cell.seed}: held-out pass@1 {rates}{died}"), flush=True)
 
-    gpus = visible_gpus()
     try:
-        return Runner(options.jobs or max(1, len(gpus)), options.launch, gpus, tell).run(cells)
+        return Runner(jobs_of(cells, options), options.launch, visible_gpus(), tell).run(cells)
     except Interrupted:
         complain(PROGRAM, "interrupted: the same command goes on from here")
         return None
+
+
+def jobs_of(cells: Iterable[Cell], options: argparse.Namespace) -> int:
+    """How many runs are made side by side.
+
+    Raises:
+        ValueError: they would share a vLLM server, which has the weights of one run.
+    """
+    shares_server = any(cell.config.vllm_url for cell in cells)
+    if shares_server and (options.jobs or 1) > 1:
+        raise ValueError(
+            f"--jobs {options.jobs} with --vllm_url: a server has the weights of one run at a time; leave one "
+            "of the two out: without --vllm_url each run starts a server of its own"
+        )
+    one = shares_server or options.launch
+    return options.jobs or (1 if one else max(1, len(visible_gpus())))
 
 
 def compared(
@@ -251,27 +270,28 @@ def default_device() -> str:
     return "cuda" if visible_gpus() else "cpu"
 
 
-def look_at_tasks(cells: Iterable[Cell]) -> None:
-    """Look at a run of each setting as far as one can without its model's weights.
+def check_settings(cells: Iterable[Cell]) -> None:
+    """Check a run of each setting as far as that goes without its model's weights, and print its warnings.
 
     Raises:
         ValueError: a run would be refused, or two settings have different held-out problems.
     """
     from gspo.training.training_run import questions_digest
 
-    said: dict[str, None] = {}  # once, though all settings may be told it
-    first: dict[str, str] = {}
+    warnings: dict[str, None] = {}  # each is printed once, though all settings may have it
+    settings: dict[str, str] = {}  # digest of the held-out problems to the first setting with them
     for cell in cells:
-        with redirect_stderr(io.StringIO()) as told:
-            config, _, held_out, _ = resolved(training_config(list(cell.flags)))
-        said |= dict.fromkeys(told.getvalue().splitlines())
-        first.setdefault(questions_digest(held_out), f"{cell.arm} ({config.difficulty})")
-    if len(first) > 1:
+        with redirect_stderr(io.StringIO()) as printed:
+            config, _, held_out, _ = resolved(cell.config)
+        warnings |= dict.fromkeys(printed.getvalue().splitlines())
+        settings.setdefault(questions_digest(held_out), f"{cell.arm} ({config.difficulty})")
+    for line in warnings:
+        print(line, file=sys.stderr)
+    if len(settings) > 1:
         raise ValueError(
-            f"held-out problems differ between {' and '.join(first.values())}: --difficulty auto goes by the "
-            "model's size, so name one"
+            f"held-out problems differ between {' and '.join(settings.values())}: --difficulty auto goes by "
+            "the model's size, so name one"
         )
-    print("\n".join(said), file=sys.stderr, end="\n" if said else "")
 
 
 def resolved(config: GSPOConfig) -> tuple[GSPOConfig, list, list, int | None]:
@@ -290,20 +310,19 @@ def resolved(config: GSPOConfig) -> tuple[GSPOConfig, list, list, int | None]:
 
 def estimate(cells: Sequence[Cell], options: argparse.Namespace) -> int:
     """Print how long the runs that are missing take on this machine. Returns the exit code."""
-    gpus = visible_gpus()
-    elsewhere = options.scale == "gpu" and not gpus
+    elsewhere = options.scale == "gpu" and not visible_gpus()
     seconds_of = seconds_on_gpu if elsewhere else seconds_here
     total = 0.0
     for arm in dict.fromkeys(cell.arm for cell in cells):
         own = [cell for cell in cells if cell.arm == arm]
         missing = [cell for cell in own if not is_complete(cell, record_of(cell))]
-        seconds = AROUND_RUN_S + seconds_of(training_config(list(own[0].flags)))
+        seconds = AROUND_RUN_S + seconds_of(own[0].config)
         total += len(missing) * seconds
         print(
             f"{arm}: {len(missing)} of {len(own)} runs are missing, at most about {duration(seconds)} each",
             flush=True,
         )
-    total /= options.jobs or max(1, len(gpus))
+    total /= jobs_of(cells, options)
     where = f" on one {H100.name}, computed and not measured" if elsewhere else ""
     print(f"in all: at most about {duration(total)}{where}")
     return 0

@@ -128,12 +128,11 @@ def cells_of(
     for index in range(num_seeds):
         for arm, first in zip(arms, configs, strict=True):
             seed = first.seed + OTHER_SEEDS * arm.repeat + index
-            config = replace(first, seed=seed)
-            folder = Path(first.output_dir) / "cells" / cell_name(config, first.device or device)
+            config = replace(first, seed=seed, device=first.device or device)
+            folder = Path(first.output_dir) / "cells" / cell_name(config)
             if folder in cells:
                 raise ValueError(f"{cells[folder].arm!r} and {arm.label!r} are the same setting")
-            own_flags = (*flags, *arm.flags, "--seed", str(seed))
-            cells[folder] = Cell(arm.label, index, seed, own_flags, folder)
+            cells[folder] = Cell(arm.label, index, config, folder)
     return list(cells.values())
 
 

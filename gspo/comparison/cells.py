@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from gspo.report.run_record import RunRecord, read_run
@@ -27,14 +27,29 @@ class Cell:
     """One run of a comparison.
 
     arm: the label of its setting. index: the place of its seed among those of the setting; runs of the same
-    index are paired. flags: all of train_gspo.py's, without the folder. folder: the run's.
+    index are paired. config: with a device. folder: the run's.
     """
 
     arm: str
     index: int
-    seed: int
-    flags: tuple[str, ...]
+    config: GSPOConfig = field(compare=False)
     folder: Path
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags of train_gspo.py: the settings that are not at their defaults."""
+        values = {f.name: getattr(self.config, f.name) for f in fields(GSPOConfig)}
+        given = {f.name: values[f.name] for f in fields(GSPOConfig) if values[f.name] != f.default}
+        return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+
+    @property
+    def is_named_right(self) -> bool:
+        """False if a file that the run depends on has changed since the comparison began."""
+        return self.folder.name == cell_name(self.config)
 
     @property
     def log(self) -> Path:
@@ -42,11 +57,11 @@ class Cell:
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
-def cell_name(config: GSPOConfig, device: str = "cpu") -> str:
+def cell_name(config: GSPOConfig) -> str:
     """The name of a run's folder: model, algorithm, seed and a digest of its settings and its files.
 
-    A setting at its default does not count, so that a new one does not give every run another name. device:
-    where it is trained, on which the type of its computations depends.
+    A setting at its default does not count, so that a new one does not give every run another name. The
+    device does, unless it is the CPU, since the type of the computations depends on it.
     """
     default = asdict(GSPOConfig())
     settings = {
@@ -56,8 +71,8 @@ def cell_name(config: GSPOConfig, device: str = "cpu") -> str:
     for path in (config.dataset_path, config.eval_path, reward_file):
         if path and Path(path).is_file():
             settings[f"contents of {path}"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    if device != "cpu":
-        settings["device"] = device
+    if config.device not in (None, "cpu"):
+        settings["device"] = config.device
     if Path(config.model_name).is_dir():
         files = [(path.name, path.stat()) for path in sorted(Path(config.model_name).iterdir())]
         settings["model's files"] = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
@@ -77,11 +92,14 @@ def record_of(cell: Cell) -> RunRecord | None:
 def is_complete(cell: Cell, run: RunRecord | None) -> bool:
     """True if the run has nothing left to do: it is finished with its model saved, or was stopped for good.
 
-    An emergency stop would come again: the run is deterministic.
+    An emergency stop of the policy would come again: the run is deterministic. One that asks to mend the
+    reward or the sampler is no result, nor is one before the first evaluation.
     """
     if run is None or run.going:
         return False
-    return bool(run.emergency) or (run.finished and (cell.folder / "final_model").is_dir())
+    if run.emergency:
+        return bool(run.evaluations) and not run.emergency.get("advice")
+    return run.finished and (cell.folder / "final_model").is_dir()
 
 
 def make_room(cell: Cell, run: RunRecord | None) -> None:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gspo.comparison.cells import Cell, is_complete, make_room, record_of
 from gspo.live_line import Bar
@@ -24,6 +24,7 @@ POLL_S = 0.2
 # Exit codes of train_gspo.py.
 BAD_INPUT, INTERRUPTED = 2, 130
 LOCK = ".lock"
+TRACEBACK = "Traceback (most recent call last)"
 # The last line of a traceback, before which torch may name the process.
 ERROR = re.compile(r"^(\[rank\d+\]: ?)?(?P<error>[\w.]*(Error|Exception): .+)")
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -38,7 +39,8 @@ class Runner:
 
     Args:
         launch: the command in the place of "python", such as "torchrun --nproc_per_node 4".
-        gpus: the names that CUDA_VISIBLE_DEVICES may have. Runs side by side take one each, in turn.
+        gpus: the names that CUDA_VISIBLE_DEVICES may have. Runs side by side get equal parts of them, of at
+            least one.
         tell: called with each run that is complete.
     """
 
@@ -59,8 +61,8 @@ class Runner:
             The runs that failed, and why: their last line. An emergency stop is a result and no failure.
 
         Raises:
-            ValueError: train_gspo.py refuses the input, and all runs have been stopped; or another comparison
-                is at work in the folder of the runs.
+            ValueError: train_gspo.py refuses the input, or a file has changed since the comparison began, and
+                all runs have been stopped; or another comparison is at work in the folder of the runs.
             Interrupted: a signal has come.
         """
         with _locked(cells[0].folder.parent):
@@ -73,14 +75,12 @@ class Runner:
                     bar.update(0)
                     for cell, code in self._ended():
                         if code == BAD_INPUT and cell not in self.resumed:
-                            self._stop()
-                            self._wait()
-                            raise ValueError(self._last_line(cell))
+                            self._refuse(self._last_line(cell))
                         if self._is_there(cell):
                             self.tell(cell)
                             bar.update(1)
                         elif code != INTERRUPTED or not self.stopped:
-                            failed[cell] = self._last_line(cell) or f"ended with exit code {code}"
+                            failed[cell] = self._why(cell, code)
             if self.stopped:
                 raise Interrupted
             return failed
@@ -103,6 +103,11 @@ class Runner:
             if run and run.going:  # of a comparison that was killed; it is about to end
                 waiting.append(cell)
                 return
+            if not cell.is_named_right:
+                self._refuse(
+                    f"{cell.arm}, seed {cell.seed}: a file that it depends on has changed since the "
+                    "comparison began; start the comparison again"
+                )
             make_room(cell, run)
             if run:
                 self.resumed.add(cell)
@@ -119,7 +124,7 @@ class Runner:
             threads = max(1, (os.cpu_count() or 1) // self.jobs)
             environment.setdefault("OMP_NUM_THREADS", str(threads))
         if self.jobs > 1 and self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[place % len(self.gpus)]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus_of(place))
         cell.log.parent.mkdir(parents=True, exist_ok=True)
         with cell.log.open("ab") as log:
             self.logged[cell] = log.tell()
@@ -127,6 +132,13 @@ class Runner:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
                 start_new_session=True, preexec_fn=_end_with_parent,
             )  # fmt: skip
+
+    def _gpus_of(self, place: int) -> list[str]:
+        """A part of the GPUs for each of the places; a GPU has several of them if there are more."""
+        share = len(self.gpus) // self.jobs
+        if share == 0:
+            return [self.gpus[place % len(self.gpus)]]
+        return list(self.gpus[place * share : (place + 1) * share])
 
     def _ended(self) -> list[tuple[Cell, int]]:
         """The runs whose processes have ended, and their exit codes."""
@@ -144,12 +156,21 @@ class Runner:
         for _cell, process in self.running.values():
             process.send_signal(signal.SIGTERM)
 
+    def _why(self, cell: Cell, code: int) -> str:
+        """Why a run has failed."""
+        if code < 0:
+            name = signal.Signals(-code).name
+            return f"killed by {name}" + (", as the system does if memory runs out" if code == -9 else "")
+        return self._last_line(cell) or f"ended with exit code {code}"
+
     def _last_line(self, cell: Cell) -> str:
         return last_line(cell.log, self.logged[cell])
 
-    def _wait(self) -> None:
+    def _refuse(self, why: str) -> NoReturn:
+        self._stop()
         for _cell, process in self.running.values():
             process.wait()
+        raise ValueError(why)
 
 
 @contextmanager
@@ -191,7 +212,8 @@ def last_line(log: Path, begin: int = 0) -> str:
         return ""
     said = [line.strip() for line in text.split("\n") if re.search(r"\w", line)]
     complaints = [line for line in said if line.startswith(f"{TRAIN.name}:")]
-    errors = [found["error"] for found in map(ERROR.search, said) if found]
+    begins = [i for i, line in enumerate(said) if TRACEBACK in line]
+    errors = [found["error"] for found in map(ERROR.search, said[begins[0] :] if begins else []) if found]
     return ([""] + said[-1:] + errors[-1:] + complaints[-1:])[-1]
 
 

@@ -168,7 +168,9 @@ def render(result: Mapping[str, Any]) -> str:
         lines += [f"  {line}" for line in columns(difference_rows(result))]
     lines += [""] if result["notes"] else []
     for note in result["notes"]:
-        lines += textwrap.wrap(note, WIDTH, subsequent_indent="  ")
+        lines += textwrap.wrap(
+            note, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
     return "\n".join(lines)
 
 

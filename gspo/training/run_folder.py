@@ -96,12 +96,15 @@ class RunFolder:
         others = [path for path in folders if path != self.path / name and not path.is_symlink()]
         return whole_folder(self.path / name, others)
 
-    def keep_evidence(self, step: int, reason: str, metrics: dict, batches: Sequence[RolloutBatch]) -> None:
-        """Write emergency/: why the run stopped, with the metrics, and the rollout batch if there is one."""
+    def keep_evidence(self, step: int, why: dict, metrics: dict, batches: Sequence[RolloutBatch]) -> None:
+        """Write emergency/: why the run stopped, with the metrics, and the rollout batch if there is one.
+
+        why: the reason, and the advice of an EmergencyStop or None.
+        """
         with self.writing("emergency") as folder:
             # NaN is not valid JSON and is written as text.
             figures = json.loads(
-                json.dumps({"step": step, "reason": reason, **metrics}, default=str), parse_constant=str
+                json.dumps({"step": step, **why, **metrics}, default=str), parse_constant=str
             )
             (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
             for batch in batches:

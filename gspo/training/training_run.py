@@ -305,7 +305,8 @@ class TrainingRun:
     def _keep_evidence(self, stop: EmergencyStop) -> None:
         try:
             batches = self.pending[:1] if stop.batch is None else [stop.batch]
-            self.folder.keep_evidence(self.trainer.step + 1, str(stop), stop.metrics, batches)
+            why = {"reason": str(stop), "advice": stop.advice}
+            self.folder.keep_evidence(self.trainer.step + 1, why, stop.metrics, batches)
         except CannotSave as error:
             say(str(error), sys.stderr)
 

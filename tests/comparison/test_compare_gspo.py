@@ -13,8 +13,8 @@ import pytest
 
 import compare_gspo
 from data_loader import RowFormat, load_problems
-from gspo.comparison.arms import arms_of, cells_of
-from gspo.comparison.cells import Cell, cell_name
+from gspo.comparison.arms import Arm, arms_of, cells_of
+from gspo.comparison.cells import cell_name
 from gspo.comparison.claims import markdown
 from gspo.comparison.paper import SCALES, sections
 from gspo.comparison.runner import Interrupted, Runner, last_line
@@ -78,6 +78,14 @@ def test_settings_may_differ_in_training_data_where_the_held_out_problems_are_gi
     assert len(cells_of(arms, ["--eval_path", "held_out.jsonl"], 1, given_flags)) == 2
 
 
+def test_the_flags_of_a_run_are_its_settings(tmp_path):
+    (tmp_path / "flags.txt").write_text("--kl_coef 0.5  # a comment")
+    shared = [f"@{tmp_path / 'flags.txt'}", "--prompt_suffix", "-- Think.", "--shuffle_rewards"]
+    for cell in cells_of(arms_of("gspo,grpo", [], []), [*shared, "--batch_size", "8"], 2, given_flags):
+        assert GSPOConfig(**given_flags(cell.flags)) == cell.config
+        assert cell.config.kl_coef == 0.5 and cell.config.prompt_suffix == "-- Think."
+
+
 def test_flags_in_a_file_of_one_setting_are_looked_at_too(tmp_path):
     (tmp_path / "flags.txt").write_text("--kl_coef 1 --seed 7")
     arms = arms_of(None, [], ["a:", f"b: @{tmp_path / 'flags.txt'}"])
@@ -132,7 +140,7 @@ def test_a_run_is_named_by_all_that_it_depends_on(tmp_path):
     assert len({plain, *(name(**{key: value}) for key, value in other.items())}) == 1 + len(other)
     data.write_text("two")
     assert name() != plain
-    assert cell_name(GSPOConfig(), "cuda") != cell_name(GSPOConfig(), "cpu")
+    assert cell_name(GSPOConfig(device="cuda")) != cell_name(GSPOConfig(device="cpu"))
 
 
 def test_held_out_problems_are_known_by_their_questions_alone(tmp_path):
@@ -200,6 +208,41 @@ def test_a_run_that_is_stopped_for_good_counts_with_its_last_evaluation(tmp_path
     assert set(starts(tmp_path).values()) == {1}  # it would die again
 
 
+def test_a_run_whose_reward_is_to_be_mended_has_failed_and_goes_on(tmp_path, monkeypatch, capsys):
+    down = tmp_path / "down"
+    down.touch()
+    monkeypatch.setenv("FAKE_UNJUDGED", str(down))
+    assert compare(tmp_path, "--vary", "learning_rate=0.5,0.8", "--seeds", "2") == 1
+    assert "FAILED: learning_rate 0.8, seed 1: train_gspo.py: emergency stop" in capsys.readouterr().out
+    down.unlink()
+    assert compare(tmp_path, "--vary", "learning_rate=0.5,0.8", "--seeds", "2") == 0
+    assert [arm["died"] for arm in result_in(tmp_path)["arms"]] == [0, 0]
+    assert set(starts(tmp_path).values()) == {2}
+
+
+def test_gpus_are_divided_among_runs_side_by_side():
+    def parts(jobs, gpus):
+        runner = Runner(jobs, gpus=gpus)
+        return [",".join(runner._gpus_of(place)) for place in range(jobs)]
+
+    assert parts(2, ["0", "1"]) == ["0", "1"] and parts(3, ["a", "b"]) == ["a", "b", "a"]
+    assert parts(2, list("01234")) == ["0,1", "2,3"]
+
+
+def test_how_many_runs_are_made_side_by_side(monkeypatch):
+    monkeypatch.setattr(compare_gspo, "visible_gpus", lambda: list("0123"))
+
+    def jobs(flags, *arguments):
+        options, own = compare_gspo.parse([*arguments, *flags])
+        return compare_gspo.jobs_of(cells_of([Arm("a", ())], own, 1, given_flags), options)
+
+    server = ["--rollout_engine", "vllm", "--vllm_url", "http://127.0.0.1:8000"]
+    assert jobs([]) == 4 and jobs([], "--launch", "torchrun") == 1 and jobs([], "--jobs", "3") == 3
+    assert jobs([], "--launch", "torchrun", "--jobs", "2") == 2 and jobs(server) == 1
+    with pytest.raises(ValueError, match="--jobs 2 with --vllm_url: a server has the weights of one run"):
+        jobs(server, "--jobs", "2")
+
+
 def test_a_failed_run_is_shown_and_goes_on_with_the_same_command(tmp_path, capsys):
     assert compare(tmp_path, "--vary", "learning_rate=0.5,2", "--seeds", "2") == 1
     out = capsys.readouterr().out
@@ -223,7 +266,7 @@ def test_other_held_out_problems_are_paired_by_seed_alone(tmp_path, capsys):
 
 def test_a_run_fails_for_the_reason_that_it_gives_itself(tmp_path):
     log = tmp_path / "log"
-    box = "=" * 60
+    box, trace = "=" * 60, "Traceback (most recent call last):\n"
     launcher = (
         f"torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n{box}\nRoot Cause:\n{box}\n"
     )
@@ -232,7 +275,8 @@ def test_a_run_fails_for_the_reason_that_it_gives_itself(tmp_path):
     for said, reason in {
         "": "",
         "Killed\n": "Killed",
-        "a\n[rank1]: ZeroDivisionError: division by zero\n" + launcher: "ZeroDivisionError: division by zero",
+        "ValueError: printed by a reward\nbatch 3\n": "batch 3",
+        f"{trace}[rank1]: ZeroDivisionError: by zero\n{trace}{launcher}": "ZeroDivisionError: by zero",
         "ValueError: b\ntrain_gspo.py: no space\n" + launcher: "train_gspo.py: no space",
     }.items():
         with log.open("r+") as file:
@@ -249,7 +293,7 @@ def test_a_signal_in_the_instant_of_a_start_ends_the_run(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
             return process
 
-    cell = Cell("a", 0, 0, (), tmp_path / "cells" / "run")
+    (cell,) = cells_of([Arm("a", ())], ["--output_dir", str(tmp_path)], 1, given_flags)
     begin = time.monotonic()
     with pytest.raises(Interrupted):
         Signalled(1, "sh -c 'sleep 60'").run([cell])
@@ -260,6 +304,29 @@ def test_one_setting_under_two_names_is_refused(tmp_path, capsys):
     arms = ["--arm", "a: --learning_rate 0.5", "--arm", "b: --learning_rate 0.5 --kl_coef 0"]
     assert compare(tmp_path, *arms) == 2
     assert "'a' and 'b' are the same setting" in capsys.readouterr().err
+
+
+def test_a_file_that_changes_during_a_comparison_ends_it(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text("one")
+    arms = ["--vary", "learning_rate=0.5,0.8", "--seeds", "2", "--dataset_path", str(data)]
+    told = Runner._is_there
+
+    def change(self, cell):
+        if told(self, cell):
+            data.write_text("two")
+        return told(self, cell)
+
+    monkeypatch.setattr(Runner, "_is_there", change)
+    assert compare(tmp_path, *arms) == 2
+    assert "learning_rate 0.8, seed 0: a file that it depends on has changed" in capsys.readouterr().err
+    assert len(starts(tmp_path)) == 1
+
+
+def test_a_killed_run_is_said_to_be_killed(tmp_path):
+    assert compare(tmp_path, "--vary", "learning_rate=0.5,4", "--seeds", "1") == 1
+    table = (tmp_path / "table" / "table.txt").read_text()
+    assert "FAILED: learning_rate 4, seed 0: killed by SIGKILL" in table
 
 
 def test_two_comparisons_at_once_in_one_folder_are_refused(tmp_path, capsys):

@@ -3,8 +3,10 @@
     python fake_training.py train_gspo.py --learning_rate R --seed S --output_dir D --run_name N
 
 It waits FAKE_WAIT_S seconds before each of its rollout batches, and goes on where the record ends. A learning
-rate of 1 is stopped for good in rollout batch 2, one of 2 fails, and one of 3 is bad input. The algorithm
-that FAKE_FAILS names fails too. With a --max_length of 99 other problems are held out.
+rate of 1 is stopped for good in rollout batch 2, one of 2 fails, one of 3 is bad input, and one of 4 is
+killed. The algorithm
+that FAKE_FAILS names fails too. With a --max_length of 99 other problems are held out. As long as there is a
+file FAKE_UNJUDGED, nothing can be judged in rollout batch 2.
 """
 
 import json
@@ -25,13 +27,15 @@ HEALTHY = ROOT / "tests" / "report" / "records" / "healthy" / "metrics.jsonl"
 
 def main() -> int:
     flags = given_flags(sys.argv[2:])
-    rate, seed = flags["learning_rate"], flags["seed"]
+    rate, seed = flags["learning_rate"], flags.get("seed", 0)
     algorithm = flags.get("algorithm", "gspo")
     folder = Path(flags.get("resume") or Path(flags["output_dir"]) / flags["run_name"])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
     if rate == 3:
         print("train_gspo.py: there is no such thing", file=sys.stderr)
         return 2
+    if rate == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
     folder.mkdir(parents=True, exist_ok="resume" in flags)
     environment = {"gpus": [], "cpu_cores": 2, "git_commit": "0123456789abcdef", "versions": {"torch": "2"}}
     config = {"algorithm": algorithm, "environment": environment, "num_epochs": 1, "group_size": 4}
@@ -50,10 +54,13 @@ def main() -> int:
         if (rate == 2 or algorithm == os.environ.get("FAKE_FAILS")) and step == 2:
             print("no space left on device", file=sys.stderr)
             return 1
-        if rate == 1 and step == 2:
+        unjudged = Path(os.environ.get("FAKE_UNJUDGED", folder / "none")).exists()
+        if step == 2 and (rate == 1 or unjudged):
             (folder / "emergency").mkdir()
-            figures = {"step": step, "reason": "loss is nan"}
+            figures = {"step": step, "reason": "unjudged" if unjudged else "loss is nan"}
+            figures["advice"] = "mend the reward" if unjudged else None
             (folder / "emergency" / "metrics.json").write_text(json.dumps(figures))
+            print("train_gspo.py: emergency stop", file=sys.stderr)
             return 3
         write(metrics, batch | {"step": step, "queries": 2, "clip_fraction": rate})
     write(evaluations, evaluation(BATCHES, rate, seed))
