@@ -21,6 +21,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -28,7 +29,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from gspo.comparison.arms import Arm, arms_of, cells_of
-from gspo.comparison.cells import Cell, is_complete, record_of
+from gspo.comparison.cells import FREE, Cell, decided_differently, is_complete, record_of
 from gspo.comparison.gpu_hours import H100, hours_of_run
 from gspo.printing import counted, duration, escaped
 from gspo.training.command_line import Parser, complain, plain_warnings
@@ -37,6 +38,7 @@ from train_gspo import given_flags
 
 if TYPE_CHECKING:
     from gspo.comparison.outcomes import Outcome
+    from gspo.comparison.paper import Section
 
 PROGRAM = "compare_gspo.py"
 # Seconds that a run takes before it trains and after it, for imports and its model.
@@ -136,8 +138,9 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
 
     scale = SCALES["quick" if options.quick else options.scale]
     parts = sections(scale)
-    flags, device = [*scale.flags, *flags], default_device()
-    cells = {part.key: cells_of(part.arms, flags, options.seeds, given_flags, device) for part in parts}
+    refuse_flags_of_sections(parts, flags)
+    all_flags, device = [*scale.flags, *flags], default_device()
+    cells = {part.key: cells_of(part.arms, all_flags, options.seeds, given_flags, device) for part in parts}
     # A run that two comparisons have in common is made once. All runs of a seed come before the next seed.
     by_folder = {cell.folder: cell for part in parts for cell in cells[part.key]}
     runs = sorted(by_folder.values(), key=lambda cell: cell.index)
@@ -150,7 +153,9 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
     from gspo.comparison.table import render
     from gspo.training.whole_folders import CannotSave
 
-    folder = runs[0].folder.parents[1] / (options.name or f"paper-{scale.name}")
+    own_task = given_flags(flags).keys() - FREE - {"seed"}
+    name = f"paper-{scale.name}" + (f"-{digest_of(runs)}" if own_task else "")
+    folder = runs[0].folder.parents[1] / (options.name or name)
     print(f"the paper's claims in {len(runs)} runs: {folder}", flush=True)
     failed = make_runs(runs, options)
     if failed is None:
@@ -162,7 +167,7 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
         outcomes[part.key], results[part.key] = compared(part.arms, cells[part.key], options.detect, own)
         if not own:  # failures would choose the seeds that a claim is read off
             if part.measure:
-                results[part.key]["measured"] = part.measure()
+                results[part.key]["measured"] = part.measure(cells[part.key][0].config)
             claims += part.read(results[part.key], outcomes[part.key])
         print(escaped(f"\n{part.title}\n{render(results[part.key])}", "\n"))
     made = [outcome for arms in outcomes.values() for arm in arms.values() for outcome in arm]
@@ -170,7 +175,9 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
         complain(PROGRAM, "all runs failed")
         return 1
     result = {
-        "command": f"--preset paper{' --quick' if options.quick else ''} --scale {options.scale}",
+        "command": shlex.join(
+            ["--preset", "paper", *["--quick"] * options.quick, "--scale", options.scale, *flags]
+        ),
         "seeds": options.seeds,
         "runs": len(runs),
         "failed": len(failed),
@@ -185,6 +192,13 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
         return 1
     print(escaped(f"\n{markdown(result)}\n\nreport: {folder / 'report.html'}", "\n"))
     return 1 if failed else 0
+
+
+def refuse_flags_of_sections(parts: "Sequence[Section]", flags: Sequence[str]) -> None:
+    """Raise a ValueError if a flag is one that the preset has values of its own for."""
+    own = set().union(*(given_flags(list(arm.flags)) for part in parts for arm in part.arms))
+    for name in sorted((own - {"model_name"}) & given_flags(list(flags)).keys()):
+        raise ValueError(f"--{name}: --preset paper has values of its own for this flag; leave it out")
 
 
 def made_with(outcome: "Outcome") -> dict:
@@ -228,8 +242,8 @@ def jobs_of(cells: Iterable[Cell], options: argparse.Namespace) -> int:
     shares_server = any(cell.config.vllm_url for cell in cells)
     if shares_server and (options.jobs or 1) > 1:
         raise ValueError(
-            f"--jobs {options.jobs} with --vllm_url: a server has the weights of one run at a time; leave one "
-            "of the two out: without --vllm_url each run starts a server of its own"
+            f"--jobs {options.jobs} with --vllm_url: a server has the weights of one run at a time; leave "
+            "out one of the two: without --vllm_url each run starts a server of its own"
         )
     one = shares_server or options.launch
     return options.jobs or (1 if one else max(1, len(visible_gpus())))
@@ -252,8 +266,13 @@ def compared(
 def default_name(arms: Sequence[Arm], cells: Sequence[Cell]) -> str:
     """The name of the folder of the tables: the same for every number of seeds."""
     words = "-".join(re.sub(r"[^\w.+-]+", "_", arm.label) for arm in arms)[:60]
+    return f"compare-{words}-{digest_of(cells)}"
+
+
+def digest_of(cells: Sequence[Cell]) -> str:
+    """Six digits that stand for the settings, whatever the number of seeds."""
     runs = [cell.folder.name for cell in cells if cell.index == 0]
-    return f"compare-{words}-{hashlib.sha256(json.dumps(runs).encode()).hexdigest()[:6]}"
+    return hashlib.sha256(json.dumps(runs).encode()).hexdigest()[:6]
 
 
 def visible_gpus() -> list[str]:
@@ -280,11 +299,14 @@ def check_settings(cells: Iterable[Cell]) -> None:
 
     warnings: dict[str, None] = {}  # each is printed once, though all settings may have it
     settings: dict[str, str] = {}  # digest of the held-out problems to the first setting with them
+    decided = []
     for cell in cells:
         with redirect_stderr(io.StringIO()) as printed:
             config, _, held_out, _ = resolved(cell.config)
         warnings |= dict.fromkeys(printed.getvalue().splitlines())
         settings.setdefault(questions_digest(held_out), f"{cell.arm} ({config.difficulty})")
+        decided.append((cell.config, asdict(config)))
+    warnings |= {f"warning: {note}": None for note in decided_differently(decided)}
     for line in warnings:
         print(line, file=sys.stderr)
     if len(settings) > 1:

@@ -9,8 +9,10 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from gspo.report.run_record import RunRecord, read_run
 from gspo.training.config import GSPOConfig
@@ -20,6 +22,8 @@ from gspo.training.find_run import FREE_ON_RESUME
 OF_THE_RECORD = {"num_epochs", "eval_frequency", "rollout_engine", "mismatch_mask", "shard"}
 # Settings that say how and where a run is made, not what it is.
 FREE = set(FREE_ON_RESUME) - OF_THE_RECORD
+# Settings whose defaults are the algorithm's.
+OF_THE_ALGORITHM = {"left_clip_range", "right_clip_range"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,23 @@ def cell_name(config: GSPOConfig) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     model = re.sub(r"[^\w.+-]", "-", Path(config.model_name).name)[:80].lstrip(".") or "model"
     return f"{model}-{config.algorithm}-seed{config.seed}-{digest}"
+
+
+def decided_differently(runs: Sequence[tuple[GSPOConfig, Mapping[str, Any]]]) -> list[str]:
+    """A note for each setting that all runs leave open, and that was decided differently for some of them.
+
+    runs: configurations as they are given, and the settings of their runs.
+    """
+    notes = []
+    for f in fields(GSPOConfig):
+        if f.name in FREE | OF_THE_ALGORITHM or any(getattr(given, f.name) != f.default for given, _ in runs):
+            continue
+        decided = list(dict.fromkeys(str(settings[f.name]) for _, settings in runs if f.name in settings))
+        if len(decided) > 1:
+            notes.append(
+                f"--{f.name} is left open and differs between runs ({', '.join(decided)}): name it for all"
+            )
+    return notes
 
 
 def record_of(cell: Cell) -> RunRecord | None:

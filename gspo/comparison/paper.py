@@ -6,7 +6,6 @@ not every claim can be seen: the table says so where it is so.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from gspo.comparison.arms import Arm
@@ -20,6 +19,7 @@ from gspo.comparison.claims import (
     read_precision,
     read_staleness,
 )
+from gspo.training.config import GSPOConfig
 
 # Section 5.1 of the paper.
 PAPER_RANGE = ("--left_clip_range", "3e-4", "--right_clip_range", "4e-4")
@@ -34,8 +34,8 @@ class Scale:
     """Where the claims are tried, and on what.
 
     flags: of all runs. moe_flags: further ones of the mixture of experts. rates: values of --learning_rate.
-    staleness: values of --update_frequency beside 1. sampler: flags of a sampler in bfloat16. precision: the
-    arguments of measure_precision().
+    staleness: values of --update_frequency beside 1. sampler: flags of a sampler in bfloat16. is_small: a run
+    leaves a second core idle, and the rounding of bfloat16 is measured beside the runs.
     """
 
     name: str
@@ -44,12 +44,7 @@ class Scale:
     rates: tuple[str, ...]
     staleness: tuple[str, ...]
     sampler: tuple[str, ...] = ("--rollout_dtype", "bfloat16")
-    precision: tuple[str, str, int] | None = None
-
-    @property
-    def is_small(self) -> bool:
-        """True if a run leaves a second core idle."""
-        return self.precision is not None
+    is_small: bool = True
 
 
 def _flags(text: str) -> tuple[str, ...]:
@@ -61,14 +56,12 @@ SORTING = (
     "--dataset sort --batch_size 32 --mini_batch_size 8 --group_size 8 --max_new_tokens 26 --device cpu "
     "--dtype float32 --eval_frequency 4 --save_frequency 0"
 )
-SORTED = ("tiny", "sort", 26)
 CPU = Scale(
     "cpu",
     _flags(f"--model_name tiny --num_train_samples 512 --num_eval_samples 256 {SORTING}"),
     _flags("--model_name tiny-moe"),
     RATES,
     STALENESS,
-    precision=SORTED,
 )
 QUICK = Scale(
     "quick",
@@ -76,7 +69,6 @@ QUICK = Scale(
     _flags("--model_name tiny-moe"),
     (RATES[0], RATES[-1]),
     (STALENESS[-1],),
-    precision=SORTED,
 )
 GPU = Scale(
     "gpu",
@@ -89,6 +81,7 @@ GPU = Scale(
     ("1e-6", "5e-6", "2e-5"),
     STALENESS,
     sampler=(),  # vLLM computes in bfloat16
+    is_small=False,
 )
 SCALES = {scale.name: scale for scale in (CPU, QUICK, GPU)}
 
@@ -98,20 +91,21 @@ class Section:
     """A comparison, and what is to be read in it.
 
     read: makes claims of the result of table.compare() and of the outcomes by label.
-    measure: what is measured beside the runs; read() finds it in the result as "measured".
+    measure: what is measured beside the runs, with the first setting's configuration; read() finds it in the
+        result as "measured".
     """
 
     key: str
     title: str
     arms: list[Arm]
     read: Callable[[Mapping[str, Any], Arms], list[Claim]]
-    measure: Callable[[], dict] | None = None
+    measure: Callable[[GSPOConfig], dict] | None = None
 
 
-def _noise(model_name: str, dataset: str, max_new_tokens: int) -> dict:
+def _noise(config: GSPOConfig) -> dict:
     from gspo.comparison.precision import measure_precision  # here, since it imports torch
 
-    return measure_precision(model_name, dataset, max_new_tokens)
+    return measure_precision(config)
 
 
 def sections(scale: Scale) -> list[Section]:
@@ -163,12 +157,17 @@ def sections(scale: Scale) -> list[Section]:
         Arm("GSPO", (*gspo, *rate)),
         Arm("shuffled rewards", (*gspo, *rate, "--shuffle_rewards"), baseline="GSPO"),
     ]
-    measure = partial(_noise, *scale.precision) if scale.precision else None
     return [
         Section("curves", "1. Training at equal compute", curves, read_curves),
         Section("clipping", "2. Clip fractions", clipping, read_clipping),
         Section("experts", "3. Mixture of experts", experts, read_experts),
-        Section("precision", "4. Precision of the sampler", precision, read_precision, measure),
+        Section(
+            "precision",
+            "4. Precision of the sampler",
+            precision,
+            read_precision,
+            _noise if scale.is_small else None,
+        ),
         Section("staleness", "5. Staleness of pi_old", stale, read_staleness),
         Section("control", "6. Control: shuffled rewards", control, read_control),
     ]

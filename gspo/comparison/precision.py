@@ -13,6 +13,7 @@ from data_loader import load_problems
 from gspo.policy.log_probs import token_log_probs
 from gspo.policy.model_loader import load_model
 from gspo.policy.rollout import Sampling, TransformersEngine, encode_prompt
+from gspo.training.config import GSPOConfig
 from gspo_implementation import ALGORITHMS
 
 PROBLEMS, SAMPLES = 128, 4
@@ -20,8 +21,10 @@ PROBLEMS, SAMPLES = 128, 4
 LENGTHS = (1, 10, 15, 20)
 
 
-def measure_precision(model_name: str, dataset: str, max_new_tokens: int) -> dict:
+def measure_precision(config: GSPOConfig) -> dict:
     """Log-probabilities of sampled responses, in float32 against a copy of the model in bfloat16.
+
+    config: names the model, the data set and the most tokens of a response.
 
     Returns:
         token_std, sequence_std: standard deviation of the log-ratio of a token, and of its mean over a
@@ -29,10 +32,12 @@ def measure_precision(model_name: str, dataset: str, max_new_tokens: int) -> dic
         the share of tokens outside of the paper's clip range, "gspo" by their response's ratio and "grpo" by
         their own.
     """
-    model, tokenizer = load_model(model_name, dtype="float32", device="cpu")
-    prompts = [
-        encode_prompt(tokenizer, problem.prompt) for problem in load_problems(dataset, "train", PROBLEMS)
-    ]
+    model, tokenizer = load_model(config.model_name, dtype="float32", device="cpu")
+    problems = load_problems(
+        "file" if config.dataset_path else config.dataset, "train", PROBLEMS, path=config.dataset_path
+    )
+    prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
+    max_new_tokens = config.max_new_tokens or config.max_length
     sampling = Sampling(max_new_tokens, 1.0, max(map(len, prompts)) + max_new_tokens, 0)
     rollouts = TransformersEngine(model, tokenizer).generate(prompts, SAMPLES, sampling)
     rows = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from gspo.comparison.cells import Cell
+from gspo.comparison.cells import Cell, decided_differently
 from gspo.comparison.differences import Difference, mean_interval, paired_difference
 from gspo.comparison.outcomes import Outcome
 from gspo.printing import duration
@@ -22,7 +22,7 @@ MEASURES: dict[str, Figures] = {
 # Metrics of training that the table has, as means over rollout batches and seeds.
 METRICS = {"clip_fraction": "clipped", "clip_fraction_eligible": "of eligible"}
 # Settings of the sampler, which evaluations use as well.
-SAMPLERS = ("rollout_engine", "rollout_dtype")
+SAMPLERS = ("rollout_engine", "rollout_dtype", "dtype")
 WIDTH = 110
 
 
@@ -140,6 +140,7 @@ def _notes(arms: Mapping[str, Sequence[Outcome]], failed: Mapping[Cell, str]) ->
             "evaluations sample as training does, and so differ between settings too "
             f"({', '.join(f'--{name}' for name in SAMPLERS)})"
         )
+    notes += decided_differently([(outcome.cell.config, outcome.run.config) for outcome in outcomes])
     finished = [outcome for outcome in outcomes if not outcome.died]
     sampled = {outcome.responses for outcome in finished}
     if len(sampled) > 1:

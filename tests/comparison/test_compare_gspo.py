@@ -14,7 +14,7 @@ import pytest
 import compare_gspo
 from data_loader import RowFormat, load_problems
 from gspo.comparison.arms import Arm, arms_of, cells_of
-from gspo.comparison.cells import cell_name
+from gspo.comparison.cells import cell_name, decided_differently
 from gspo.comparison.claims import markdown
 from gspo.comparison.paper import SCALES, sections
 from gspo.comparison.runner import Interrupted, Runner, last_line
@@ -153,6 +153,20 @@ def test_held_out_problems_are_known_by_their_questions_alone(tmp_path):
         return questions_digest(load_problems("file", "eval", count, path=str(data), form=form))
 
     assert digest(" Think.") == digest(" Be brief.") != digest(" Think.", 3)
+
+
+def test_what_is_left_open_and_decided_differently_is_told(tmp_path, capsys):
+    sized = ["--vary", "group_size=4,8", "--model_name", "tiny", "--dataset", "sort", "--device", "cpu"]
+    assert compare_gspo.main([*sized, "--output_dir", str(tmp_path), "--estimate"]) == 0
+    options, flags = compare_gspo.parse([*sized, "--output_dir", str(tmp_path)])
+    cells = cells_of(arms_of(None, options.vary, []), flags, 2, given_flags)
+    compare_gspo.check_settings(cells)
+    told = capsys.readouterr().err
+    assert told == "warning: --eval_samples is left open and differs between runs (4, 8): name it for all\n"
+    runs = [(cell.config, {"lora_rank": 32 * cell.index, "left_clip_range": cell.index}) for cell in cells]
+    assert decided_differently(runs) == [
+        "--lora_rank is left open and differs between runs (0, 32): name it for all"
+    ]
 
 
 # ---- made-up runs
@@ -382,6 +396,15 @@ def test_claims_whose_runs_failed_are_left_out(tmp_path, monkeypatch, capsys):
     assert compare_gspo.main(["--preset", "paper", "--quick", *own]) == 0
     whole = json.loads((tmp_path / "paper-quick" / "paper.json").read_text())
     assert whole["failed"] == 0 and whole["claims"][3:] == failed["claims"]  # three are read off the curves
+
+
+def test_the_preset_keeps_its_own_flags_and_names_those_of_the_user(tmp_path, capsys):
+    own = ["--preset", "paper", "--quick", "--seeds", "1", "--output_dir", str(tmp_path), "--launch", FAKE]
+    assert compare_gspo.main([*own, "--learning_rate", "1e-4"]) == 2
+    assert "--learning_rate: --preset paper has values of its own" in capsys.readouterr().err
+    assert compare_gspo.main([*own, "--batch_size", "16"]) == 0
+    (folder,) = tmp_path.glob("paper-quick-*")
+    assert "--batch_size 16`" in (folder / "claims.md").read_text()
 
 
 @pytest.mark.parametrize("name", SCALES)
