@@ -96,7 +96,10 @@ def _named(text: str) -> tuple[str, list[str]]:
     name, colon, flags = text.partition(":")
     if not (name.strip() and colon):
         raise ValueError(f"--arm {text!r}: give a name and flags, as in 'wide: --left_clip_range 3e-3'")
-    return name.strip(), shlex.split(flags)
+    try:
+        return name.strip(), shlex.split(flags)
+    except ValueError as error:
+        raise ValueError(f"--arm {text!r}: {error}") from None
 
 
 def cells_of(

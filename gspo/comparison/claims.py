@@ -49,7 +49,9 @@ def _in_words(difference: Mapping[str, Any], sign: int = 1) -> str:
     if difference.get("low") is None:
         return "nothing to compare"
     low, high = sorted((sign * difference["low"], sign * difference["high"]))
-    return f"{sign * difference['mean']:+.3f} ({low:+.3f} to {high:+.3f})"
+    return (
+        f"{sign * difference['mean'] + 0.0:+.3f} ({low + 0.0:+.3f} to {high + 0.0:+.3f})"  # -0.0 + 0.0 is 0.0
+    )
 
 
 def _holds(difference: Mapping[str, Any], sign: int = 1) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 from statistics import fmean
 
 from gspo.comparison.cells import Cell, is_complete
@@ -38,9 +39,9 @@ class Outcome:
     def before(self) -> float:
         return self.run.evaluations[0]["pass_at_1"]
 
-    def best(self) -> float:
-        """The highest held-out pass@1 of all evaluations. The more there are, the higher it is by chance."""
-        return max(evaluation["pass_at_1"] for evaluation in self.run.evaluations)
+    def best(self) -> list[float]:
+        """pass@1 by problem of the best evaluation. The more there are, the higher it is by chance."""
+        return max(self.run.evaluations, key=itemgetter("pass_at_1"))["pass_by_problem"]
 
     def area(self) -> list[float]:
         """The mean of pass@1 over the rollout batches, by problem: the area under its curve, per batch."""

@@ -11,11 +11,11 @@ from gspo.comparison.outcomes import Outcome
 from gspo.printing import duration
 
 Figures = Callable[[Outcome], list[float]]
-# What is compared: for each seed a figure for every held-out problem, or one figure.
+# What is compared: for each seed a figure for every held-out problem.
 FINAL, BEST, AREA, REWARD = "final pass@1", "best pass@1", "area under curve", "final mean reward"
 MEASURES: dict[str, Figures] = {
     FINAL: lambda outcome: outcome.final(),
-    BEST: lambda outcome: [outcome.best()],
+    BEST: lambda outcome: outcome.best(),
     AREA: lambda outcome: outcome.area(),
     REWARD: lambda outcome: outcome.final("reward_by_problem"),
 }
@@ -94,16 +94,15 @@ def _difference(
     found = {"measure": measure, "of": other, "to": first, "num_seeds": len(common)}
     if not common:
         return found | {"verdict": "no seed of both is there to compare"}
-    pairs = [[each[i] for i in common] for each in figures]
     if not _same_problems(arms[first], arms[other]):
-        pairs = [[[fmean(by_problem)] for by_problem in each] for each in pairs]
-    difference = paired_difference(*pairs)
+        return found | {"verdict": "other held-out problems: not compared"}
+    difference = paired_difference(*([each[i] for i in common] for each in figures))
     return found | {
         "mean": difference.mean, "low": difference.low, "high": difference.high,
         "num_problems": difference.num_problems, "is_seen": difference.is_seen,
         "detect": detect, "seeds_to_detect": difference.seeds_to_see(detect),
         "seeds_to_see_it_again": difference.seeds_to_see(abs(difference.mean)),
-        "verdict": _verdict(difference, other, first),
+        "verdict": _verdict(difference, other, first) + _deaths(arms, (first, other)),
     }  # fmt: skip
 
 
@@ -121,6 +120,13 @@ def _verdict(difference: Difference, other: str, first: str) -> str:
     return f"{other} is ahead" if difference.mean > 0 else f"{first} is ahead"
 
 
+def _deaths(arms: Mapping[str, Sequence[Outcome]], labels: Sequence[str]) -> str:
+    """What the verdict must be read with: the rules of the alarms decide when a run dies."""
+    died = {label: sum(bool(outcome.died) for outcome in arms[label]) for label in labels}
+    counts = [f"{number} of {len(arms[label])} runs of {label}" for label, number in died.items() if number]
+    return f" ({' and '.join(counts)} died)" if counts else ""
+
+
 def _notes(arms: Mapping[str, Sequence[Outcome]], failed: Mapping[Cell, str]) -> list[str]:
     """What the reader of the table must know."""
     notes = [f"FAILED: {cell.arm}, seed {cell.seed}: {why} ({cell.log})" for cell, why in failed.items()]
@@ -131,8 +137,8 @@ def _notes(arms: Mapping[str, Sequence[Outcome]], failed: Mapping[Cell, str]) ->
             notes.append(f"died: {who}: {outcome.died}; its last evaluation counts from there on")
     if not _same_problems(*arms.values()):
         notes.append(
-            "settings were evaluated on different held-out problems, such as without those whose prompts are "
-            "too long: between these, differences are paired by seed alone"
+            "settings were evaluated on different held-out problems and are not compared: prompts that leave "
+            "no room for a response in --max_length are left out of a run"
         )
     samplers = {tuple(str(outcome.run.config.get(name)) for name in SAMPLERS) for outcome in outcomes}
     if len(samplers) > 1:
@@ -195,7 +201,7 @@ def difference_rows(result: Mapping[str, Any]) -> list[list[str]]:
     rows = [["", "", "mean (95 % interval)", "verdict", f"seeds to see {result['detect']:g}"]]
     for each in result["differences"]:
         seeds = each.get("seeds_to_detect")
-        unknown = each["num_seeds"] < 2 or each["low"] == each["high"]  # nothing has varied
+        unknown = each["num_seeds"] < 2 or each.get("low") == each.get("high")  # nothing has varied
         needed = "-" if unknown else str(seeds) if seeds else "more problems"
         rows.append([f"{each['of']} - {each['to']}", each["measure"], signed(each), each["verdict"], needed])
     return rows

@@ -109,6 +109,7 @@ def test_models_that_would_get_problems_of_other_levels_are_refused(tmp_path, ca
         (["--vary", "learning=1,2"], "--vary learning=1,2: give a flag"),
         (["--vary", "seed=1,2"], "--vary seed=1,2: give a flag"),
         (["--arm", "wide"], "give a name and flags"),
+        (["--arm", "a: --system_prompt don't"], "don't\": No closing quotation"),
         (["--arm", "a:", "--arm", "a: --kl_coef 1"], "two settings are named 'a'"),
         (["--algorithms", "gspo,grpo", "--run_name", "x"], "--run_name does not go with a comparison"),
         (["--algorithms", "gspo,grpo", "--resume=latest"], "--resume does not go with a comparison"),
@@ -218,6 +219,8 @@ def test_a_run_that_is_stopped_for_good_counts_with_its_last_evaluation(tmp_path
     assert dead["died"] == 2 and [seed["died"] for seed in dead["seeds"]] == ["loss is nan"] * 2
     assert abs(dead["means"]["final pass@1"]["mean"]) < 0.05
     assert "died: learning_rate 1, seed 0, after rollout batch 1: loss is nan" in capsys.readouterr().out
+    verdict = result_in(tmp_path)["differences"][0]["verdict"]
+    assert verdict == "learning_rate 0.5 is ahead (2 of 2 runs of learning_rate 1 died)"
     assert compare(tmp_path, "--vary", "learning_rate=0.5,1", "--seeds", "2") == 0
     assert set(starts(tmp_path).values()) == {1}  # it would die again
 
@@ -272,10 +275,11 @@ def test_a_failed_run_takes_no_part_in_the_figures(tmp_path):
     assert len(result["failed"]) == 3
 
 
-def test_other_held_out_problems_are_paired_by_seed_alone(tmp_path, capsys):
+def test_settings_with_other_held_out_problems_are_not_compared(tmp_path, capsys):
     assert compare(tmp_path, "--learning_rate", "0.5", "--vary", "max_length=512,99", "--seeds", "2") == 0
-    assert result_in(tmp_path)["differences"][0]["num_problems"] == 1
-    assert "differences are paired by seed alone" in capsys.readouterr().out
+    verdicts = {each["verdict"] for each in result_in(tmp_path)["differences"]}
+    assert verdicts == {"other held-out problems: not compared"}
+    assert "in --max_length are left out" in capsys.readouterr().out
 
 
 def test_a_run_fails_for_the_reason_that_it_gives_itself(tmp_path):
