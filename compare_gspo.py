@@ -24,13 +24,15 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
+from multiprocessing import get_context
 from typing import TYPE_CHECKING
 
 from gspo.comparison.arms import Arm, arms_of, cells_of
 from gspo.comparison.cells import FREE, Cell, decided_differently, is_complete, record_of
-from gspo.comparison.gpu_hours import H100, hours_of_run
+from gspo.comparison.gpu_hours import H100, WEIGHT_BYTES, WEIGHTS, hours_of_run
 from gspo.printing import counted, duration, escaped
 from gspo.training.command_line import Parser, complain, plain_warnings
 from gspo.training.config import GSPOConfig
@@ -82,6 +84,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         help="size of a difference: the table says how many seeds it takes to see it (default: 0.05)",
     )
     add("--estimate", action="store_true", help="say how long the runs that are missing take, and stop")
+    add("--discard_models", action="store_true", help="keep no weights of finished runs, their records alone")
     add("--name", help="folder of the tables in OUTPUT_DIR (default: made of the settings)")
     options, flags = parser.parse_known_args(arguments)
     if options.seeds is None:
@@ -217,7 +220,9 @@ def make_runs(cells: Sequence[Cell], options: argparse.Namespace) -> dict[Cell, 
 
     missing = any(not is_complete(cell, record_of(cell)) for cell in cells)
     if missing and not options.launch:  # with several processes, more may fit
-        check_settings({cell.arm: cell for cell in cells}.values())
+        # In another process, since a CUDA context of this one would hold memory of a GPU during all runs.
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            pool.submit(check_settings, list({cell.arm: cell for cell in cells}.values())).result()
 
     def tell(cell: Cell) -> None:
         run = record_of(cell)
@@ -226,8 +231,9 @@ def make_runs(cells: Sequence[Cell], options: argparse.Namespace) -> dict[Cell, 
             died = f", died: {run.emergency['reason']}" if run.emergency else ""
             print(escaped(f"{cell.arm}, seed {cell.seed}: held-out pass@1 {rates}{died}"), flush=True)
 
+    runner = Runner(jobs_of(cells, options), options.launch, visible_gpus(), tell, options.discard_models)
     try:
-        return Runner(jobs_of(cells, options), options.launch, visible_gpus(), tell).run(cells)
+        return runner.run(cells)
     except Interrupted:
         complain(PROGRAM, "interrupted: the same command goes on from here")
         return None
@@ -333,13 +339,15 @@ def resolved(config: GSPOConfig) -> tuple[GSPOConfig, list, list, int | None]:
 def estimate(cells: Sequence[Cell], options: argparse.Namespace) -> int:
     """Print how long the runs that are missing take on this machine. Returns the exit code."""
     elsewhere = options.scale == "gpu" and not visible_gpus()
-    seconds_of = seconds_on_gpu if elsewhere else seconds_here
-    total = 0.0
+    cost_of = cost_on_gpu if elsewhere else cost_here
+    total, kept = 0.0, 0.0
     for arm in dict.fromkeys(cell.arm for cell in cells):
         own = [cell for cell in cells if cell.arm == arm]
         missing = [cell for cell in own if not is_complete(cell, record_of(cell))]
-        seconds = AROUND_RUN_S + seconds_of(own[0].config)
+        seconds, model_bytes = cost_of(own[0].config)
+        seconds += AROUND_RUN_S
         total += len(missing) * seconds
+        kept += len(own) * 2 * model_bytes  # best_model and final_model
         print(
             f"{arm}: {len(missing)} of {len(own)} runs are missing, at most about {duration(seconds)} each",
             flush=True,
@@ -347,13 +355,16 @@ def estimate(cells: Sequence[Cell], options: argparse.Namespace) -> int:
     total /= jobs_of(cells, options)
     where = f" on one {H100.name}, computed and not measured" if elsewhere else ""
     print(f"in all: at most about {duration(total)}{where}")
+    if not options.discard_models:
+        print(f"models that stay: at most about {kept / 1e9:.3g} GB; none with --discard_models")
     return 0
 
 
-def seconds_here(config: GSPOConfig) -> float:
-    """Seconds of a run on this machine, from seconds of its work."""
+def cost_here(config: GSPOConfig) -> tuple[float, float]:
+    """Seconds of a run on this machine, from seconds of its work, and bytes of its model."""
     import torch
 
+    from gspo.policy.model_loader import count_parameters
     from gspo.training.hardware import machine_for
     from gspo.training.pace import estimate_pace
     from gspo_implementation import ALGORITHMS
@@ -364,13 +375,17 @@ def seconds_here(config: GSPOConfig) -> float:
     loss = ALGORITHMS[config.algorithm].loss
     processes = machine_for(None, str(config.device)).processes
     prompt_tokens = prompt_tokens or config.max_length // 4
-    pace = estimate_pace(config_of_model(config), config, loss, device, prompt_tokens, processes)
-    return pace.run(config.count_updates(len(problems))[0], config.eval_frequency)
+    shapes = config_of_model(config)
+    pace = estimate_pace(shapes, config, loss, device, prompt_tokens, processes)
+    seconds = pace.run(config.count_updates(len(problems))[0], config.eval_frequency)
+    saved = getattr(shapes, "dtype", None) or torch.float32
+    return seconds, saved.itemsize * count_parameters(shapes, config.trust_remote_code)
 
 
-def seconds_on_gpu(config: GSPOConfig) -> float:
-    """Seconds of a run on a GPU that is not here."""
-    return 3600 * hours_of_run(config, config.num_train_samples)
+def cost_on_gpu(config: GSPOConfig) -> tuple[float, float]:
+    """Seconds of a run on a GPU that is not here, and bytes of its model."""
+    hours = hours_of_run(config, config.num_train_samples)
+    return 3600 * hours, WEIGHT_BYTES * WEIGHTS[config.model_name][0]
 
 
 if __name__ == "__main__":

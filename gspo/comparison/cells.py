@@ -123,9 +123,16 @@ def is_complete(cell: Cell, run: RunRecord | None) -> bool:
     return run.finished and (cell.folder / "final_model").is_dir()
 
 
-def make_room(cell: Cell, run: RunRecord | None) -> None:
-    """Delete a folder that a kill has left without a record, or the checkpoints of a run that is complete."""
+def make_room(cell: Cell, run: RunRecord | None, discard_models: bool = False) -> None:
+    """Delete a folder that a kill has left without a record, or the checkpoints of a run that is complete.
+
+    discard_models: the weights of a complete run go too; its record and the cards of its models stay.
+    """
     if run is None and not (cell.folder / "config.json").exists():
         shutil.rmtree(cell.folder, ignore_errors=True)
-    elif run and is_complete(cell, run) and not run.emergency:
-        shutil.rmtree(cell.folder / "checkpoints", ignore_errors=True)
+    elif run and is_complete(cell, run):
+        if discard_models or not run.emergency:
+            shutil.rmtree(cell.folder / "checkpoints", ignore_errors=True)
+        if discard_models:
+            for weights in cell.folder.glob("*_model/*.safetensors"):
+                weights.unlink()

@@ -42,12 +42,18 @@ class Runner:
         gpus: the names that CUDA_VISIBLE_DEVICES may have. Runs side by side get equal parts of them, of at
             least one.
         tell: called with each run that is complete.
+        discard_models: keep the records of complete runs without the weights.
     """
 
     def __init__(
-        self, jobs: int, launch: str = "", gpus: Sequence[str] = (), tell: Callable[[Cell], None] = print
+        self,
+        jobs: int,
+        launch: str = "",
+        gpus: Sequence[str] = (),
+        tell: Callable[[Cell], None] = print,
+        discard_models: bool = False,
     ):
-        self.jobs, self.gpus, self.tell = jobs, gpus, tell
+        self.jobs, self.gpus, self.tell, self.discard_models = jobs, gpus, tell, discard_models
         self.launch = shlex.split(launch) or [sys.executable]
         self.running: dict[int, tuple[Cell, subprocess.Popen]] = {}
         self.resumed: set[Cell] = set()
@@ -90,7 +96,7 @@ class Runner:
         run = record_of(cell)
         if not is_complete(cell, run):
             return False
-        make_room(cell, run)
+        make_room(cell, run, self.discard_models)
         return True
 
     def _start(self, waiting: deque[Cell]) -> None:
