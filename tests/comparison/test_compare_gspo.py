@@ -205,6 +205,16 @@ def test_a_setting_against_itself_over_five_seeds(tmp_path):
     assert [seed["seed"] for seed in result["arms"][1]["seeds"]] == [1000, 1001, 1002, 1003, 1004]
 
 
+def test_models_are_kept_or_discarded(tmp_path):
+    rates = ["--vary", "learning_rate=0.5,1", "--seeds", "1"]
+    assert compare(tmp_path, *rates) == 0
+    assert len(list(tmp_path.glob("cells/*/*/*.safetensors"))) == 1  # the other run was stopped
+    assert len(list(tmp_path.glob("cells/*/checkpoints"))) == 1
+    assert compare(tmp_path, *rates, "--discard_models") == 0
+    assert not list(tmp_path.glob("cells/*/*/*.safetensors")) + list(tmp_path.glob("cells/*/checkpoints"))
+    assert compare(tmp_path, *rates) == 0 and set(starts(tmp_path).values()) == {1}
+
+
 def test_a_sixth_seed_adds_to_five(tmp_path):
     rates = ["--vary", "learning_rate=0.5,0.8"]
     assert compare(tmp_path, *rates, "--seeds", "2") == 0

@@ -65,6 +65,7 @@ def main() -> int:
         write(metrics, batch | {"step": step, "queries": 2, "clip_fraction": rate})
     write(evaluations, evaluation(BATCHES, rate, seed))
     (folder / "final_model").mkdir()
+    (folder / "final_model" / "model.safetensors").touch()
     return 0
 
 
