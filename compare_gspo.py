@@ -22,9 +22,11 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -33,8 +35,9 @@ from typing import TYPE_CHECKING
 from gspo.comparison.arms import Arm, arms_of, cells_of
 from gspo.comparison.cells import FREE, Cell, decided_differently, is_complete, record_of
 from gspo.comparison.gpu_hours import H100, WEIGHT_BYTES, WEIGHTS, hours_of_run
+from gspo.comparison.runner import Interrupted, Runner, end_with_parent
 from gspo.printing import counted, duration, escaped
-from gspo.training.command_line import Parser, complain, plain_warnings
+from gspo.training.command_line import Parser, complain, on_stop_signals, plain_warnings
 from gspo.training.config import GSPOConfig
 from train_gspo import given_flags
 
@@ -127,7 +130,8 @@ def compare_settings(options: argparse.Namespace, flags: list[str]) -> int:
     except (CannotSave, OSError) as error:
         complain(PROGRAM, error)
         return 1
-    print(f"\nreport: {folder / 'report.html'}")
+    if any(outcomes.values()):
+        print(f"\nreport: {folder / 'report.html'}")
     return 1 if failed else 0
 
 
@@ -156,8 +160,8 @@ def compare_paper(options: argparse.Namespace, flags: list[str]) -> int:
     from gspo.comparison.table import render
     from gspo.training.whole_folders import CannotSave
 
-    own_task = given_flags(flags).keys() - FREE - {"seed"}
-    name = f"paper-{scale.name}" + (f"-{digest_of(runs)}" if own_task else "")
+    own_runs = given_flags(flags).keys() - (FREE - {"device"})
+    name = f"paper-{scale.name}" + (f"-{digest_of(runs)}" if own_runs else "")
     folder = runs[0].folder.parents[1] / (options.name or name)
     print(f"the paper's claims in {len(runs)} runs: {folder}", flush=True)
     failed = make_runs(runs, options)
@@ -216,13 +220,9 @@ def make_runs(cells: Sequence[Cell], options: argparse.Namespace) -> dict[Cell, 
     Raises:
         ValueError: train_gspo.py refuses the input.
     """
-    from gspo.comparison.runner import Interrupted, Runner
-
     missing = any(not is_complete(cell, record_of(cell)) for cell in cells)
     if missing and not options.launch:  # with several processes, more may fit
-        # In another process, since a CUDA context of this one would hold memory of a GPU during all runs.
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            pool.submit(check_settings, list({cell.arm: cell for cell in cells}.values())).result()
+        check_elsewhere(list({cell.arm: cell for cell in cells}.values()))
 
     def tell(cell: Cell) -> None:
         run = record_of(cell)
@@ -293,6 +293,34 @@ def visible_gpus() -> list[str]:
 
 def default_device() -> str:
     return "cuda" if visible_gpus() else "cpu"
+
+
+def check_elsewhere(cells: Sequence[Cell]) -> None:
+    """check_settings() in a process of its own: a CUDA context here would hold memory during all runs.
+
+    Raises:
+        ValueError: as there.
+        OSError: the process was killed.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn"), begin_check) as pool:
+        # The new process inherits the mask. It leaves Ctrl-C to this one, which is told of it a moment later.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            check = pool.submit(check_settings, cells)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        try:
+            check.result()
+        except BrokenProcessPool:
+            raise OSError(
+                "the check of the settings was killed, as the system does if memory runs out"
+            ) from None
+
+
+def begin_check() -> None:
+    """The start of the process that calls check_settings()."""
+    end_with_parent()
+    plain_warnings()
 
 
 def check_settings(cells: Iterable[Cell]) -> None:
@@ -388,10 +416,16 @@ def cost_on_gpu(config: GSPOConfig) -> tuple[float, float]:
     return 3600 * hours, WEIGHT_BYTES * WEIGHTS[config.model_name][0]
 
 
+def interrupt(*_: object) -> None:
+    """Handle a signal before the runs and after them; while there are runs, they are asked to stop."""
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
     plain_warnings()
+    on_stop_signals(interrupt)
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # before or after the runs
+    except KeyboardInterrupt:
         complain(PROGRAM, "interrupted: the same command goes on from here")
         sys.exit(130)

@@ -78,7 +78,8 @@ def cell_name(config: GSPOConfig) -> str:
     if config.device not in (None, "cpu"):
         settings["device"] = config.device
     if Path(config.model_name).is_dir():
-        files = [(path.name, path.stat()) for path in sorted(Path(config.model_name).iterdir())]
+        paths = [path for path in sorted(Path(config.model_name).iterdir()) if path.is_file()]
+        files = [(path.name, path.stat()) for path in paths]
         settings["model's files"] = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
     model = re.sub(r"[^\w.+-]", "-", Path(config.model_name).name)[:80].lstrip(".") or "model"
@@ -88,8 +89,18 @@ def cell_name(config: GSPOConfig) -> str:
 def decided_differently(runs: Sequence[tuple[GSPOConfig, Mapping[str, Any]]]) -> list[str]:
     """A note for each setting that all runs leave open, and that was decided differently for some of them.
 
+    Runs of different models are not told of each other's, which go by the size of the model.
+
     runs: configurations as they are given, and the settings of their runs.
     """
+    notes: dict[str, None] = {}
+    for model in dict.fromkeys(given.model_name for given, _ in runs):
+        of_model = [(given, settings) for given, settings in runs if given.model_name == model]
+        notes |= dict.fromkeys(_decided_differently(of_model))
+    return list(notes)
+
+
+def _decided_differently(runs: Sequence[tuple[GSPOConfig, Mapping[str, Any]]]) -> list[str]:
     notes = []
     for f in fields(GSPOConfig):
         if f.name in FREE | OF_THE_ALGORITHM or any(getattr(given, f.name) != f.default for given, _ in runs):

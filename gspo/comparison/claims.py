@@ -227,8 +227,8 @@ def read_noise(noise: Mapping[str, Any]) -> Claim:
     rows = noise["by_length"]
     by_length = ", ".join(f"{row['gspo']:.0%} at {row['tokens']} tokens" for row in rows)
     return Claim(
-        "sequence ratios bear a sampler of another precision (section 5.4)",
-        "GSPO bears it better; no figure",
+        "rounding in bfloat16 leaves GSPO's clip range less often than GRPO's (section 5.4)",
+        "sequence likelihoods are less sensitive to it; no figure",
         f"bfloat16 moves a token's log-ratio by {noise['token_std']:.2g} and a response's mean by "
         f"{noise['sequence_std']:.2g} (standard deviations). Without any update that is outside of GRPO's "
         f"range for {noise['grpo']:.1%} of the tokens, of GSPO's for {noise['gspo']:.0%} ({by_length})",
@@ -251,7 +251,7 @@ def read_precision(result: Mapping[str, Any], arms: Arms) -> list[Claim]:
     hurt = _is_worse(_difference(result, own, FINAL))
     claims.append(
         Claim(
-            "the sampler's likelihoods may serve as pi_old (section 5.4)",
+            "GSPO learns with the likelihoods of a bfloat16 sampler as pi_old (section 5.4)",
             "GSPO tolerates a sampler of another precision",
             "; ".join(said),
             FAILS if hurt else HOLDS if _has_learned(arms[own]) else UNSEEN,

@@ -32,9 +32,10 @@ class Outcome:
         """The last evaluation's figures by problem."""
         return self.run.evaluations[-1][figure]
 
-    def held_out(self) -> tuple[int, str]:
-        """What tells the held-out problems from others: their number, and a digest of them."""
-        return len(self.final()), str(self.run.config.get("data", {}).get("held_out"))
+    @property
+    def held_out(self) -> str | None:
+        """A digest of the held-out problems; None for a run that was made before there was one."""
+        return self.run.config.get("data", {}).get("held_out")
 
     def before(self) -> float:
         return self.run.evaluations[0]["pass_at_1"]

@@ -136,7 +136,7 @@ class Runner:
             self.logged[cell] = log.tell()
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
-                start_new_session=True, preexec_fn=_end_with_parent,
+                start_new_session=True, preexec_fn=end_with_parent,
             )  # fmt: skip
 
     def _gpus_of(self, place: int) -> list[str]:
@@ -223,7 +223,7 @@ def last_line(log: Path, begin: int = 0) -> str:
     return ([""] + said[-1:] + errors[-1:] + complaints[-1:])[-1]
 
 
-def _end_with_parent() -> None:
-    """Ask Linux for a SIGTERM when the parent ends, even if it is killed. Runs in the child, before exec."""
+def end_with_parent() -> None:
+    """Ask Linux for a SIGTERM when the parent ends, even if it is killed. To be called in the child."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

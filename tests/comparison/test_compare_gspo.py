@@ -290,6 +290,11 @@ def test_settings_with_other_held_out_problems_are_not_compared(tmp_path, capsys
     verdicts = {each["verdict"] for each in result_in(tmp_path)["differences"]}
     assert verdicts == {"other held-out problems: not compared"}
     assert "in --max_length are left out" in capsys.readouterr().out
+    for path in tmp_path.glob("cells/*/config.json"):  # runs from before there was a digest
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | {"data": {"train_problems": config["data"]["train_problems"]}}))
+    assert compare(tmp_path, "--learning_rate", "0.5", "--vary", "max_length=512,99", "--seeds", "2") == 0
+    assert result_in(tmp_path)["differences"][0]["verdict"] == "no difference seen"
 
 
 def test_a_run_fails_for_the_reason_that_it_gives_itself(tmp_path):
@@ -417,8 +422,9 @@ def test_the_preset_keeps_its_own_flags_and_names_those_of_the_user(tmp_path, ca
     assert compare_gspo.main([*own, "--learning_rate", "1e-4"]) == 2
     assert "--learning_rate: --preset paper has values of its own" in capsys.readouterr().err
     assert compare_gspo.main([*own, "--batch_size", "16"]) == 0
-    (folder,) = tmp_path.glob("paper-quick-*")
-    assert "--batch_size 16`" in (folder / "claims.md").read_text()
+    assert compare_gspo.main([*own, "--seed", "5"]) == 0
+    texts = [(folder / "claims.md").read_text() for folder in tmp_path.glob("paper-quick-*")]
+    assert len(texts) == 2 and any("--batch_size 16`" in text for text in texts)
 
 
 @pytest.mark.parametrize("name", SCALES)

@@ -17,7 +17,7 @@ from support import ROOT
 RECORDS = ROOT / "tests" / "report" / "records"
 # Record: the first sentence, and what the others say.
 EXPECTED = {
-    "healthy": ("It learned, and no alarm was raised.", ["gain +0.", "the usual 0.1 to 0.3", "Other seeds"]),
+    "healthy": ("It learned, and no alarm was raised.", ["gain +0.", "the usual 0.1 to 0.4", "Other seeds"]),
     "too_hard": (
         "Every group is tied: the problems are too hard.",
         ["100% of 20 groups", "easier --difficulty", "No update was made"],

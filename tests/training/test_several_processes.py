@@ -72,7 +72,7 @@ def test_a_run_of_two_that_is_killed_and_stopped_goes_on_exactly(tmp_path, more)
         *FLAGS,
         *more,
         "--num_epochs",
-        4,
+        6,
         "--update_frequency",
         2,
         "--save_frequency",
