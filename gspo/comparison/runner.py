@@ -5,6 +5,7 @@ import fcntl
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ POLL_S = 0.2
 # Exit codes of train_gspo.py.
 BAD_INPUT, INTERRUPTED = 2, 130
 LOCK = ".lock"
+CHANGED = "{}, seed {}: a file that it depends on has changed since the comparison began; start it again"
 TRACEBACK = "Traceback (most recent call last)"
 # The last line of a traceback, before which torch may name the process.
 ERROR = re.compile(r"^(\[rank\d+\]: ?)?(?P<error>[\w.]*(Error|Exception): .+)")
@@ -57,6 +59,7 @@ class Runner:
         self.launch = shlex.split(launch) or [sys.executable]
         self.running: dict[int, tuple[Cell, subprocess.Popen]] = {}
         self.resumed: set[Cell] = set()
+        self.checked: set[Cell] = set()
         self.logged: dict[Cell, int] = {}  # bytes in the log before the run was started
         self.stopped = False
 
@@ -79,6 +82,7 @@ class Runner:
                     self._start(waiting)
                     time.sleep(POLL_S)
                     bar.update(0)
+                    self._check_files()
                     for cell, code in self._ended():
                         if code == BAD_INPUT and cell not in self.resumed:
                             self._refuse(self._last_line(cell))
@@ -110,10 +114,7 @@ class Runner:
                 waiting.append(cell)
                 return
             if not cell.is_named_right:
-                self._refuse(
-                    f"{cell.arm}, seed {cell.seed}: a file that it depends on has changed since the "
-                    "comparison began; start the comparison again"
-                )
+                self._refuse(CHANGED.format(cell.arm, cell.seed))
             make_room(cell, run)
             if run:
                 self.resumed.add(cell)
@@ -171,6 +172,18 @@ class Runner:
 
     def _last_line(self, cell: Cell) -> str:
         return last_line(cell.log, self.logged[cell])
+
+    def _check_files(self) -> None:
+        """Check the files of the new runs that have read them, and delete a run that may have read others."""
+        for cell, _process in self.running.values():
+            if cell in self.checked or cell in self.resumed or not (cell.folder / "config.json").exists():
+                continue
+            self.checked.add(cell)
+            if not cell.is_named_right:
+                try:
+                    self._refuse(CHANGED.format(cell.arm, cell.seed))
+                finally:
+                    shutil.rmtree(cell.folder)
 
     def _refuse(self, why: str) -> NoReturn:
         self._stop()

@@ -356,6 +356,24 @@ def test_a_file_that_changes_during_a_comparison_ends_it(tmp_path, monkeypatch, 
     assert len(starts(tmp_path)) == 1
 
 
+def test_a_run_that_may_have_read_a_changed_file_is_deleted(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text("one")
+    started = Runner._process
+
+    def start_and_change(self, cell, place):
+        process = started(self, cell, place)
+        data.write_text("two")
+        return process
+
+    monkeypatch.setattr(Runner, "_process", start_and_change)
+    monkeypatch.setenv("FAKE_WAIT_S", "1")
+    arms = ["--vary", "learning_rate=0.5,0.8", "--seeds", "1", "--dataset_path", str(data)]
+    assert compare(tmp_path, *arms) == 2
+    assert "learning_rate 0.5, seed 0: a file that it depends on has changed" in capsys.readouterr().err
+    assert not starts(tmp_path)
+
+
 def test_a_killed_run_is_said_to_be_killed(tmp_path):
     assert compare(tmp_path, "--vary", "learning_rate=0.5,4", "--seeds", "1") == 1
     table = (tmp_path / "table" / "table.txt").read_text()
