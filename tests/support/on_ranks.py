@@ -1,7 +1,9 @@
 """Call a function of the tests in several processes: `torchrun on_ranks.py MODULE FUNCTION ARGUMENTS ...`."""
 
 import importlib
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -50,6 +52,15 @@ def finish(process, folder):
 def exit_codes(said):
     """The exit codes that the launcher reports; its own is 1. -15 is a process that it ended itself."""
     return set(re.findall(r"exitcode  : (-?\d+)", said))
+
+
+def signal_all(process, number):
+    """Send a signal to the launcher, which passes it on; SIGKILL to its ranks too, which outlive it else."""
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.killpg(process.pid, number)
+    if number == signal.SIGKILL:
+        for rank in ranks:
+            os.kill(int(rank), number)
 
 
 def wait_for_line(metrics, count, process):

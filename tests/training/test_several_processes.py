@@ -1,14 +1,13 @@
 """Two real processes under torchrun train as one does, stop together, and go on exactly."""
 
 import json
-import os
 import signal
 
 import pytest
 import torch
 
 from support.commands import TINY, run_here
-from support.on_ranks import exit_codes, finish, start, wait_for_line
+from support.on_ranks import exit_codes, finish, signal_all, start, wait_for_line
 from support.records import record_of, weights_of_run
 
 FLAGS = [*TINY, "--num_train_samples", "8", "--mini_batch_size", "2", "--learning_rate", "1e-4"]
@@ -87,7 +86,7 @@ def test_a_run_of_two_that_is_killed_and_stopped_goes_on_exactly(tmp_path, more)
     for number, lines in ((signal.SIGKILL, 2), (signal.SIGTERM, 4), (signal.SIGINT, 6)):
         process = start(tmp_path, *longer, *resume)
         wait_for_line(tmp_path / "stopped" / "metrics.jsonl", lines, process)
-        os.killpg(process.pid, number)
+        signal_all(process, number)
         process.wait(timeout=60)
         assert not (tmp_path / "stopped" / "final_model").exists()
         resume = ["--resume", tmp_path / "stopped"]
