@@ -365,7 +365,9 @@ def resolved(config: GSPOConfig) -> tuple[GSPOConfig, list, list, int | None]:
 
 
 def estimate(cells: Sequence[Cell], options: argparse.Namespace) -> int:
-    """Print how long the runs that are missing take on this machine. Returns the exit code."""
+    """Print how long the runs that are missing take, and the size of all models. Returns the exit code."""
+    from gspo.training.hardware import gigabytes
+
     elsewhere = options.scale == "gpu" and not visible_gpus()
     cost_of = cost_on_gpu if elsewhere else cost_here
     total, kept = 0.0, 0.0
@@ -384,7 +386,7 @@ def estimate(cells: Sequence[Cell], options: argparse.Namespace) -> int:
     where = f" on one {H100.name}, computed and not measured" if elsewhere else ""
     print(f"in all: at most about {duration(total)}{where}")
     if not options.discard_models:
-        print(f"models that stay: at most about {kept / 1e9:.3g} GB; none with --discard_models")
+        print(f"models that stay: at most about {gigabytes(kept)}; none with --discard_models")
     return 0
 
 
@@ -393,19 +395,12 @@ def cost_here(config: GSPOConfig) -> tuple[float, float]:
     import torch
 
     from gspo.policy.model_loader import count_parameters
-    from gspo.training.hardware import machine_for
-    from gspo.training.pace import estimate_pace
-    from gspo_implementation import ALGORITHMS
-    from train_gspo import config_of_model
+    from train_gspo import config_of_model, pace_here
 
     config, problems, _, prompt_tokens = resolved(config)
-    device = torch.device(str(config.device))
-    loss = ALGORITHMS[config.algorithm].loss
-    processes = machine_for(None, str(config.device)).processes
-    prompt_tokens = prompt_tokens or config.max_length // 4
-    shapes = config_of_model(config)
-    pace = estimate_pace(shapes, config, loss, device, prompt_tokens, processes)
+    pace = pace_here(config, prompt_tokens)
     seconds = pace.run(config.count_updates(len(problems))[0], config.eval_frequency)
+    shapes = config_of_model(config)
     saved = getattr(shapes, "dtype", None) or torch.float32
     return seconds, saved.itemsize * count_parameters(shapes, config.trust_remote_code)
 

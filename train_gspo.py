@@ -42,6 +42,7 @@ from gspo.training.find_run import refuse_other_settings, resumed_folder, run_fo
 if TYPE_CHECKING:
     from gspo.training.alarms import EmergencyStop
     from gspo.training.hardware import Machine
+    from gspo.training.pace import Pace
     from gspo.training.record import Sink
     from gspo.training.training_run import TrainingRun
     from gspo_implementation import GSPOTrainer
@@ -335,10 +336,8 @@ def print_plan(config: GSPOConfig, prompt_tokens: int | None) -> None:
     Raises:
         ValueError: training does not fit the memory.
     """
-    import torch
-
     from gspo.training.hardware import machine_for
-    from gspo.training.pace import estimate_pace, in_words
+    from gspo.training.pace import in_words
     from gspo.training.plan import describe_disk, describe_others, describe_plan, require_plan
     from gspo_implementation import ALGORITHMS
 
@@ -357,15 +356,30 @@ def print_plan(config: GSPOConfig, prompt_tokens: int | None) -> None:
     if config.rollout_engine == "vllm":
         print("time: not estimated with vLLM")
     elif config.plan_for is None:
-        device = torch.device(str(config.device))
-        prompt_tokens = prompt_tokens or config.max_length // 4
-        pace = estimate_pace(shapes, config, loss, device, prompt_tokens, machine.processes)
+        pace = pace_here(config, prompt_tokens)
         total = in_words(pace.run(num_batches, config.eval_frequency))
         print(
             f"time: at most about {total} here: {in_words(pace.rollout_batch)} a rollout batch "
             f"(sampling {in_words(pace.sampling)}, log-probabilities {in_words(pace.log_probs)}, updates "
             f"{in_words(pace.updates)}), {in_words(pace.evaluation)} an evaluation; rewards not counted"
         )
+
+
+def pace_here(config: GSPOConfig, prompt_tokens: int | None) -> "Pace":
+    """How fast this machine works on a resolved configuration.
+
+    prompt_tokens: of a prompt on average, if it is known.
+    """
+    import torch
+
+    from gspo.training.hardware import machine_for
+    from gspo.training.pace import estimate_pace
+    from gspo_implementation import ALGORITHMS
+
+    device, loss = torch.device(str(config.device)), ALGORITHMS[config.algorithm].loss
+    processes = machine_for(None, str(config.device)).processes
+    prompt_tokens = prompt_tokens or config.max_length // 4
+    return estimate_pace(config_of_model(config), config, loss, device, prompt_tokens, processes)
 
 
 def default_clip_range(config: GSPOConfig, num_parameters: int) -> tuple[float | None, float | None]:

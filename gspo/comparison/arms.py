@@ -20,7 +20,7 @@ EVALUATION = (
     "dataset", "dataset_path", "eval_path", "difficulty", "data_seed", "num_eval_samples", "prompt_column",
     "answer_column", "reward", "code_reward", "pass_threshold", "eval_temperature",
 )  # fmt: skip
-# Those of EVALUATION that with an --eval_path say what is trained on alone.
+# With an --eval_path, these flags only say which problems are trained on.
 TRAINING_DATA = {"dataset", "dataset_path"}
 # A setting that is named again gets seeds of its own, so many further on.
 OTHER_SEEDS = 1000
@@ -118,9 +118,9 @@ def cells_of(
         ValueError: a flag that a comparison sets itself, a bad value, settings that are evaluated in
             different ways, or two that are the same.
     """
+    refused = (OWN - SHARED) & given([*flags]).keys()
     for arm in arms:
-        own, shared = given([*arm.flags]), given([*flags])
-        for name in sorted(OWN & own.keys() | (OWN - SHARED) & shared.keys()):
+        for name in sorted(refused | OWN & given([*arm.flags]).keys()):
             of_one = " of one setting" if name in SHARED else ""
             raise ValueError(f"--{name}{of_one} does not go with a comparison")
     configs = [GSPOConfig(**given([*flags, *arm.flags])) for arm in arms]

@@ -45,10 +45,9 @@ class Cell:
 
     @property
     def flags(self) -> list[str]:
-        """The flags of train_gspo.py: the settings that are not at their defaults."""
-        values = {f.name: getattr(self.config, f.name) for f in fields(GSPOConfig)}
-        given = {f.name: values[f.name] for f in fields(GSPOConfig) if values[f.name] != f.default}
-        return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+        """The flags of train_gspo.py that make this configuration."""
+        settings = settings_given(self.config).items()
+        return [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings]
 
     @property
     def is_named_right(self) -> bool:
@@ -61,16 +60,19 @@ class Cell:
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
+def settings_given(config: GSPOConfig) -> dict[str, Any]:
+    """The settings that are not at their defaults."""
+    values = asdict(config)
+    return {f.name: values[f.name] for f in fields(config) if values[f.name] != f.default}
+
+
 def cell_name(config: GSPOConfig) -> str:
     """The name of a run's folder: model, algorithm, seed and a digest of its settings and its files.
 
     A setting at its default does not count, so that a new one does not give every run another name. The
     device does, unless it is the CPU, since the type of the computations depends on it.
     """
-    default = asdict(GSPOConfig())
-    settings = {
-        name: value for name, value in asdict(config).items() if name not in FREE and value != default[name]
-    }
+    settings = {name: value for name, value in settings_given(config).items() if name not in FREE}
     reward_file = (config.reward or "").rpartition(":")[0]
     for path in (config.dataset_path, config.eval_path, reward_file):
         if path and Path(path).is_file():
@@ -87,30 +89,22 @@ def cell_name(config: GSPOConfig) -> str:
 
 
 def decided_differently(runs: Sequence[tuple[GSPOConfig, Mapping[str, Any]]]) -> list[str]:
-    """A note for each setting that all runs leave open, and that was decided differently for some of them.
+    """A note for each setting that all runs of a model leave open, and that is not the same in all of them.
 
-    Runs of different models are not told of each other's, which go by the size of the model.
+    Runs of different models may differ, since settings that are left open depend on the size of the model.
 
     runs: configurations as they are given, and the settings of their runs.
     """
     notes: dict[str, None] = {}
-    for model in dict.fromkeys(given.model_name for given, _ in runs):
-        of_model = [(given, settings) for given, settings in runs if given.model_name == model]
-        notes |= dict.fromkeys(_decided_differently(of_model))
+    for model in dict.fromkeys(config.model_name for config, _ in runs):
+        of_model = [(settings_given(config), run) for config, run in runs if config.model_name == model]
+        given = set[str]().union(*(settings for settings, _ in of_model))
+        for name in (f.name for f in fields(GSPOConfig)):
+            values = dict.fromkeys(str(run[name]) for _, run in of_model if name in run)
+            if len(values) > 1 and name not in given | FREE | OF_THE_ALGORITHM:
+                listed = ", ".join(values)
+                notes[f"--{name} is left open and differs between runs ({listed}): name it for all"] = None
     return list(notes)
-
-
-def _decided_differently(runs: Sequence[tuple[GSPOConfig, Mapping[str, Any]]]) -> list[str]:
-    notes = []
-    for f in fields(GSPOConfig):
-        if f.name in FREE | OF_THE_ALGORITHM or any(getattr(given, f.name) != f.default for given, _ in runs):
-            continue
-        decided = list(dict.fromkeys(str(settings[f.name]) for _, settings in runs if f.name in settings))
-        if len(decided) > 1:
-            notes.append(
-                f"--{f.name} is left open and differs between runs ({', '.join(decided)}): name it for all"
-            )
-    return notes
 
 
 def record_of(cell: Cell) -> RunRecord | None:

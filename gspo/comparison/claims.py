@@ -48,10 +48,10 @@ def _in_words(difference: Mapping[str, Any], sign: int = 1) -> str:
     """The mean and the interval; sign -1: of the difference the other way round."""
     if difference.get("low") is None:
         return "nothing to compare"
-    low, high = sorted((sign * difference["low"], sign * difference["high"]))
-    return (
-        f"{sign * difference['mean'] + 0.0:+.3f} ({low + 0.0:+.3f} to {high + 0.0:+.3f})"  # -0.0 + 0.0 is 0.0
-    )
+    # Adding 0.0 makes 0.0 of -0.0.
+    mean, *ends = (sign * difference[name] + 0.0 for name in ("mean", "low", "high"))
+    low, high = sorted(ends)
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def _holds(difference: Mapping[str, Any], sign: int = 1) -> str:

@@ -33,9 +33,7 @@ def measure_precision(config: GSPOConfig) -> dict:
         their own.
     """
     model, tokenizer = load_model(config.model_name, dtype="float32", device="cpu")
-    problems = load_problems(
-        "file" if config.dataset_path else config.dataset, "train", PROBLEMS, path=config.dataset_path
-    )
+    problems = load_problems(config.dataset, "train", PROBLEMS, path=config.dataset_path)
     prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
     max_new_tokens = config.max_new_tokens or config.max_length
     sampling = Sampling(max_new_tokens, 1.0, max(map(len, prompts)) + max_new_tokens, 0)

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from gspo.comparison.cells import Cell, is_complete, make_room, record_of
 from gspo.live_line import Bar
@@ -28,7 +28,7 @@ LOCK = ".lock"
 CHANGED = "{}, seed {}: a file that it depends on has changed since the comparison began; start it again"
 TRACEBACK = "Traceback (most recent call last)"
 # The last line of a traceback, before which torch may name the process.
-ERROR = re.compile(r"^(\[rank\d+\]: ?)?(?P<error>[\w.]*(Error|Exception): .+)")
+ERROR = re.compile(r"^(\[rank\d+\]: ?)?(?P<error>[\w.]*(Error|Exception): .+)", re.MULTILINE)
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -85,7 +85,8 @@ class Runner:
                     self._check_files()
                     for cell, code in self._ended():
                         if code == BAD_INPUT and cell not in self.resumed:
-                            self._refuse(self._last_line(cell))
+                            self._end_all()
+                            raise ValueError(self._last_line(cell))
                         if self._is_there(cell):
                             self.tell(cell)
                             bar.update(1)
@@ -114,7 +115,8 @@ class Runner:
                 waiting.append(cell)
                 return
             if not cell.is_named_right:
-                self._refuse(CHANGED.format(cell.arm, cell.seed))
+                self._end_all()
+                raise ValueError(CHANGED.format(cell.arm, cell.seed))
             make_room(cell, run)
             if run:
                 self.resumed.add(cell)
@@ -180,16 +182,15 @@ class Runner:
                 continue
             self.checked.add(cell)
             if not cell.is_named_right:
-                try:
-                    self._refuse(CHANGED.format(cell.arm, cell.seed))
-                finally:
-                    shutil.rmtree(cell.folder)
+                self._end_all()
+                shutil.rmtree(cell.folder)
+                raise ValueError(CHANGED.format(cell.arm, cell.seed))
 
-    def _refuse(self, why: str) -> NoReturn:
+    def _end_all(self) -> None:
+        """Stop the runs that are going, and wait for them."""
         self._stop()
         for _cell, process in self.running.values():
             process.wait()
-        raise ValueError(why)
 
 
 @contextmanager
@@ -220,10 +221,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def last_line(log: Path, begin: int = 0) -> str:
-    """What a run says of its end: its complaint, the last line of a traceback, or else its last line.
+    """Return why a run ended: its complaint, else the error of its traceback, else the last line it printed.
 
-    begin: the bytes of the log that are not its own. A launcher has the last word in it, with a traceback of
-    its own that ends without a message, and a box of "=".
+    begin: where the run's output begins in the log, in bytes. A launcher prints last, a traceback of its own
+    without a message and a box of "=", which are passed over.
     """
     try:
         text = log.read_bytes()[begin:].decode(errors="replace")
@@ -231,8 +232,7 @@ def last_line(log: Path, begin: int = 0) -> str:
         return ""
     said = [line.strip() for line in text.split("\n") if re.search(r"\w", line)]
     complaints = [line for line in said if line.startswith(f"{TRAIN.name}:")]
-    begins = [i for i, line in enumerate(said) if TRACEBACK in line]
-    errors = [found["error"] for found in map(ERROR.search, said[begins[0] :] if begins else []) if found]
+    errors = [found["error"] for found in ERROR.finditer(text.partition(TRACEBACK)[2])]
     return ([""] + said[-1:] + errors[-1:] + complaints[-1:])[-1]
 
 

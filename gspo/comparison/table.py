@@ -11,12 +11,12 @@ from gspo.comparison.outcomes import Outcome
 from gspo.printing import duration
 
 Figures = Callable[[Outcome], list[float]]
-# What is compared: for each seed a figure for every held-out problem.
+# The measures that are compared. Each makes a list of a run, with one figure for every held-out problem.
 FINAL, BEST, AREA, REWARD = "final pass@1", "best pass@1", "area under curve", "final mean reward"
 MEASURES: dict[str, Figures] = {
-    FINAL: lambda outcome: outcome.final(),
-    BEST: lambda outcome: outcome.best(),
-    AREA: lambda outcome: outcome.area(),
+    FINAL: Outcome.final,
+    BEST: Outcome.best,
+    AREA: Outcome.area,
     REWARD: lambda outcome: outcome.final("reward_by_problem"),
 }
 # Metrics of training that the table has, as means over rollout batches and seeds.
@@ -122,7 +122,7 @@ def _verdict(difference: Difference, other: str, first: str) -> str:
 
 
 def _deaths(arms: Mapping[str, Sequence[Outcome]], labels: Sequence[str]) -> str:
-    """What the verdict must be read with: the rules of the alarms decide when a run dies."""
+    """Say how many runs died. An alarm's rule decides that, so it may be the reason for the verdict."""
     died = {label: sum(bool(outcome.died) for outcome in arms[label]) for label in labels}
     counts = [f"{number} of {len(arms[label])} runs of {label}" for label, number in died.items() if number]
     return f" ({' and '.join(counts)} died)" if counts else ""

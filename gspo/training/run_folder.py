@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from gspo.training.alarms import EmergencyStop
 from gspo.training.checkpoints import checkpoints_in
 from gspo.training.find_run import make_new_folder
 from gspo.training.hardware import describe_environment
@@ -96,16 +97,12 @@ class RunFolder:
         others = [path for path in folders if path != self.path / name and not path.is_symlink()]
         return whole_folder(self.path / name, others)
 
-    def keep_evidence(self, step: int, why: dict, metrics: dict, batches: Sequence[RolloutBatch]) -> None:
-        """Write emergency/: why the run stopped, with the metrics, and the rollout batch if there is one.
-
-        why: the reason, and the advice of an EmergencyStop or None.
-        """
+    def keep_evidence(self, step: int, stop: EmergencyStop, batches: Sequence[RolloutBatch]) -> None:
+        """Write emergency/: why the run stopped, with the metrics, and the rollout batch if there is one."""
         with self.writing("emergency") as folder:
             # NaN is not valid JSON and is written as text.
-            figures = json.loads(
-                json.dumps({"step": step, **why, **metrics}, default=str), parse_constant=str
-            )
+            evidence = {"step": step, "reason": str(stop), "advice": stop.advice, **stop.metrics}
+            figures = json.loads(json.dumps(evidence, default=str), parse_constant=str)
             (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
             for batch in batches:
                 lines = [json.dumps(record, default=str) + "\n" for record in batch.records()]

@@ -305,8 +305,7 @@ class TrainingRun:
     def _keep_evidence(self, stop: EmergencyStop) -> None:
         try:
             batches = self.pending[:1] if stop.batch is None else [stop.batch]
-            why = {"reason": str(stop), "advice": stop.advice}
-            self.folder.keep_evidence(self.trainer.step + 1, why, stop.metrics, batches)
+            self.folder.keep_evidence(self.trainer.step + 1, stop, batches)
         except CannotSave as error:
             say(str(error), sys.stderr)
 
@@ -508,9 +507,10 @@ def problems_digest(problems: Sequence) -> str:
 
 def questions_digest(problems: Sequence) -> str:
     """A digest of the questions in their order, without what --prompt_suffix and the like add to them."""
-    questions = [getattr(problem, "id", problem.prompt) for problem in problems]
-    answers = [getattr(problem, "answer", None) for problem in problems]
-    return _digest([str(question), str(answer)] for question, answer in zip(questions, answers, strict=True))
+    return _digest(
+        [str(getattr(problem, "id", problem.prompt)), str(getattr(problem, "answer", None))]
+        for problem in problems
+    )
 
 
 def _digest(texts: Iterable[list]) -> str:
