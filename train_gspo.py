@@ -74,7 +74,7 @@ def train(config: GSPOConfig) -> int:
     from gspo.report.live import LiveReport
     from gspo.training.alarms import EmergencyStop
     from gspo.training.objective import describe_objective
-    from gspo.training.processes import ProcessFailed
+    from gspo.training.processes import ProcessFailed, end_processes
     from gspo.training.whole_folders import CannotSave
     from gspo_implementation import ALGORITHMS
 
@@ -122,6 +122,10 @@ def train(config: GSPOConfig) -> int:
             complain(PROGRAM, explain(stop, run))
             print_verdict(run.folder.path)
         return 3
+    except Exception as error:
+        if error is run.processes.shared_error:  # they all raise it, so that none waits for this one
+            end_processes()
+        raise
     if is_main:
         report(run, result)
     return 0 if result["finished"] else 130

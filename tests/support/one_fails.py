@@ -98,7 +98,11 @@ def main(where, flags):
         return work(*arguments, **settings)
 
     with patch.object(owner, name, fail):
-        return train_gspo.main(flags)
+        try:
+            return train_gspo.main(flags)
+        finally:
+            if distributed.is_initialized():
+                print("has not left the other processes", file=sys.stderr)
 
 
 if __name__ == "__main__":
