@@ -1,6 +1,7 @@
 """The processes that train together. The main process, rank 0, has the record and the checkpoints."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from copy import copy
@@ -27,6 +28,8 @@ from gspo.training.whole_folders import CannotSave
 PATIENCE_H = 2
 # Minutes that a process waits in the middle of a computation, which all of them enter together.
 COMPUTING_PATIENCE_MIN = 10.0
+# Seconds in which gloo's threads, which need microseconds, surely get at a core.
+LAST_TENSORS_S = 0.5
 # accelerate's launcher sets these variables if it is to shard the model in one of these ways. The toolkit
 # shards by itself.
 LAUNCHER_SETTINGS = {
@@ -42,10 +45,12 @@ REFUSALS = (CannotSave, EngineError, ValueError, OSError)
 def end_processes() -> None:
     """Leave the other processes at the end of a run; does nothing if there are none.
 
-    A process that ends without it may be aborted by a thread of its own that still waits for the others.
+    A process that ends without it may be aborted (https://github.com/pytorch/pytorch/issues/190489): a thread
+    of gloo's frees the tensors of the last exchange a little later, and needs the interpreter for it.
     """
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+        time.sleep(LAST_TENSORS_S)
 
 
 def refuse_idle_processes(config: GSPOConfig, count: int) -> None:

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from gspo.training.processes import end_processes
 from support import ROOT
 from support.commands import environment
 
@@ -75,3 +76,4 @@ def wait_for_line(metrics, count, process):
 if __name__ == "__main__":
     module, function, *arguments = sys.argv[1:]
     getattr(importlib.import_module(module), function)(*arguments)
+    end_processes()

@@ -41,8 +41,6 @@ def train(path, cases):
         results[case["name"]] = _trained(t)
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         torch.save(results, Path(path))
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 def adamw_8bit(path):
@@ -71,8 +69,6 @@ def adamw_8bit(path):
     moments = whole_moments(optimizer.state_dict()["state"])
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         torch.save((weights, moments), path)
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 def _trained(t):
@@ -124,8 +120,6 @@ def empty_responses(path):
     gradients = [whole_tensor(parameter.grad) for parameter in t.weights.parameters]
     if t.processes.is_main:
         torch.save(gradients, path)
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 # ---- runs of train_gspo.py with something that happens to them: `torchrun sharded.py NAME FLAGS ...`

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import distributed
 
 import train_gspo
 from gspo.training import plan as plans
@@ -46,4 +45,3 @@ def configurations(folder, gigabytes):
     from_python = plans.fit_to_gpu(config, shapes, resolve(config, 10**9), gspo_loss, group)
     found = [dataclasses.asdict(found) for found in (from_flags, from_python)]
     Path(folder, f"{group.rank}.json").write_text(json.dumps(found))
-    distributed.destroy_process_group()
