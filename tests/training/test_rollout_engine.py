@@ -175,18 +175,17 @@ def test_a_dead_server_ends_the_run_and_resume_loses_nothing(start, tmp_path):
         assert without_seconds(found) == without_seconds(expected)
 
 
-def test_a_server_that_cannot_be_used_is_named_before_the_run_begins(start, tmp_path):
+def test_a_server_that_cannot_be_used_is_named_before_the_run_begins(start, monkeypatch, tmp_path):
     flags = [*TINY, "--output_dir", tmp_path, "--rollout_engine", "vllm", "--run_name", "r"]
-
-    def folders():
-        return sorted(Path("/dev/shm").glob(f"{weights_folder.PREFIX}*"))
-
-    server, before = start(), folders()
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    monkeypatch.setattr(weights_folder, "SHARED_MEMORY", memory)
+    server = start()
     server.logprobs_mode = "raw_logprobs"
     done = run_here(*flags, "--vllm_url", server.url)
     assert done.returncode == 1 and "raw_logprobs" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "r").exists()
-    assert folders() == before
+    assert not list(memory.glob(f"{weights_folder.PREFIX}*"))
 
 
 # ---- the mismatch
