@@ -61,10 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
         complain(PROGRAM, error)
         return 2
     code = train(config)
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # set by a launcher
-        from gspo.training.processes import end_processes
 
-        end_processes()
+    from gspo.training.processes import end_processes
+
+    end_processes()
     return code
 
 
@@ -123,7 +123,7 @@ def train(config: GSPOConfig) -> int:
             print_verdict(run.folder.path)
         return 3
     except Exception as error:
-        if error is run.processes.shared_error:  # they all raise it, so that none waits for this one
+        if error is run.processes.shared_error:  # all processes raise it, so none waits for this one
             end_processes()
         raise
     if is_main:

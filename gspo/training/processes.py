@@ -28,7 +28,7 @@ from gspo.training.whole_folders import CannotSave
 PATIENCE_H = 2
 # Minutes that a process waits in the middle of a computation, which all of them enter together.
 COMPUTING_PATIENCE_MIN = 10.0
-# Seconds in which gloo's threads, which need microseconds, surely get at a core.
+# Seconds that a process waits for gloo's threads at its end. They need microseconds, once they have a core.
 LAST_TENSORS_S = 0.5
 # accelerate's launcher sets these variables if it is to shard the model in one of these ways. The toolkit
 # shards by itself.

@@ -5,7 +5,7 @@
 It waits FAKE_WAIT_S seconds before each of its rollout batches, and goes on where the record ends. A learning
 rate of 1 is stopped for good in rollout batch 2, one of 2 fails, one of 3 is bad input, and one of 4 is
 killed. The algorithm that FAKE_FAILS names fails too. With a --max_length of 99 other problems are held out.
-As long as there is a file FAKE_UNJUDGED, nothing can be judged in rollout batch 2.
+Nothing can be judged in rollout batch 2 while the file that FAKE_UNJUDGED names exists.
 """
 
 import json

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -55,13 +56,20 @@ def exit_codes(said):
     return set(re.findall(r"exitcode  : (-?\d+)", said))
 
 
+def ranks_of(process):
+    """The ids of the processes that a launcher has started."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(rank) for rank in found.stdout.split()]
+
+
 def signal_all(process, number):
-    """Send a signal to the launcher, which passes it on; SIGKILL to its ranks too, which outlive it else."""
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    """Send a signal to the launcher, which passes it on, and a SIGKILL to its ranks too: they outlive it."""
+    ranks = ranks_of(process)
     os.killpg(process.pid, number)
     if number == signal.SIGKILL:
         for rank in ranks:
-            os.kill(int(rank), number)
+            with suppress(ProcessLookupError):
+                os.kill(rank, number)
 
 
 def wait_for_line(metrics, count, process):

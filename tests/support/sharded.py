@@ -16,7 +16,7 @@ import gspo.training.adamw_8bit as adamw_8bit_module
 import gspo_implementation
 import train_gspo
 from gspo.policy.log_probs import token_log_probs
-from gspo.policy.sharded_model import call, copy_whole, is_sharded, whole_tensor
+from gspo.policy.sharded_model import call, copy_whole, is_first_process, is_sharded, whole_tensor
 from gspo.training import processes, training_run
 from gspo.training.adamw_8bit import AdamW8bit
 from gspo.training.rollout_engine import ShardedEngine
@@ -39,7 +39,7 @@ def train(path, cases):
         reward = tied_by_problem if case.get("tied") else shared_prefix
         t = trainer(case.get("model", "tiny"), reward, **(SETTINGS | case["settings"]))
         results[case["name"]] = _trained(t)
-    if not distributed.is_initialized() or distributed.get_rank() == 0:
+    if is_first_process():
         torch.save(results, Path(path))
 
 
@@ -67,7 +67,7 @@ def adamw_8bit(path):
         optimizer.step()
     weights = [whole_tensor(parameter.detach()) for parameter in parameters]
     moments = whole_moments(optimizer.state_dict()["state"])
-    if not distributed.is_initialized() or distributed.get_rank() == 0:
+    if is_first_process():
         torch.save((weights, moments), path)
 
 

@@ -16,7 +16,7 @@ from gspo.training.checkpoints import STATE_FILE
 from gspo.training.whole_folders import damage
 from support import one_fails, sharded
 from support.commands import TINY, run_here
-from support.on_ranks import exit_codes, finish, on_ranks, start, wait_for_line
+from support.on_ranks import exit_codes, finish, on_ranks, ranks_of, start, wait_for_line
 from support.records import lines_of, record_of, without_seconds
 
 pytestmark = [
@@ -250,8 +250,7 @@ def test_others_wait_for_one_that_saves_for_long_and_end_with_one_that_dies(tmp_
     process = start(tmp_path, "slow_to_save", *flags, script=sharded.__file__)
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_for_line(metrics, 3, process)
-    ranks = os.popen(f"pgrep -P {process.pid}").read().split()
-    os.kill(int(ranks[-1]), signal.SIGKILL)
+    os.kill(ranks_of(process)[-1], signal.SIGKILL)
     killed = time.monotonic()
     code, said = finish(process, tmp_path)
     assert code != 0 and "exitcode  : -9" in said, said
